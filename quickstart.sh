@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# Everything from nothing, on a machine with Python 3.11 or newer:
+#   bash quickstart.sh          train the embedded editor on the embedded data, with a before/after report
+#   bash quickstart.sh test     run the tests
+# Further arguments go to `rcgrpo train` or to pytest. Makes the virtual environment .venv beside this file.
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+job=train
+if [ "${1:-}" = train ] || [ "${1:-}" = test ]; then job=$1; shift; fi
+
+python=""
+for candidate in python3 python3.13 python3.12 python3.11; do
+    if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then python=$candidate; break; fi
+done
+[ -n "$python" ] || { echo "quickstart: found no Python 3.11 or newer; install python3" >&2; exit 1; }
+
+venv=$here/.venv
+if [ ! -x "$venv/bin/pip" ]; then
+    if ! "$python" -c 'import ensurepip' 2>/dev/null; then
+        # Debian keeps the module that makes virtual environments in a package of its own.
+        echo "quickstart: this Python cannot make virtual environments yet; installing python3-venv"
+        sudo=""; [ "$(id -u)" = 0 ] || sudo=sudo
+        { $sudo apt-get update -qq && $sudo apt-get install -qq -y python3-venv; } ||
+            { echo "quickstart: please install python3-venv and run this again" >&2; exit 1; }
+    fi
+    "$python" -m venv "$venv"
+fi
+
+if [ "$job" = test ]; then extras="[dev]"; else extras=""; fi
+echo "quickstart: installing rcgrpo$extras and what it needs (PyTorch is large: a few minutes the first time)"
+"$venv/bin/pip" install --quiet --disable-pip-version-check -e "$here$extras"
+
+if [ "$job" = test ]; then
+    cd "$here"
+    "$venv/bin/ruff" check .
+    "$venv/bin/ruff" format --check .
+    "$venv/bin/mypy"
+    HF_HUB_OFFLINE=1 exec "$venv/bin/python" -m pytest "$@"
+fi
+exec "$venv/bin/rcgrpo" train "$@"

@@ -1,0 +1,35 @@
+"""Region-constrained GRPO for instruction-guided image editors.
+
+Heavy rooms load on first use, so `import rcgrpo` and the command line's help stay quick.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "RCGRPOConfig": "config",
+    "RCGRPOTrainer": "trainer",
+    "RegionDecoupledFluxKontextPipeline": "pipeline",
+    "compbench_mini": "data",
+    "register_reward": "rewards",
+}
+__all__ = ["RCGRPOConfig", "RCGRPOTrainer", "RegionDecoupledFluxKontextPipeline", "compbench_mini", "register_reward"]
+
+if TYPE_CHECKING:
+    from .config import RCGRPOConfig
+    from .data import compbench_mini
+    from .pipeline import RegionDecoupledFluxKontextPipeline
+    from .rewards import register_reward
+    from .trainer import RCGRPOTrainer
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,154 @@
+"""From a dataset's rows to edits: source, instruction, mask, and whatever columns the rewards read.
+
+Pictures stay undecoded until an edit is really needed, because a row may be fetched several times for one rollout.
+Every complaint names the row and the column. `mask` is always 1 = edit.
+"""
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm.auto import tqdm
+
+from ..regions import check_mask, is_full, mask_to_tensor
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One editing task: `source` RGB, `mask` `[height, width]` of the same size, `columns` for the rewards."""
+
+    row: int
+    label: str
+    source: Image.Image
+    prompt: str
+    mask: Tensor
+    columns: dict[str, Any]
+
+
+def decode_picture(value: Any, where: str) -> Image.Image:
+    """A PIL image, upright, from what a dataset may hold: PIL image, path, bytes, or `{"bytes", "path"}`.
+
+    Raises:
+        ValueError: naming `where`, when the value is missing or no picture that Pillow can read.
+    """
+    try:
+        if isinstance(value, Image.Image):
+            image = value
+            image.load()
+        else:
+            if isinstance(value, Mapping):
+                value = value["bytes"] if value.get("bytes") is not None else value["path"]
+            image = Image.open(io.BytesIO(value) if isinstance(value, bytes) else Path(value))
+            image.load()
+        return ImageOps.exif_transpose(image)
+    except (OSError, TypeError, KeyError, SyntaxError, ValueError) as error:
+        raise ValueError(
+            f"{where}: got {_short(value)}, expected a picture that Pillow can decode; fix or drop the row ({error})"
+        ) from error
+
+
+def _short(value: Any) -> str:
+    return f"{len(value)} bytes" if isinstance(value, bytes) else repr(value)[:80]
+
+
+class EditRows(Dataset):
+    """Rows of an editing dataset, fetched undecoded, and how to make an `Edit` of one.
+
+    Args:
+        rows: a `datasets.Dataset` or any sequence of mappings.
+        name: what messages call it, e.g. "train".
+        image_column, prompt_column, mask_column: CompBench's names by default.
+
+    Raises:
+        ValueError: a column is missing, or there are no rows.
+        TypeError: a streaming dataset, whose rows cannot be addressed.
+    """
+
+    def __init__(
+        self,
+        rows: Any,
+        name: str,
+        image_column: str = "input_image",
+        prompt_column: str = "instruction",
+        mask_column: str = "mask",
+        required_columns: Sequence[str] = (),
+    ) -> None:
+        if not hasattr(rows, "__len__") or not hasattr(rows, "__getitem__"):
+            raise TypeError(
+                f"{name}_dataset: got {type(rows).__name__}, expected rows that can be addressed by number; turn a "
+                "streaming dataset into a list or a `datasets.Dataset` first"
+            )
+        if not len(rows):
+            raise ValueError(f"{name}_dataset: got no rows, expected at least one")
+        self.pictures: set[str] = set()
+        if isinstance(rows, datasets.Dataset):
+            self.pictures = {key for key, feature in rows.features.items() if isinstance(feature, datasets.Image)}
+            for key in self.pictures:
+                rows = rows.cast_column(key, datasets.Image(decode=False))
+        self.rows, self.name = rows, name
+        self.image_column, self.prompt_column, self.mask_column = image_column, prompt_column, mask_column
+        self.pictures |= {image_column, mask_column}
+        present = rows.column_names if isinstance(rows, datasets.Dataset) else list(rows[0])
+        fields = {"image_column": image_column, "prompt_column": prompt_column, "mask_column": mask_column}
+        for field, column in fields.items():
+            if column not in present:
+                raise ValueError(
+                    f"{field}: {name}_dataset has no column {column!r}, expected one of {sorted(present)}; set "
+                    f"`{field}` or rename the column"
+                )
+        for column in required_columns:
+            if column not in present:
+                raise ValueError(
+                    f"{name}_dataset: got columns {sorted(present)}, expected also {column!r}, which a reward reads; "
+                    "add the column or leave the reward out"
+                )
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> tuple[int, dict[str, Any]]:
+        return index, self.rows[index]
+
+    def edit(self, index: int, row: Mapping[str, Any] | None = None) -> Edit:
+        """Decode one row.
+
+        Raises:
+            ValueError: naming row and column, for a picture that cannot be decoded, an instruction that is no text, or
+                a mask that is missing, empty or of another size than its source.
+        """
+        row = self.rows[index] if row is None else row
+        label = f"{self.name} row {index}"
+        columns = {
+            key: decode_picture(value, f"{label}, column {key!r}")
+            if isinstance(value, Image.Image) or (key in self.pictures and value is not None)
+            else value
+            for key, value in row.items()
+        }
+        for column in (self.image_column, self.mask_column):
+            if columns[column] is None:
+                raise ValueError(
+                    f"{label}, column {column!r}: got None, expected a picture; fill it in or drop the row"
+                )
+        source, prompt = columns.pop(self.image_column).convert("RGB"), columns.pop(self.prompt_column)
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise ValueError(f"{label}, column {self.prompt_column!r}: got {prompt!r}, expected an instruction")
+        mask = mask_to_tensor(columns.pop(self.mask_column))
+        check_mask(mask, (source.height, source.width), f"{label}, column {self.mask_column!r}")
+        return Edit(index, label, source, prompt, mask, columns)
+
+    def check(self, limit: int) -> int:
+        """Decode up to `limit` rows, spread over the set, so that a bad one is found before training.
+
+        Returns:
+            How many of them have a full mask, for which the region constraint is off.
+        """
+        stride = max(1, -(-len(self) // limit)) if limit else len(self)
+        chosen = range(0, len(self), stride) if limit else range(0)
+        progress = tqdm(chosen, desc=f"checking {self.name} rows", leave=False, delay=2)
+        return sum(is_full(self.edit(index).mask) for index in progress)

@@ -1,0 +1,5 @@
+"""The seam to a model: `encode · schedule · velocity · decode · layout`. The next editor is one more file here."""
+
+from .flux_kontext import Conditions, FluxKontextEditor, Schedule
+
+__all__ = ["Conditions", "FluxKontextEditor", "Schedule"]

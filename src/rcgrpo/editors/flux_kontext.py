@@ -1,0 +1,225 @@
+"""Everything that is specific to FLUX.1-Kontext, behind five methods.
+
+The rollout, the trainer and the pipeline know packed latents `[batch, tokens, channels]`, sigmas and `Conditions`; what
+the transformer wants to be called with stands here alone. Gotchas: reference tokens follow the noisy ones and are
+cropped from the prediction; the schedule's shift counts the noisy tokens only; `timestep` must be computed exactly as
+diffusers does, or a rollout differs from the pipeline in the last bits.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.pipelines.flux.pipeline_flux_kontext import FluxKontextPipeline, calculate_shift, retrieve_timesteps
+from PIL import Image
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What a batch of edits is conditioned on; every tensor starts with the batch.
+
+    `prompt_embeds` `[batch, text tokens, width]`, `pooled_prompt_embeds` `[batch, width]`, `text_weights`
+    `[batch, text tokens]` (1 for the instruction's own tokens), `image_latents` `[batch, reference tokens, channels]`;
+    `height` and `width` of the pictures in pixels.
+    """
+
+    prompt_embeds: Tensor
+    pooled_prompt_embeds: Tensor
+    text_weights: Tensor
+    image_latents: Tensor
+    height: int
+    width: int
+
+    def __len__(self) -> int:
+        return len(self.prompt_embeds)
+
+    def _map(self, function: Any) -> "Conditions":
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Conditions(**{k: function(v) if isinstance(v, Tensor) else v for k, v in values.items()})
+
+    def __getitem__(self, index: slice | Tensor) -> "Conditions":
+        return self._map(lambda tensor: tensor[index])
+
+    @classmethod
+    def concatenate(cls, parts: Sequence["Conditions"]) -> "Conditions":
+        """One batch of several of one picture size."""
+        names = [f.name for f in fields(cls) if isinstance(getattr(parts[0], f.name), Tensor)]
+        tensors = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
+        return cls(**tensors, height=parts[0].height, width=parts[0].width)
+
+    def repeat(self, times: int) -> "Conditions":
+        """Each sample `times` times in a row, so that a group's candidates stand together."""
+        return self._map(lambda tensor: tensor.repeat_interleave(times, dim=0))
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Noise levels: `sigmas` `[steps + 1]` from 1 to 0, and what the model is told, `timesteps` `[steps]`."""
+
+    sigmas: Tensor
+    timesteps: Tensor
+
+    def __len__(self) -> int:
+        return len(self.timesteps)
+
+
+def fit_size(height: int, width: int, max_area: int, multiple: int) -> tuple[int, int]:
+    """The (height, width) at which diffusers' Kontext pipeline generates: `max_area` at this aspect ratio, floored."""
+    aspect_ratio = width / height
+    new_width = round((max_area * aspect_ratio) ** 0.5)
+    new_height = round((max_area / aspect_ratio) ** 0.5)
+    return new_height // multiple * multiple, new_width // multiple * multiple
+
+
+def instruction_token_weights(pipeline: FluxKontextPipeline, prompts: Sequence[str], length: int) -> Tensor:
+    """1 for the T5 tokens of the instruction itself, 0 for padding and special tokens, `[batch, length]`."""
+    encoded = pipeline.tokenizer_2(
+        list(prompts),
+        padding="max_length",
+        max_length=length,
+        truncation=True,
+        return_special_tokens_mask=True,
+        return_tensors="pt",
+    )
+    return ((1 - encoded.special_tokens_mask) * encoded.attention_mask).float()
+
+
+class FluxKontextEditor:
+    """FLUX.1-Kontext (any size, Kontext-tiny too) as the rollout sees it.
+
+    Args:
+        pipeline: a `FluxKontextPipeline`; its text encoders, VAE, scheduler and tokenizers are used as they are. The
+            transformer is passed to `velocity` by the caller, so that rollout and training share one wrapped module.
+        resolution: pictures are edited at `resolution²` pixels, keeping their aspect ratio, multiples of 16 (of
+            `multiple` for smaller models).
+        num_inference_steps: steps of the ODE.
+        guidance_scale: distilled guidance, ignored by models without guidance embedding.
+        max_sequence_length: T5 tokens.
+    """
+
+    def __init__(
+        self,
+        pipeline: FluxKontextPipeline,
+        resolution: int,
+        num_inference_steps: int,
+        guidance_scale: float = 3.5,
+        max_sequence_length: int = 512,
+    ) -> None:
+        self.pipeline = pipeline
+        self.resolution = resolution
+        self.num_inference_steps = num_inference_steps
+        self.guidance_scale = guidance_scale
+        self.max_sequence_length = max_sequence_length
+        self.multiple = pipeline.vae_scale_factor * 2
+        if resolution < self.multiple:
+            raise ValueError(f"resolution: got {resolution}, expected at least {self.multiple} pixels for this model")
+
+    # -------------------------------------------------------------------------------- sizes
+
+    def size_for(self, image: Image.Image) -> tuple[int, int]:
+        """The (height, width) at which this picture is edited."""
+        return fit_size(image.height, image.width, self.resolution**2, self.multiple)
+
+    def grid_for(self, height: int, width: int) -> tuple[int, int]:
+        """Token rows and columns of a picture."""
+        return height // self.multiple, width // self.multiple
+
+    @property
+    def channels(self) -> int:
+        return int(self.pipeline.transformer.config.in_channels)
+
+    # -------------------------------------------------------------------------------- encode
+
+    @torch.no_grad()
+    def encode(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Conditions:
+        """Encode sources of one common size (see `size_for`) and their instructions.
+
+        Raises:
+            ValueError: pictures that would be edited at different sizes.
+        """
+        sizes = {self.size_for(image) for image in images}
+        if len(sizes) > 1:
+            raise ValueError(f"images: got pictures edited at {sorted(sizes)}, expected one size per batch")
+        height, width = sizes.pop()
+        pipe = self.pipeline
+        device = pipe._execution_device
+        prompt_embeds, pooled, _ = pipe.encode_prompt(
+            prompt=list(prompts), prompt_2=None, device=device, max_sequence_length=self.max_sequence_length
+        )
+        pixels = pipe.image_processor.resize(list(images), height, width)
+        pixels = pipe.image_processor.preprocess(pixels, height, width)
+        _, image_latents, _, _ = pipe.prepare_latents(
+            pixels,
+            len(images),
+            self.channels // 4,
+            height,
+            width,
+            prompt_embeds.dtype,
+            device,
+            # only the reference is wanted; given noise is passed through untouched
+            latents=torch.empty(0),
+        )
+        weights = instruction_token_weights(pipe, prompts, self.max_sequence_length)
+        return Conditions(prompt_embeds, pooled, weights, image_latents, height, width)
+
+    # -------------------------------------------------------------------------------- integrate
+
+    def schedule(self, height: int, width: int) -> Schedule:
+        """Sigmas and timesteps of the pipeline's own scheduler at this size; leaves the scheduler ready to step."""
+        scheduler = self.pipeline.scheduler
+        rows, columns = self.grid_for(height, width)
+        mu = calculate_shift(
+            rows * columns,
+            scheduler.config.get("base_image_seq_len", 256),
+            scheduler.config.get("max_image_seq_len", 4096),
+            scheduler.config.get("base_shift", 0.5),
+            scheduler.config.get("max_shift", 1.15),
+        )
+        sigmas = np.linspace(1.0, 1 / self.num_inference_steps, self.num_inference_steps)
+        timesteps, _ = retrieve_timesteps(
+            scheduler, self.num_inference_steps, self.pipeline._execution_device, sigmas=sigmas, mu=mu
+        )
+        scheduler.set_begin_index(0)
+        return Schedule(scheduler.sigmas.to(timesteps.device, torch.float32), timesteps)
+
+    def velocity(self, model: nn.Module, latents: Tensor, timestep: Tensor, conditions: Conditions) -> Tensor:
+        """The model's velocity `[batch, tokens, channels]` at noisy latents.
+
+        Args:
+            model: the transformer, wrapped as it is trained.
+            latents: `[batch, tokens, channels]`, any floating dtype; the model sees the conditions' dtype.
+            timestep: `[batch]`, the schedule's timesteps in [0, 1000].
+            conditions: of the same batch.
+        """
+        dtype, device = conditions.image_latents.dtype, conditions.image_latents.device
+        rows, columns = self.grid_for(conditions.height, conditions.width)
+        ids = FluxKontextPipeline._prepare_latent_image_ids(1, rows, columns, device, dtype)
+        reference_ids = ids.clone()
+        reference_ids[:, 0] = 1
+        guidance = None
+        if self.pipeline.transformer.config.guidance_embeds:
+            guidance = torch.full([len(latents)], self.guidance_scale, device=device, dtype=torch.float32)
+        prediction = model(
+            hidden_states=torch.cat([latents.to(device, dtype), conditions.image_latents], dim=1),
+            timestep=timestep.to(device, dtype) / 1000,
+            guidance=guidance,
+            pooled_projections=conditions.pooled_prompt_embeds,
+            encoder_hidden_states=conditions.prompt_embeds,
+            txt_ids=torch.zeros(conditions.prompt_embeds.shape[1], 3, device=device, dtype=dtype),
+            img_ids=torch.cat([ids, reference_ids]),
+            return_dict=False,
+        )[0]
+        return prediction[:, : latents.shape[1]]
+
+    # -------------------------------------------------------------------------------- decode
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor, height: int, width: int) -> list[Image.Image]:
+        """Pictures of clean latents `[batch, tokens, channels]`."""
+        pipe = self.pipeline
+        unpacked = pipe._unpack_latents(latents.to(pipe.vae.dtype), height, width, pipe.vae_scale_factor)
+        unpacked = unpacked / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
+        return pipe.image_processor.postprocess(pipe.vae.decode(unpacked, return_dict=False)[0], output_type="pil")

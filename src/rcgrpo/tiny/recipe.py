@@ -1,0 +1,372 @@
+"""The recipe that made Kontext-tiny: data, autoencoder, editor, folder. Resumable at every stage.
+
+    python -m rcgrpo.tiny.recipe --work runs/tiny --out src/rcgrpo/tiny/weights
+
+Stages, each skipped when its result is there: `pool` draws CompBench-mini's training pictures; `vae` trains the
+autoencoder on them; `latents` encodes them once; `editor` trains transformer and text encoders together with the
+flow-matching loss, the region weighted; `export` writes a plain diffusers folder in half precision.
+"""
+
+import argparse
+import copy
+import json
+import math
+import string
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxKontextPipeline, FluxTransformer2DModel
+from diffusers.training_utils import EMAModel
+from tqdm.auto import tqdm
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
+
+from rcgrpo.data.mini import OBJECTS, PLACES, render
+
+SIZE = 64
+TEXT_LENGTH = 16
+REGION_WEIGHT = 5.0
+BF16 = torch.cpu._is_amx_tile_supported()  # without matrix units bf16 is slower than fp32
+
+
+# ---------------------------------------------------------------- the parts, untrained
+
+
+def build_tokenizers() -> tuple[CLIPTokenizer, T5TokenizerFast]:
+    """Word-level tokenizers over the data set's instructions; other words fall back to letters."""
+    words = sorted(
+        {word for text in [*PLACES, *(thing.name for thing in OBJECTS)] for word in text.split()}
+        | set(["a", "an", "add", "remove", "replace", "with", "in", "the"])
+    )
+    letters = list(string.ascii_lowercase + string.digits + string.punctuation)
+    pieces = ["<pad>", "</s>", "<unk>", "▁", *("▁" + word for word in words), *letters]
+    t5 = T5TokenizerFast(
+        vocab=[
+            (piece, 0.0 if i < 3 else -1.0 - 9.0 * (len(piece) == 1)) for i, piece in enumerate(dict.fromkeys(pieces))
+        ],
+        extra_ids=0,
+        model_max_length=TEXT_LENGTH,
+    )
+    merges: dict[tuple[str, str], None] = {}
+    for word in words:
+        symbols = [*word[:-1], word[-1] + "</w>"]
+        while len(symbols) > 1:
+            merges[symbols[0], symbols[1]] = None
+            symbols = [symbols[0] + symbols[1], *symbols[2:]]
+    tokens = ["<|startoftext|>", "<|endoftext|>", *letters, *(letter + "</w>" for letter in letters)]
+    tokens += [left + right for left, right in merges]
+    clip = CLIPTokenizer(
+        vocab={token: i for i, token in enumerate(dict.fromkeys(tokens))},
+        merges=list(merges),
+        model_max_length=TEXT_LENGTH,
+    )
+    return clip, t5
+
+
+def build_vae() -> AutoencoderKL:
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(16, 32, 64),
+        layers_per_block=1,
+        latent_channels=16,
+        norm_num_groups=8,
+        mid_block_add_attention=False,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        sample_size=SIZE,
+    )
+
+
+def build_editor() -> dict[str, Any]:
+    """Every part of a `FluxKontextPipeline` but the autoencoder."""
+    clip_tokenizer, t5_tokenizer = build_tokenizers()
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(clip_tokenizer),
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=TEXT_LENGTH,
+            projection_dim=64,
+            bos_token_id=clip_tokenizer.bos_token_id,
+            eos_token_id=clip_tokenizer.eos_token_id,
+            pad_token_id=clip_tokenizer.pad_token_id,
+        )
+    )
+    text_encoder_2 = T5EncoderModel(
+        T5Config(
+            vocab_size=len(t5_tokenizer),
+            d_model=64,
+            d_kv=16,
+            d_ff=128,
+            num_layers=2,
+            num_heads=4,
+            dropout_rate=0.0,
+            feed_forward_proj="gated-gelu",
+            pad_token_id=t5_tokenizer.pad_token_id,
+            eos_token_id=t5_tokenizer.eos_token_id,
+        )
+    )
+    transformer = FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=64,
+        num_layers=3,
+        num_single_layers=4,
+        attention_head_dim=32,
+        num_attention_heads=4,
+        joint_attention_dim=64,
+        pooled_projection_dim=64,
+        guidance_embeds=False,
+        axes_dims_rope=(8, 12, 12),
+    )
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
+    return {
+        "tokenizer": clip_tokenizer,
+        "tokenizer_2": t5_tokenizer,
+        "text_encoder": text_encoder,
+        "text_encoder_2": text_encoder_2,
+        "transformer": transformer,
+        "scheduler": scheduler,
+    }
+
+
+# ---------------------------------------------------------------- one training loop for both networks
+
+
+def fit(
+    name: str,
+    modules: torch.nn.ModuleDict,
+    loss_function: Callable[[torch.Generator], torch.Tensor],
+    work: Path,
+    steps: int,
+    learning_rate: float,
+    report: Callable[[], dict[str, float]],
+) -> None:
+    """AdamW, warm-up and cosine decay, EMA; a checkpoint every 250 steps, from which it goes on bit by bit.
+
+    `modules` holds the averaged weights at the end.
+    """
+    parameters = [p for p in modules.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.98), weight_decay=1e-3)
+    ema = EMAModel(parameters, decay=0.999, use_ema_warmup=True, power=0.75)
+    checkpoint, log = work / f"{name}.pt", work / f"{name}.jsonl"
+    start, seconds = 0, 0.0
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        modules.load_state_dict(state["modules"])
+        optimizer.load_state_dict(state["optimizer"])
+        ema.load_state_dict(state["ema"])
+        start, seconds = state["step"], state["seconds"]
+    began = time.perf_counter()
+    running = 0.0
+    progress = tqdm(range(start, steps), initial=start, total=steps, desc=name, mininterval=5)
+    for step in progress:
+        rate = min(1.0, (step + 1) / 200) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * rate
+        loss = loss_function(torch.Generator().manual_seed(step))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        ema.step(parameters)
+        running = 0.98 * running + 0.02 * loss.item() if step > start else loss.item()
+        if (step + 1) % 250 == 0 or step + 1 == steps:
+            elapsed = seconds + time.perf_counter() - began
+            ema.store(parameters)
+            ema.copy_to(parameters)
+            row = {"step": step + 1, "seconds": round(elapsed, 1), "loss": running, **report()}
+            ema.restore(parameters)
+            with log.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            progress.set_postfix({k: f"{v:.4g}" for k, v in row.items() if k != "step"})
+            state = {
+                "modules": modules.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "ema": ema.state_dict(),
+                "step": step + 1,
+                "seconds": elapsed,
+            }
+            torch.save(state, checkpoint.with_suffix(".tmp"))
+            checkpoint.with_suffix(".tmp").replace(checkpoint)
+    ema.copy_to(parameters)
+
+
+# ---------------------------------------------------------------- stages
+
+
+def make_pool(work: Path, split: str, rows: int) -> dict[str, Any]:
+    """Pictures as uint8 `[rows, 2, 3, H, W]` (source, target), masks `[rows, H, W]` in {0, 1}, instructions."""
+    folder = work / f"pool-{split}-{rows}"
+    if not (folder / "instructions.json").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        shape = (rows, 2, 3, SIZE, SIZE)
+        pictures = np.lib.format.open_memmap(folder / "pictures.npy", "w+", np.uint8, shape)
+        masks = np.lib.format.open_memmap(folder / "masks.npy", "w+", np.uint8, (rows, SIZE, SIZE))
+        instructions = []
+        for i in tqdm(range(rows), desc=f"drawing {split}", mininterval=5):
+            row = render(split, i, SIZE, seed=1)
+            pictures[i] = np.stack([np.asarray(row[k]).transpose(2, 0, 1) for k in ("input_image", "edited_image")])
+            masks[i] = np.asarray(row["mask"]) > 127
+            instructions.append(row["instruction"])
+        (folder / "instructions.json").write_text(json.dumps(instructions))
+    return {
+        "pictures": torch.from_numpy(np.load(folder / "pictures.npy")),
+        "masks": torch.from_numpy(np.load(folder / "masks.npy")),
+        "instructions": json.loads((folder / "instructions.json").read_text()),
+    }
+
+
+def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Mean over the batch of the PSNR in dB, pictures in [-1, 1]."""
+    return float((-10 * (((a.clamp(-1, 1) - b) / 2) ** 2).flatten(1).mean(1).log10()).mean())
+
+
+def train_vae(work: Path, steps: int, pool: dict[str, Any], held_out: dict[str, Any], batch: int = 16) -> AutoencoderKL:
+    torch.manual_seed(0)
+    vae = build_vae().to(memory_format=torch.channels_last)
+    encoder, decoder = torch.compile(vae.encoder), torch.compile(vae.decoder)
+    pictures = pool["pictures"].flatten(0, 1)
+    test = held_out["pictures"][:64].flatten(0, 1).float() / 127.5 - 1
+
+    def loss_function(generator: torch.Generator) -> torch.Tensor:
+        x = (
+            pictures[torch.randint(len(pictures), (batch,), generator=generator)].contiguous(
+                memory_format=torch.channels_last
+            )
+            / 127.5
+            - 1
+        )
+        with torch.autocast("cpu", torch.bfloat16, enabled=BF16):
+            mean, logvar = encoder(x).chunk(2, dim=1)
+            logvar = logvar.clamp(-30, 20)
+            decoded = decoder(mean + torch.exp(0.5 * logvar) * torch.randn(mean.shape, generator=generator))
+        error = decoded.float() - x
+        kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).float().mean()
+        return error.abs().mean() + 2 * (error**2).mean() + 1e-5 * kl
+
+    @torch.no_grad()
+    def report() -> dict[str, float]:
+        return {"held_out_psnr": psnr(vae.decode(vae.encode(test).latent_dist.mode()).sample, test)}
+
+    fit("vae", torch.nn.ModuleDict({"vae": vae}), loss_function, work, steps, 2e-3, report)
+    with torch.no_grad():
+        z = vae.encode(pictures[:2048].float() / 127.5 - 1).latent_dist.mode()
+    vae.register_to_config(shift_factor=round(float(z.mean()), 6), scaling_factor=round(1 / float(z.std()), 6))
+    return vae.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def encode_pool(work: Path, name: str, vae: AutoencoderKL, pool: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Packed latents `[rows, 2, tokens, 64]` (source, target) in fp16 and token weights `[rows, tokens, 1]`."""
+    path = work / f"latents-{name}.npy"
+    rows, side = len(pool["pictures"]), SIZE // 4
+    if not path.exists():
+        partial = path.with_suffix(".tmp.npy")
+        latents = np.lib.format.open_memmap(partial, "w+", np.float16, (rows, 2, (side // 2) ** 2, 64))
+        for i in tqdm(range(0, rows, 128), desc=f"encoding {name}", mininterval=5):
+            pictures = pool["pictures"][i : i + 128].flatten(0, 1).float() / 127.5 - 1
+            z = (vae.encode(pictures).latent_dist.mode() - vae.config.shift_factor) * vae.config.scaling_factor
+            packed = FluxKontextPipeline._pack_latents(z, len(z), 16, side, side)
+            latents[i : i + 128] = packed.unflatten(0, (-1, 2)).numpy()
+        latents.flush()
+        partial.replace(path)
+    masks = F.max_pool2d(pool["masks"].float()[:, None], 8).flatten(2).transpose(1, 2)
+    return torch.from_numpy(np.load(path)), 1 + (REGION_WEIGHT - 1) * masks
+
+
+def train_editor(
+    work: Path,
+    steps: int,
+    data: tuple[torch.Tensor, torch.Tensor, list[str]],
+    held_out: tuple[torch.Tensor, torch.Tensor, list[str]],
+    batch: int = 64,
+    learning_rate: float = 1e-3,
+) -> dict[str, Any]:
+    torch.manual_seed(0)
+    parts = build_editor()
+    transformer, clip, t5 = parts["transformer"], parts["text_encoder"], parts["text_encoder_2"]
+    side = SIZE // 8
+    ids = FluxKontextPipeline._prepare_latent_image_ids(1, side, side, "cpu", torch.float32)
+    reference_ids = ids.clone()
+    reference_ids[:, 0] = 1
+    img_ids, txt_ids = torch.cat([ids, reference_ids]), torch.zeros(TEXT_LENGTH, 3)
+    forward = torch.compile(transformer)
+
+    def tokenize(tokenizer: Any, texts: list[str]) -> torch.Tensor:
+        return tokenizer(
+            texts, padding="max_length", max_length=TEXT_LENGTH, truncation=True, return_tensors="pt"
+        ).input_ids
+
+    def prepare(arrays: tuple[torch.Tensor, torch.Tensor, list[str]]) -> tuple[torch.Tensor, ...]:
+        latents, weights, texts = arrays
+        return latents, weights, tokenize(parts["tokenizer"], texts), tokenize(parts["tokenizer_2"], texts)
+
+    train, test = prepare(data), prepare(held_out)
+
+    def flow_matching_loss(
+        arrays: tuple[torch.Tensor, ...], rows: torch.Tensor, generator: torch.Generator
+    ) -> torch.Tensor:
+        latents, weights, clip_ids, t5_ids = (array[rows] for array in arrays)
+        source, target = latents.float().unbind(1)
+        noise = torch.randn(target.shape, generator=generator)
+        u = torch.rand(len(rows), generator=generator)
+        sigma = 1.6 * u / (1 + 0.6 * u)
+        x = torch.lerp(target, noise, sigma[:, None, None])
+        with torch.autocast("cpu", torch.bfloat16, enabled=BF16):
+            velocity = forward(
+                hidden_states=torch.cat([x, source], dim=1),
+                encoder_hidden_states=t5(t5_ids)[0],
+                pooled_projections=clip(clip_ids).pooler_output,
+                timestep=sigma,
+                img_ids=img_ids,
+                txt_ids=txt_ids,
+                return_dict=False,
+            )[0][:, : target.shape[1]]
+        return (weights * (velocity.float() - (noise - target)) ** 2).sum() / (weights.sum() * target.shape[-1])
+
+    def loss_function(generator: torch.Generator) -> torch.Tensor:
+        return flow_matching_loss(train, torch.randint(len(train[0]), (batch,), generator=generator), generator)
+
+    @torch.no_grad()
+    def report() -> dict[str, float]:
+        generator = torch.Generator().manual_seed(7)
+        losses = [flow_matching_loss(test, torch.arange(i, i + batch), generator) for i in range(0, 4 * batch, batch)]
+        return {"held_out_loss": float(torch.stack(losses).mean())}
+
+    modules = torch.nn.ModuleDict({"transformer": transformer, "clip": clip, "t5": t5})
+    fit("editor", modules, loss_function, work, steps, learning_rate, report)
+    return parts
+
+
+def export(parts: dict[str, Any], vae: AutoencoderKL, out: Path) -> None:
+    """A plain `FluxKontextPipeline` folder, weights in fp16."""
+    parts = {name: copy.deepcopy(part) for name, part in parts.items()}
+    FluxKontextPipeline(vae=copy.deepcopy(vae), **parts).to(dtype=torch.float16).save_pretrained(out)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path("runs/tiny"), help="checkpoints, logs, drawn pictures")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "weights", help="the folder to write")
+    parser.add_argument("--pool", type=int, default=48_000, help="rows of CompBench-mini to draw")
+    parser.add_argument("--vae-steps", type=int, default=4_500)
+    parser.add_argument("--editor-steps", type=int, default=6_000)
+    arguments = parser.parse_args()
+    work = arguments.work
+    work.mkdir(parents=True, exist_ok=True)
+    pool, held_out = make_pool(work, "train", arguments.pool), make_pool(work, "test", 512)
+    vae = train_vae(work, arguments.vae_steps, pool, held_out)
+    data = (*encode_pool(work, "train", vae, pool), pool["instructions"])
+    test = (*encode_pool(work, "test", vae, held_out), held_out["instructions"])
+    export(train_editor(work, arguments.editor_steps, data, test), vae, arguments.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,271 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rcgrpo.objective import (
+    aggregate_rewards,
+    euler_step,
+    group_advantages,
+    policy_loss,
+    predict_clean,
+    quasi_norm,
+    surrogate_log_probs,
+    velocity_kl,
+)
+
+NAN = math.nan
+WAYS = ["sum_then_normalize", "normalize_then_sum"]
+REWARDS = st.lists(st.integers(-20, 20).map(lambda n: n / 4), min_size=2, max_size=8)
+
+
+def randn(*shape, seed=0, **kwargs):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), **kwargs)
+
+
+# ------------------------------------------------------------------------------------ advantages
+
+
+def test_advantages_by_hand():
+    # mean 3, deviations -2 -1 0 3, biased variance 14 / 4
+    advantages = group_advantages(torch.tensor([1.0, 2.0, 3.0, 6.0]))
+    assert advantages.tolist() == pytest.approx([n / 3.5**0.5 for n in (-2, -1, 0, 3)])
+
+
+def test_std_floor_keeps_small_spreads_small():
+    rewards = torch.tensor([[0.0, 0.02], [0.0, 2.0]])  # stds .01 and 1
+    assert group_advantages(rewards, 0.1).flatten().tolist() == pytest.approx([-0.1, 0.1, -1, 1])
+
+
+def test_a_candidate_without_a_score_leaves_the_statistics():
+    assert group_advantages(torch.tensor([1.0, NAN, 3.0])).tolist() == [-1, 0, 1]
+
+
+@pytest.mark.parametrize("rewards", [[NAN, NAN, NAN], [NAN, 5.0, NAN], [2.0, 2.0, 2.0], [0.1, 0.1, NAN], [0.0, 0.0]])
+def test_groups_that_cannot_be_compared_have_no_say(rewards):
+    advantages = group_advantages(torch.tensor(rewards))
+    assert advantages.tolist() == [0] * len(rewards)
+    assert quasi_norm(advantages).tolist() == [0] * len(rewards)
+
+
+def test_groups_do_not_see_each_other():
+    rewards = torch.tensor([[1.0, 2.0, 4.0], [NAN, 7.0, 100.0]])
+    together = group_advantages(rewards)
+    assert torch.equal(together, torch.stack([group_advantages(row) for row in rewards]))
+
+
+@given(REWARDS, st.randoms(use_true_random=False), st.sampled_from([0.0, 0.5]))
+@settings(deadline=None, max_examples=50)
+def test_advantages_follow_a_permutation(rewards, rng, std_floor):
+    rewards = torch.tensor(rewards)
+    order = torch.tensor(rng.sample(range(len(rewards)), len(rewards)))
+    expected = quasi_norm(group_advantages(rewards, std_floor))[order]
+    torch.testing.assert_close(quasi_norm(group_advantages(rewards[order], std_floor)), expected, rtol=1e-4, atol=1e-5)
+
+
+@given(REWARDS, st.integers(-8, 8), st.sampled_from([0.25, 0.5, 3.0, 16.0]))
+@settings(deadline=None, max_examples=50)
+def test_advantages_forget_shift_and_scale_and_sum_to_zero(rewards, shift, scale):
+    rewards = torch.tensor(rewards)
+    expected = quasi_norm(group_advantages(rewards))
+    torch.testing.assert_close(quasi_norm(group_advantages(scale * rewards + shift)), expected, rtol=1e-4, atol=1e-4)
+    assert abs(expected.sum()) < 1e-4
+    # A floor is an absolute size: it survives a shift, and a scale only when it is scaled too.
+    floored = group_advantages(rewards, 2.0)
+    torch.testing.assert_close(group_advantages(scale * rewards + shift, 2.0 * scale), floored, rtol=1e-4, atol=1e-4)
+
+
+@given(REWARDS)
+@settings(deadline=None, max_examples=50)
+def test_power_2_returns_the_z_scores(rewards):
+    advantages = group_advantages(torch.tensor(rewards))
+    torch.testing.assert_close(quasi_norm(advantages, 2.0), advantages, rtol=1e-5, atol=1e-6)
+
+
+def test_quasi_norm_by_hand():
+    # |A|^.8: 1, 2^.8 = 1.741101, 1, 0 -> sum 3.741101, ^1.25 = 5.202909; √4 = 2
+    result = quasi_norm(torch.tensor([1.0, -2.0, 1.0, 0.0]), 0.8)
+    assert result.tolist() == pytest.approx([0.384400, -0.768801, 0.384400, 0], abs=1e-5)
+
+
+def test_quasi_norm_favours_one_clear_winner():
+    winner = quasi_norm(group_advantages(torch.tensor([1.0, 0.0, 0.0, 0.0])))
+    spread = quasi_norm(group_advantages(torch.tensor([1.0, 1.0, 0.0, 0.0])))
+    assert winner.norm() > spread.norm()
+
+
+def test_quasi_norm_forgets_scale_and_refuses_a_bad_power():
+    advantages = group_advantages(torch.tensor([0.0, 1.0, 5.0]))
+    torch.testing.assert_close(quasi_norm(7 * advantages), quasi_norm(advantages))
+    with pytest.raises(ValueError, match="advantage_power: got 0"):
+        quasi_norm(advantages, 0)
+
+
+# ------------------------------------------------------------------------------------ several rewards
+
+
+def test_the_two_ways_to_aggregate_by_hand():
+    rewards = torch.tensor([[0.0, 1.0], [4.0, 0.0], [2.0, 2.0]])  # candidates × rewards
+    weights = torch.tensor([1.0, 2.0])
+    scores, advantages = aggregate_rewards(rewards, weights, "sum_then_normalize")
+    assert scores.tolist() == [2, 4, 6]
+    assert advantages.tolist() == pytest.approx([-(1.5**0.5), 0, 1.5**0.5])
+    scores, advantages = aggregate_rewards(rewards, weights, "normalize_then_sum")
+    assert scores.tolist() == [2, 4, 6]
+    # z-scores times √(2/3): (-1, 1, 0) and (0, -1, 1); sum (-1, -1, 2), whose std is √2
+    assert advantages.tolist() == pytest.approx([n / 2**0.5 for n in (-1, -1, 2)])
+
+
+@pytest.mark.parametrize("how", WAYS)
+def test_a_reward_that_does_not_apply_to_a_group_changes_nothing(how):
+    rewards = torch.tensor([[0.0, 1.0], [4.0, 0.0], [2.0, 2.0]])
+    with_nan = torch.cat([rewards, torch.full((3, 1), NAN)], dim=-1)
+    expected = aggregate_rewards(rewards, torch.tensor([1.0, 2.0]), how)
+    result = aggregate_rewards(with_nan, torch.tensor([1.0, 2.0, 5.0]), how)
+    assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
+
+
+@pytest.mark.parametrize("how", WAYS)
+def test_a_candidate_that_misses_one_reward_leaves_the_group(how):
+    rewards = torch.tensor([[0.0, 1.0], [9.0, NAN], [4.0, 0.0], [2.0, 2.0]])
+    kept = [0, 2, 3]
+    scores, advantages = aggregate_rewards(rewards, torch.tensor([1.0, 2.0]), how)
+    expected_scores, expected = aggregate_rewards(rewards[kept], torch.tensor([1.0, 2.0]), how)
+    assert scores[1].isnan() and advantages[1] == 0
+    assert torch.equal(scores[kept], expected_scores)
+    torch.testing.assert_close(advantages[kept], expected)
+
+
+@pytest.mark.parametrize("how", WAYS)
+def test_a_group_without_any_score_has_no_say(how):
+    scores, advantages = aggregate_rewards(torch.full((2, 3, 2), NAN), torch.ones(2), how)
+    assert scores.isnan().all() and scores.shape == advantages.shape == (2, 3)
+    assert (advantages == 0).all()
+
+
+def test_normalising_first_makes_units_irrelevant():
+    rewards, weights = randn(6, 2), torch.tensor([1.0, 1.0])
+    other_units = rewards * torch.tensor([1.0, 1000.0])
+    _, advantages = aggregate_rewards(rewards, weights, "normalize_then_sum")
+    torch.testing.assert_close(aggregate_rewards(other_units, weights, "normalize_then_sum")[1], advantages)
+    summed = [aggregate_rewards(r, weights, "sum_then_normalize")[1] for r in (rewards, other_units)]
+    assert (summed[0] - summed[1]).abs().max() > 0.1
+
+
+# ------------------------------------------------------------------------------------ policy
+
+
+def test_steps_by_hand():
+    latents, velocity = torch.tensor([[[1.0]], [[2.0]]]), torch.tensor([[[4.0]], [[-2.0]]]).bfloat16()
+    sigma, next_sigma = torch.tensor([1.0, 0.5]), torch.tensor([0.75, 0.0])
+    assert euler_step(latents, velocity, sigma, next_sigma).flatten().tolist() == [0, 3]
+    assert predict_clean(latents, velocity, sigma).flatten().tolist() == [-3, 3]
+
+
+def test_one_step_to_sigma_0_is_the_clean_prediction():
+    latents, velocity, sigma = randn(2, 3, 4), randn(2, 3, 4, seed=1), torch.tensor([0.9, 0.3])
+    expected = predict_clean(latents, velocity, sigma)
+    torch.testing.assert_close(euler_step(latents, velocity, sigma, torch.zeros(2)), expected)
+
+
+def test_surrogate_by_hand():
+    # two tokens of two channels, weights 1 and .5, two candidates
+    predicted = torch.zeros(1, 2, 2)
+    candidates = torch.tensor([[[[1.0, 1.0], [0.0, 2.0]], [[0.0, 0.0], [3.0, 1.0]]]])
+    # d: (1·1 + .5·2) / 1.5 = 4/3 and (0 + .5·5) / 1.5 = 5/3
+    log_probs = surrogate_log_probs(candidates, predicted, torch.tensor([[1.0, 0.5]]), temperature=0.5)
+    logits = [-8 / 3, -10 / 3]
+    total = math.log(sum(math.exp(x) for x in logits))
+    assert log_probs.flatten().tolist() == pytest.approx([x - total for x in logits])
+
+
+def test_tokens_of_weight_0_are_invisible():
+    candidates, predicted, weights = randn(2, 3, 4, 5), randn(2, 4, 5, seed=1), torch.tensor([[1.0, 0, 2, 0]] * 2)
+    expected = surrogate_log_probs(candidates[:, :, ::2], predicted[:, ::2], weights[:, ::2], 0.3)
+    torch.testing.assert_close(surrogate_log_probs(candidates, predicted, weights, 0.3), expected)
+    torch.testing.assert_close(surrogate_log_probs(candidates, predicted, 10 * weights, 0.3), expected)
+
+
+def test_log_ratio_of_the_same_policy_is_exactly_0():
+    candidates, predicted, weights = randn(2, 5, 16, 4), randn(2, 16, 4, seed=1), torch.ones(2, 16)
+    first, second = (surrogate_log_probs(candidates, predicted.clone(), weights, 1e-3) for _ in range(2))
+    assert (first - second).abs().max() == 0
+    loss = policy_loss(first, second, torch.ones(2, 5), 1e-4)
+    assert loss.loss.tolist() == [-5, -5]
+    assert not (loss.clipped_low | loss.clipped_high).any()
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 0.1, 1.0, 30.0])
+@pytest.mark.parametrize("epsilon", [1e-5, 0.2])
+def test_gradient_on_policy_is_the_closed_form(temperature, epsilon):
+    """-(2/τ) Σ A'_i w (x_i - x_θ) / Σw (algorithm section 4), over channels too, which the distance averages."""
+    channels = 3
+    # neighbours within 0.02, so that a small τ does not saturate the softmax
+    predicted = randn(2, 6, channels, dtype=torch.float64).requires_grad_()
+    candidates = predicted.detach().unsqueeze(1) + 0.02 * randn(2, 5, 6, channels, seed=1, dtype=torch.float64)
+    weights = torch.rand(2, 6, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    advantages = quasi_norm(group_advantages(randn(2, 5, seed=3, dtype=torch.float64)))
+    log_probs = surrogate_log_probs(candidates, predicted, weights, temperature)
+    loss = policy_loss(log_probs, log_probs.detach(), advantages, epsilon).loss.sum()
+    (gradient,) = torch.autograd.grad(loss, predicted)
+
+    pull = (advantages[:, :, None, None] * (candidates - predicted.detach().unsqueeze(1))).sum(1)
+    share = weights / weights.sum(-1, keepdim=True) / channels
+    torch.testing.assert_close(gradient, -2 / temperature * share.unsqueeze(-1) * pull, rtol=1e-9, atol=1e-12)
+
+
+def test_loss_gradient_agrees_with_finite_differences_off_policy():
+    """A flow of two parameters, v = a x + b, in float64, with some ratios clipped."""
+    latents = randn(2, 4, 3, dtype=torch.float64)
+    candidates = latents.unsqueeze(1) + 0.3 * randn(2, 6, 4, 3, seed=1, dtype=torch.float64)
+    weights = torch.tensor([[1.0, 1.0, 0.2, 0.0]] * 2, dtype=torch.float64)
+    advantages = group_advantages(randn(2, 6, seed=2, dtype=torch.float64))
+
+    def log_probs(a, b):
+        return surrogate_log_probs(candidates, latents - 0.25 * (a * latents + b), weights, 0.05)
+
+    old = log_probs(torch.tensor(0.5).double(), torch.tensor(-0.2).double())
+    new = [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (0.7, 0.1)]
+    result = policy_loss(log_probs(*new), old, advantages, 0.2)
+    clipped = result.clipped_low | result.clipped_high
+    assert clipped.any() and not clipped.all()
+    assert torch.autograd.gradcheck(lambda *p: policy_loss(log_probs(*p), old, advantages, 0.2).loss, new)
+
+
+def test_a_step_against_the_gradient_raises_the_winner():
+    predicted = torch.zeros(1, 4, 2, requires_grad=True)
+    candidates, weights = randn(1, 3, 4, 2), torch.ones(1, 4)
+    advantages = group_advantages(torch.tensor([[1.0, 0.0, 0.0]]))
+    before = surrogate_log_probs(candidates, predicted, weights, 1.0)
+    policy_loss(before, before, advantages, 0.2).loss.sum().backward()
+    after = surrogate_log_probs(candidates, predicted - 0.5 * predicted.grad, weights, 1.0)
+    assert after[0, 0] > before[0, 0]
+
+
+def test_clip_by_hand():
+    ratios = torch.tensor([[0.5, 0.5, 1.0, 2.0, 2.0, 2.0]])
+    advantages = torch.tensor([[1.0, -1.0, 3.0, 1.0, -1.0, 0.0]])
+    log_probs = ratios.log().requires_grad_()
+    result = policy_loss(log_probs, torch.zeros(1, 6), advantages, 0.2)
+    # min(A ρ, A clip(ρ)): .5, -.8, 3, 1.2, -2, 0
+    assert result.loss.item() == pytest.approx(-(0.5 - 0.8 + 3 + 1.2 - 2))
+    assert result.clipped_low.tolist() == [[False, True, False, False, False, False]]
+    assert result.clipped_high.tolist() == [[False, False, False, True, False, False]]
+    result.loss.sum().backward()
+    # the flags tell whose gradient is gone; the others have -A ρ
+    assert log_probs.grad.flatten().tolist() == pytest.approx([-0.5, 0, -3, 0, 2, 0])
+
+
+def test_no_gradient_reaches_the_old_policy():
+    old = torch.zeros(1, 2, requires_grad=True)
+    assert not policy_loss(torch.zeros(1, 2), old, torch.ones(1, 2), 0.1).loss.requires_grad
+
+
+def test_velocity_kl_by_hand():
+    velocity = torch.tensor([[[1.0, 3.0], [2.0, 0.0]]]).bfloat16()
+    # tokens: (1 + 9)/2 = 5 and (4 + 0)/2 = 2; weights 1 and 3
+    kl = velocity_kl(velocity, torch.zeros(1, 2, 2), torch.tensor([[1.0, 3.0]]))
+    assert kl.tolist() == [11 / 4]
+    assert velocity_kl(velocity, velocity, torch.ones(1, 2)).tolist() == [0]
