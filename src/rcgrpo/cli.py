@@ -93,7 +93,8 @@ def parse(
     import yaml
     from trl import TrlParser
 
-    arguments = list(arguments)
+    # TRL's parser knows `--config file` alone.
+    arguments = [part for a in arguments for part in (a.split("=", 1) if a.startswith("--config=") else [a])]
     known = {f.name for cls in classes for f in fields(cls) if f.init}
     if default_config is not None and "--config" not in arguments:
         arguments = ["--config", default_config, *arguments]
@@ -258,6 +259,7 @@ def edit(arguments: Sequence[str]) -> None:
         pipe.load_lora_weights(args.lora)
     call: dict[str, Any] = dict(CALL) if tiny else {}
     if tiny:
+        args.instruction = args.instruction.lower().strip(" .!")  # its vocabulary is the data set's
         source = source.resize((CALL["width"], CALL["height"]), Image.Resampling.LANCZOS)
         mask = None if mask is None else mask.resize(source.size, Image.Resampling.NEAREST)
     if args.resolution is not None:

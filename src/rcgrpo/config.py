@@ -29,6 +29,8 @@ class RCGRPOConfig(_BaseConfig):
     Each field's `help` says what it does; `docs/algorithm.md` says why.
     """
 
+    _VALID_DICT_FIELDS = [*_BaseConfig._VALID_DICT_FIELDS, "model_init_kwargs"]
+
     # Parameters that control the data
     image_column: str = field(default="input_image", metadata={"help": "Column with the source picture."})
     prompt_column: str = field(default="instruction", metadata={"help": "Column with the instruction."})

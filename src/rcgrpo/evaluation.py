@@ -35,12 +35,14 @@ def roll_out_held_out(
 ) -> list[Group]:
     """One scored candidate for each edit with the trainer's current weights."""
     groups: list[Group] = []
+    trainer.model.eval()  # what is logged here belongs to no training step
     with tqdm(total=len(edits), desc=description, unit="edit") as progress:
         for start in range(0, len(edits), batch_size):
             part = trainer.make_groups(edits[start : start + batch_size], 1, (trainer.args.seed, "eval"), maps)
             trainer.score_groups(part)
             groups += part
             progress.update(len(part))
+    trainer.forget_metrics()
     return groups
 
 

@@ -105,6 +105,9 @@ class RegionDecoupledFluxKontextPipeline(FluxKontextPipeline):
         for name in list(kwargs):
             if name.endswith("prompt_embeds") and kwargs[name] is not None:
                 kwargs[name] = kwargs[name].repeat_interleave(group, dim=0)
+            elif name in ("prompt_2", "negative_prompt", "negative_prompt_2") and kwargs[name] is not None:
+                texts = [kwargs[name]] * len(masks) if isinstance(kwargs[name], str) else kwargs[name]
+                kwargs[name] = [text for text in texts for _ in range(group)]
         if prompts is not None:
             prompts = [text for text in prompts for _ in range(group)]
         images = (
@@ -142,7 +145,8 @@ class RegionDecoupledFluxKontextPipeline(FluxKontextPipeline):
         images = [image] if isinstance(image, Image.Image) else image
         if len(images) == 1 and count > 1:
             images = images.expand(count, -1, -1, -1) if isinstance(images, Tensor) else list(images) * count
-        given = mask_image if isinstance(mask_image, (list, tuple)) else [mask_image] * count
+        given = mask_image if isinstance(mask_image, (list, tuple)) else [mask_image]
+        given = list(given) * count if len(given) == 1 else given
         for name, values in (("image", images), ("mask_image", given)):
             if len(values) != count:
                 raise ValueError(f"{name}: got {len(values)}, expected one, or one for each of the {count} prompts")

@@ -16,16 +16,17 @@ import os
 import shutil
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from accelerate.utils import gather_object
 from peft import PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, TrainerCallback
+from transformers import PreTrainedConfig, TrainerCallback, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.trainer.base_trainer import _BaseTrainer
 from trl.trainer.utils import RepeatSampler
@@ -173,6 +174,11 @@ class RCGRPOTrainer(_BaseTrainer):
     def _make_rows(dataset: Any, name: str, args: RCGRPOConfig, required: list[str]) -> EditRows | None:
         if dataset is None:
             return None
+        if isinstance(dataset, Mapping):
+            raise TypeError(
+                f"{name}_dataset: got a dictionary of {sorted(map(str, dataset))}, expected one set of rows; pick one, "
+                "or call `trainer.evaluate(rows)` for each after training"
+            )
         rows = EditRows(dataset, name, args.image_column, args.prompt_column, args.mask_column, required)
         full = rows.check(args.check_rows)
         if full:
@@ -188,12 +194,16 @@ class RCGRPOTrainer(_BaseTrainer):
     def _load_pipeline(model: Any, args: RCGRPOConfig) -> RegionDecoupledFluxKontextPipeline:
         if isinstance(model, str | os.PathLike):
             kwargs = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]
+            for key in {"dtype", "torch_dtype"} & kwargs.keys():
+                kwargs[key] = getattr(torch, kwargs[key]) if isinstance(kwargs[key], str) else kwargs[key]
             return RegionDecoupledFluxKontextPipeline.from_pretrained(model, **kwargs)
         if isinstance(model, RegionDecoupledFluxKontextPipeline):
             return model
         if not all(hasattr(model, part) for part in ("transformer", "vae", "scheduler", "tokenizer_2")):
             raise TypeError(f"model: got {type(model).__name__}, expected a FluxKontextPipeline, a Hub id or a folder")
-        return RegionDecoupledFluxKontextPipeline.from_pipe(model)
+        pipe = RegionDecoupledFluxKontextPipeline(**model.components)  # `from_pipe` would cast everything to fp32
+        pipe.register_to_config(_name_or_path=model.config.get("_name_or_path"))
+        return pipe
 
     def _prepare_model(self, peft_config: PeftConfig | None, args: RCGRPOConfig) -> nn.Module:
         pipe = self.pipeline
@@ -216,6 +226,7 @@ class RCGRPOTrainer(_BaseTrainer):
             return transformer.requires_grad_(True)
         if isinstance(transformer, PeftModel):
             raise ValueError("model: the pipeline's transformer is wrapped by PEFT already, expected the bare one")
+        set_seed(args.seed)  # the LoRA's initial weights belong to the run, not to what ran before it
         try:
             wrapped = get_peft_model(transformer, peft_config)
         except ValueError as error:
@@ -241,8 +252,7 @@ class RCGRPOTrainer(_BaseTrainer):
                 failure.sample_label,
                 failure.reason,
             )
-        for mode in self._metrics.values():
-            mode.clear()
+        self.forget_metrics()
 
     def _fake_group(self, edit: Edit) -> Group:
         height, width = self.editor.size_for(edit.source)
@@ -333,6 +343,12 @@ class RCGRPOTrainer(_BaseTrainer):
         """What rewards logged with `log_extra` on the latest batch, one entry per candidate."""
         return dict(self._extra_columns)
 
+    def forget_metrics(self) -> None:
+        """Drop what was measured since the last log, for scores that belong to no step of the run."""
+        self._extra_columns = {}
+        for metrics in self._metrics.values():
+            metrics.clear()
+
     def score_groups(self, groups: Sequence[Group]) -> None:
         """Fill in rewards, scores and advantages of freshly rolled-out groups, and log them."""
         args, metrics = self.args, self._metrics[self._mode()]
@@ -377,18 +393,17 @@ class RCGRPOTrainer(_BaseTrainer):
 
     def _prepare_inputs(self, inputs: list[tuple[int, dict[str, Any]]]) -> list[Group]:  # type: ignore[override]
         """Roll out and score a micro-batch of edits the first time, hand it back in later iterations."""
-        accumulation = self.args.gradient_accumulation_steps
-        position = self._step % (accumulation * self.args.num_iterations)
-        if position == 0:
+        position = self._step % self.args.gradient_accumulation_steps
+        cycle, iteration = divmod(self.state.global_step, self.args.num_iterations)
+        if position == iteration == 0:
             self._buffer, self._old_log_probs = [], []
-        if position < accumulation:
+        if position == len(self._buffer):  # a new cycle, or one that a resume entered in its middle
             edits = [self.train_dataset.edit(index, row) for index, row in inputs]
-            cycle = self.state.global_step // self.args.num_iterations
             groups = self.make_groups(edits, self.args.num_generations, (self.args.seed, cycle))
             self.score_groups(groups)
             self._buffer.append(groups)
             self._old_log_probs.append({})
-        return self._buffer[position % accumulation]
+        return self._buffer[position]
 
     def compute_loss(  # type: ignore[override]
         self, model: nn.Module, inputs: Transitions, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -429,6 +444,8 @@ class RCGRPOTrainer(_BaseTrainer):
         key = (args.seed, self.state.global_step // args.num_iterations)
         chosen = choose(groups, args.num_anchors, args.num_policy_steps, args.policy_step_indices, key)
         batches = micro_batches(groups, chosen, args.train_micro_batch_size)
+        # Dropped groups count in the mean, so that it is the same however groups are spread over micro-steps and ranks.
+        size = len(groups) * args.num_anchors * args.num_policy_steps
         total = torch.zeros((), device=self.accelerator.device)
         for i, where in enumerate(batches):
             transitions = gather(groups, where, args.distance_space, known)
@@ -436,7 +453,7 @@ class RCGRPOTrainer(_BaseTrainer):
             syncing = nullcontext() if i + 1 == len(batches) else self.accelerator.no_sync(model)
             with syncing:
                 with self.compute_loss_context_manager():
-                    loss = self.compute_loss(model, transitions) * len(where) / len(chosen)
+                    loss = self.compute_loss(model, transitions) * len(where) / size
                 self._refuse_non_finite(loss, groups)
                 self.accelerator.backward(loss / self.current_gradient_accumulation_steps)
             known.update(zip(where, transitions.old_log_probs, strict=True))  # type: ignore[arg-type]
@@ -479,11 +496,12 @@ class RCGRPOTrainer(_BaseTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "eval" if any(key.startswith("eval_") for key in logs) else "train"
         prefix = "eval_" if mode == "eval" else ""
-        averaged = {}
-        for name, values in self._metrics[mode].items():
-            gathered = self.accelerator.gather(torch.tensor(values, device=self.accelerator.device)) if values else None
-            if gathered is not None and not bool(gathered.isnan().all()):
-                averaged[prefix + name] = float(gathered.nanmean())
+        # Processes may have logged other names, or another number of values, than this one.
+        gathered: dict[str, list[float]] = defaultdict(list)
+        for metrics in gather_object([dict(self._metrics[mode])]):
+            for name, values in metrics.items():
+                gathered[name] += [value for value in values if value == value]
+        averaged = {prefix + name: sum(values) / len(values) for name, values in gathered.items() if values}
         if mode == "eval":
             self._last_eval_metrics = averaged
         logs.update(averaged)
@@ -527,8 +545,14 @@ class RCGRPOTrainer(_BaseTrainer):
             weights |= load_file(file)
         self.accelerator.unwrap_model(self.model).load_state_dict(weights)
 
+    def _load_best_model(self) -> None:
+        if isinstance(self.accelerator.unwrap_model(self.model), PeftModel):
+            super()._load_best_model()
+        else:
+            self._load_from_checkpoint(str(self.state.best_model_checkpoint))
+
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
-        self._step = 0
+        self._step, self._buffer, self._old_log_probs = 0, [], []
         return super()._inner_training_loop(*args, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:

@@ -1,0 +1,191 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_kontext import TINY_CALL, build_tiny_kontext
+
+from rcgrpo.editors import Conditions, FluxKontextEditor
+from rcgrpo.editors.flux_kontext import fit_size, instruction_token_weights
+from rcgrpo.rollout import rollout
+
+PROMPTS = ["make it red", "add a small boat"]
+
+
+def picture(seed, width=32, height=32):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def noise(batch, tokens=64, seed=0):
+    return torch.randn(batch, tokens, 16, generator=torch.Generator().manual_seed(seed))
+
+
+def editor_of(pipeline, **kwargs):
+    return FluxKontextEditor(pipeline, 32, TINY_CALL["num_inference_steps"], max_sequence_length=48, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    pipe = build_tiny_kontext()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+# ------------------------------------------------------------------------------------ the stock pipeline, to the bit
+
+
+@pytest.mark.parametrize(("width", "height"), [(32, 32), (36, 24), (20, 48)])
+@pytest.mark.parametrize("guidance_embeds", [False, True])
+def test_rollout_reproduces_the_stock_pipeline(width, height, guidance_embeds):
+    pipe = build_tiny_kontext(guidance_embeds=guidance_embeds)
+    pipe.set_progress_bar_config(disable=True)
+    sources, start = [picture(1, width, height), picture(2, width, height)], noise(2, width * height // 16)
+    call = {**TINY_CALL, "width": width, "height": height, "max_area": width * height, "guidance_scale": 2.0}
+    latents = pipe(sources, PROMPTS, latents=start, output_type="latent", **call).images
+    images = pipe(sources, PROMPTS, latents=start, **call).images
+
+    editor = editor_of(pipe, guidance_scale=2.0)
+    editor.resolution = (width * height) ** 0.5
+    assert editor.size_for(sources[0]) == (height, width)
+    trajectory, attention, maps = rollout(editor, pipe.transformer, start, editor.encode(sources, PROMPTS))
+    assert attention is None and maps is None
+    assert torch.equal(trajectory[0], start)
+    assert torch.equal(trajectory[-1], latents)
+    for ours, theirs in zip(editor.decode(trajectory[-1], height, width), images, strict=True):
+        assert np.array_equal(np.asarray(ours), np.asarray(theirs))
+
+
+def test_guidance_reaches_a_distilled_model():
+    pipe = build_tiny_kontext(guidance_embeds=True)
+    results = []
+    for guidance_scale in (1.0, 5.0):
+        editor = editor_of(pipe, guidance_scale=guidance_scale)
+        conditions = editor.encode([picture(1)], PROMPTS[:1])
+        results.append(editor.velocity(pipe.transformer, noise(1), torch.tensor([700.0]), conditions))
+    assert (results[0] - results[1]).abs().max() > 1e-4
+
+
+def test_first_velocity_in_bf16_is_the_stock_one_and_latents_stay_fp32():
+    pipe = build_tiny_kontext(guidance_embeds=True).to(torch.bfloat16)
+    pipe.set_progress_bar_config(disable=True)
+    start, seen = noise(2).bfloat16(), []
+    handle = pipe.transformer.register_forward_hook(lambda module, args, output: seen.append(output[0][:, :64]))
+    images = pipe([picture(1), picture(2)], PROMPTS, latents=start, **TINY_CALL).images
+    handle.remove()
+
+    editor = editor_of(pipe)
+    conditions = editor.encode([picture(1), picture(2)], PROMPTS)
+    timestep = editor.schedule(32, 32).timesteps[0].expand(2)
+    with torch.no_grad():
+        velocity = editor.velocity(pipe.transformer, start.float(), timestep, conditions)
+    assert velocity.dtype == torch.bfloat16
+    assert torch.equal(velocity, seen[0])
+
+    trajectory, _, _ = rollout(editor, pipe.transformer, start, conditions)
+    assert trajectory.dtype == torch.float32
+    for ours, theirs in zip(editor.decode(trajectory[-1], 32, 32), images, strict=True):
+        # the stock loop rounds its latents to bf16 after each step
+        assert np.abs(np.asarray(ours, float) - np.asarray(theirs, float)).mean() < 3
+
+
+def test_schedule_runs_from_1_to_0_and_is_ready_to_repeat(pipeline):
+    editor = editor_of(pipeline)
+    schedule = editor.schedule(32, 32)
+    assert len(schedule) == 3 and len(schedule.sigmas) == 4
+    assert schedule.sigmas[0] == 1 and schedule.sigmas[-1] == 0
+    assert (schedule.sigmas.diff() < 0).all()
+    torch.testing.assert_close(schedule.timesteps, 1000 * schedule.sigmas[:-1])
+    assert pipeline.scheduler.begin_index == 0
+    # The shift counts the noisy tokens: 64 here, exp(mu) with mu linear through (256, .5) and (4096, 1.15).
+    shift = np.exp(0.5 + (64 - 256) * 0.65 / 3840)
+    assert schedule.sigmas[1].item() == pytest.approx(shift / (shift + (1 / (2 / 3) - 1)), abs=1e-6)
+
+
+# ------------------------------------------------------------------------------------ sizes
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "expected"),
+    [
+        (1024, 1024, (1024, 1024)),
+        (512, 512, (1024, 1024)),
+        (768, 1024, (880, 1168)),  # sqrt(2^20 · 3/4) = 886.8, sqrt(2^20 · 4/3) = 1182.4
+        (1024, 768, (1168, 880)),
+    ],
+)
+def test_size_keeps_the_aspect_ratio_at_the_area(height, width, expected):
+    assert fit_size(height, width, 1024**2, 16) == expected
+
+
+def test_size_and_grid_of_a_picture(pipeline):
+    editor = editor_of(pipeline)
+    assert editor.multiple == 4 and editor.channels == 16
+    assert editor.size_for(picture(0, width=300, height=100)) == (16, 52)  # 18.5 and 55.4, floored to 4
+    assert editor.grid_for(16, 52) == (4, 13)
+
+
+def test_a_resolution_below_one_token_is_refused(pipeline):
+    with pytest.raises(ValueError, match="resolution: got 3, expected at least 4 pixels"):
+        FluxKontextEditor(pipeline, 3, 2)
+
+
+def test_pictures_of_different_sizes_are_refused_together(pipeline):
+    with pytest.raises(ValueError, match=r"images: got pictures edited at \[\(24, 36\), \(32, 32\)\], expected one size"):
+        editor_of(pipeline).encode([picture(1), picture(2, width=48, height=32)], PROMPTS)
+
+
+def test_pictures_of_different_size_and_one_aspect_ratio_go_together(pipeline):
+    conditions = editor_of(pipeline).encode([picture(1), picture(2, width=80, height=80)], PROMPTS)
+    assert (conditions.height, conditions.width) == (32, 32)
+    assert conditions.image_latents.shape == (2, 64, 16)
+
+
+# ------------------------------------------------------------------------------------ conditions
+
+
+def test_samples_are_encoded_independently_of_their_batch(pipeline):
+    editor = editor_of(pipeline)
+    both = editor.encode([picture(1), picture(2)], PROMPTS)
+    for i in range(2):
+        alone = editor.encode([picture(i + 1)], PROMPTS[i : i + 1])
+        for name in ("prompt_embeds", "pooled_prompt_embeds", "text_weights", "image_latents"):
+            torch.testing.assert_close(getattr(both[i : i + 1], name), getattr(alone, name), rtol=1e-4, atol=1e-5)
+
+
+def conditions_of(values):
+    values = torch.tensor(values, dtype=torch.float32)
+    return Conditions(values.view(-1, 1, 1), values.view(-1, 1), values.view(-1, 1), values.view(-1, 1, 1), 32, 16)
+
+
+def firsts(conditions):
+    columns = [conditions.prompt_embeds, conditions.pooled_prompt_embeds, conditions.text_weights]
+    lists = [tensor.flatten().tolist() for tensor in [*columns, conditions.image_latents]]
+    assert lists.count(lists[0]) == 4
+    assert (conditions.height, conditions.width) == (32, 16)
+    return lists[0]
+
+
+def test_conditions_repeat_index_and_concatenate():
+    conditions = conditions_of([1, 2, 3])
+    assert len(conditions) == 3
+    assert firsts(conditions.repeat(2)) == [1, 1, 2, 2, 3, 3]
+    assert firsts(conditions[1:]) == [2, 3]
+    assert firsts(conditions[torch.tensor([2, 0, 2])]) == [3, 1, 3]
+    assert firsts(Conditions.concatenate([conditions[2:], conditions_of([7])])) == [3, 7]
+
+
+def test_instruction_weights_leave_out_padding_and_the_end(pipeline):
+    weights = instruction_token_weights(pipeline, ["red", "a boat"], 10)
+    # the tokenizer spells: one mark at the start of each word, one token a letter
+    assert weights.tolist() == [[1] * 4 + [0] * 6, [1] * 7 + [0] * 3]
+    # cut off, the instruction still ends in the end-of-sequence token
+    assert instruction_token_weights(pipeline, ["a boat"], 4).tolist() == [[1, 1, 1, 0]]
+
+
+def test_velocity_depends_on_source_and_instruction(pipeline):
+    editor = editor_of(pipeline)
+    conditions = editor.encode([picture(1), picture(2), picture(1)], [PROMPTS[0], PROMPTS[0], PROMPTS[1]])
+    with torch.no_grad():
+        velocity = editor.velocity(pipeline.transformer, noise(1).expand(3, -1, -1), torch.full((3,), 500.0), conditions)
+    assert velocity.shape == (3, 64, 16)
+    assert (velocity[0] - velocity[1]).abs().max() > 1e-3
+    assert (velocity[0] - velocity[2]).abs().max() > 1e-3

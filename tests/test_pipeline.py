@@ -1,0 +1,292 @@
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline, FluxKontextPipeline
+from PIL import Image
+from tiny_kontext import TINY_CALL, build_tiny_kontext
+
+from rcgrpo import RegionDecoupledFluxKontextPipeline
+from rcgrpo.editors import FluxKontextEditor
+from rcgrpo.regions import to_tokens
+from rcgrpo.rollout import rollout
+
+PROMPTS = ["make it red", "add a small boat"]
+
+
+def picture(seed, size=(32, 32)):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
+
+
+def mask(row=8, column=8, side=10):
+    array = np.zeros((32, 32), dtype=np.uint8)
+    array[row : row + side, column : column + side] = 255
+    return Image.fromarray(array)
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def noise(batch, seed=5):
+    return torch.randn(batch, 64, 16, generator=generator(seed))
+
+
+SOURCES, MASKS = [picture(1), picture(2)], [mask(), mask(16, 4, 12)]
+
+
+@pytest.fixture(scope="module")
+def stock():
+    pipe = build_tiny_kontext()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def pipe(stock):
+    pipe = RegionDecoupledFluxKontextPipeline.from_pipe(stock)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def latents_of(pipeline, *args, **kwargs):
+    call = {"output_type": "latent", **TINY_CALL, **kwargs}
+    return pipeline(*args, **call).images
+
+
+def started_from(pipe, *args, **kwargs):
+    """The noise that a call starts from, `[images, tokens, channels]`, and the latents that it ends with."""
+    seen = []
+    handle = pipe.transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["hidden_states"][:, :64]), with_kwargs=True
+    )
+    try:
+        return latents_of(pipe, *args, **kwargs), seen[0]
+    finally:
+        handle.remove()
+
+
+# ------------------------------------------------------------------------------------ without a mask: diffusers
+
+
+@pytest.mark.parametrize(
+    ("image", "prompt", "kwargs"),
+    [
+        (SOURCES[0], PROMPTS[0], {}),
+        (SOURCES, PROMPTS, {}),
+        (SOURCES[0], PROMPTS[0], {"num_images_per_prompt": 3}),
+        (SOURCES, PROMPTS, {"num_images_per_prompt": 2}),
+        (None, PROMPTS, {}),
+        (SOURCES[0], PROMPTS[0], {"output_type": "np"}),
+        (SOURCES[0], PROMPTS[0], {"negative_prompt": "blue", "true_cfg_scale": 2.0}),
+    ],
+)
+def test_without_new_arguments_every_bit_is_diffusers_own(stock, pipe, image, prompt, kwargs):
+    expected = stock(image, prompt, generator=generator(), **{"output_type": "latent", **TINY_CALL, **kwargs})
+    result = pipe(image, prompt, generator=generator(), **{"output_type": "latent", **TINY_CALL, **kwargs})
+    assert type(result) is type(expected)
+    assert np.array_equal(np.asarray(result.images), np.asarray(expected.images))
+
+
+def test_positional_arguments_and_tuples_are_passed_on(stock, pipe):
+    results = [p(SOURCES[0], PROMPTS[0], "2nd", generator=generator(), return_dict=False, **TINY_CALL) for p in (stock, pipe)]
+    assert isinstance(results[1], tuple) and len(results[1]) == len(results[0]) == 1
+    assert np.array_equal(*(np.asarray(result[0][0]) for result in results))
+
+
+# ------------------------------------------------------------------------------------ with a mask
+
+
+def test_groups_start_alike_outside_the_region_and_apart_inside(pipe):
+    result, start = started_from(
+        pipe, SOURCES, PROMPTS, mask_image=MASKS, num_images_per_prompt=3, edit_strength=0.8, generator=generator()
+    )
+    assert len(result) == 6
+    for p in range(2):
+        inside = to_tokens(torch.from_numpy(np.array(MASKS[p]) / 255.0), (8, 8), "max") == 1
+        group = start[3 * p : 3 * p + 3]
+        assert (group[:, ~inside] == group[:1, ~inside]).all()
+        assert (group[1:, inside] != group[:1, inside]).all()
+        assert (group[1, inside] != group[2, inside]).all()
+    assert (start[0] != start[3]).all(), "prompts have their own base"
+
+
+@pytest.mark.parametrize("keep_strength", [0.0, 0.3])
+def test_the_base_is_the_noise_that_diffusers_would_draw(stock, pipe, keep_strength):
+    _, start = started_from(
+        pipe, SOURCES, PROMPTS, mask_image=MASKS, generator=generator(), edit_strength=0.6, keep_strength=keep_strength
+    )
+    _, base = started_from(stock, SOURCES, PROMPTS, generator=generator())
+    inside = to_tokens(torch.stack([torch.from_numpy(np.array(m) / 255.0) for m in MASKS]), (8, 8), "max") == 1
+    if keep_strength == 0:
+        assert torch.equal(start[~inside], base[~inside])
+    for part, strength in ((inside, 0.6), (~inside, keep_strength)):
+        difference = start[part] - (1 - strength**2) ** 0.5 * base[part]
+        assert difference.std().item() == pytest.approx(strength, abs=0.1)
+
+
+def test_no_strength_repeats_the_stock_picture(stock, pipe):
+    call = {"mask_image": MASKS[0], "edit_strength": 0.0, "generator": generator()}
+    alone = latents_of(pipe, SOURCES[0], PROMPTS[0], **call)
+    assert torch.equal(alone, latents_of(stock, SOURCES[0], PROMPTS[0], generator=generator()))
+    images = pipe(SOURCES[0], PROMPTS[0], num_images_per_prompt=3, **call, **TINY_CALL).images
+    assert len({image.tobytes() for image in images}) == 1
+
+
+def test_every_candidate_is_paired_with_its_own_source_and_prompt(stock, pipe):
+    result, start = started_from(
+        pipe, SOURCES, PROMPTS, mask_image=MASKS, num_images_per_prompt=2, edit_strength=0.9, latents=noise(2)
+    )
+    for i in range(4):
+        alone = latents_of(stock, SOURCES[i // 2], PROMPTS[i // 2], latents=start[i : i + 1])
+        torch.testing.assert_close(result[i : i + 1], alone, rtol=0, atol=1e-5)
+    swapped = latents_of(stock, SOURCES[1], PROMPTS[0], latents=start[:1])
+    assert (result[:1] - swapped).abs().max() > 1e-3, "else the pairing could not be seen"
+
+
+@pytest.mark.parametrize("as_text", [str, lambda text: [text, text + "!"]])
+def test_second_and_negative_prompts_follow_their_candidates(stock, pipe, as_text):
+    second, negative = as_text("sunny"), as_text("blue")
+    kwargs = {"prompt_2": second, "negative_prompt": negative, "negative_prompt_2": negative, "true_cfg_scale": 2.0}
+    prompts = PROMPTS[: 1 if isinstance(second, str) else 2]
+    result, start = started_from(
+        pipe, SOURCES[: len(prompts)], prompts, mask_image=MASKS[0], num_images_per_prompt=2, latents=noise(2)[: len(prompts)], **kwargs
+    )
+    assert len(result) == 2 * len(prompts)
+    for i, text in enumerate(prompts):
+        single = {k: v[i] if isinstance(v, list) else v for k, v in kwargs.items()}
+        alone = latents_of(stock, SOURCES[i], text, latents=start[2 * i : 2 * i + 1], **single)
+        torch.testing.assert_close(result[2 * i : 2 * i + 1], alone, rtol=0, atol=2e-5)
+
+
+def test_embeddings_instead_of_prompts(pipe):
+    embeds, pooled, _ = pipe.encode_prompt(PROMPTS, None, max_sequence_length=48)
+    call = {"mask_image": MASKS, "num_images_per_prompt": 2}
+    expected = latents_of(pipe, SOURCES, PROMPTS, generator=generator(), **call)
+    given = {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
+    torch.testing.assert_close(latents_of(pipe, SOURCES, None, generator=generator(), **given, **call), expected)
+
+
+@pytest.mark.parametrize("form", ["pil", "list of pil", "tensor", "numpy"])
+def test_one_source_and_one_mask_serve_all_prompts(pipe, form):
+    array = np.asarray(SOURCES[0], dtype=np.float32)[None] / 255
+    image = {
+        "pil": SOURCES[0],
+        "list of pil": [SOURCES[0]],
+        "tensor": torch.from_numpy(array).permute(0, 3, 1, 2),
+        "numpy": array,
+    }[form]
+    masks = [MASKS[0]] if form == "list of pil" else MASKS[0]
+    result = latents_of(pipe, image, PROMPTS, mask_image=masks, num_images_per_prompt=2, generator=generator())
+    expected = latents_of(
+        pipe, [SOURCES[0]] * 2, PROMPTS, mask_image=[MASKS[0]] * 2, num_images_per_prompt=2, generator=generator()
+    )
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-5)
+
+
+def test_the_generator_decides_everything(pipe):
+    call = {"mask_image": MASKS, "num_images_per_prompt": 2, "keep_strength": 0.2}
+    first = latents_of(pipe, SOURCES, PROMPTS, generator=generator(1), **call)
+    torch.manual_seed(3)
+    assert torch.equal(first, latents_of(pipe, SOURCES, PROMPTS, generator=generator(1), **call))
+    assert not torch.equal(first, latents_of(pipe, SOURCES, PROMPTS, generator=generator(2), **call))
+
+
+def test_one_generator_for_each_prompt_makes_prompts_independent(pipe):
+    call = {"num_images_per_prompt": 2, "edit_strength": 0.9}
+    generators = [generator(1), generator(2)]
+    both = latents_of(pipe, SOURCES, PROMPTS, mask_image=MASKS, generator=generators, **call)
+    for i in range(2):
+        alone = latents_of(pipe, SOURCES[i], PROMPTS[i], mask_image=MASKS[i], generator=[generator(i + 1)], **call)
+        torch.testing.assert_close(both[2 * i : 2 * i + 2], alone, rtol=0, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------ attention
+
+
+def test_attention_is_that_of_the_same_rollout(pipe):
+    call = {"mask_image": MASKS, "num_images_per_prompt": 2, "output_attention": True, "output_type": "latent"}
+    output = pipe(SOURCES, PROMPTS, latents=noise(2), generator=generator(), **call, **TINY_CALL)
+    _, start = started_from(pipe, SOURCES, PROMPTS, latents=noise(2), generator=generator(), **call)
+
+    editor = FluxKontextEditor(pipe, 32, TINY_CALL["num_inference_steps"], max_sequence_length=48)
+    covered = to_tokens(torch.stack([torch.from_numpy(np.array(m)) / 255 for m in MASKS]), (8, 8), "mean")
+    covered = covered.repeat_interleave(2, dim=0)
+    conditions = editor.encode(SOURCES, PROMPTS).repeat(2)
+    trajectory, concentration, _ = rollout(editor, pipe.transformer, start, conditions, covered)
+    assert torch.equal(output.images, trajectory[-1])
+    for name in ("mass", "density", "contrast"):
+        torch.testing.assert_close(getattr(output.attention, name), getattr(concentration, name), rtol=0, atol=1e-6)
+    assert output.attention_maps.shape == (4, 8, 8)
+    torch.testing.assert_close(output.attention_maps.sum((1, 2)), torch.ones(4))
+    torch.testing.assert_close((output.attention_maps.flatten(1) * covered).sum(-1), output.attention.mass)
+
+    for i in range(4):  # and of each candidate alone
+        alone = pipe(
+            SOURCES[i // 2],
+            PROMPTS[i // 2],
+            latents=start[i : i + 1],
+            **{**call, "mask_image": MASKS[i // 2], "num_images_per_prompt": 1, "edit_strength": 0.0},
+            **TINY_CALL,
+        )
+        torch.testing.assert_close(alone.attention.mass[0], output.attention.mass[i], rtol=0, atol=1e-6)
+
+
+def test_measuring_attention_changes_no_picture(pipe):
+    call = {"mask_image": MASKS, "num_images_per_prompt": 2, "return_dict": False, **TINY_CALL}
+    images, attention, maps = pipe(SOURCES, PROMPTS, generator=generator(), **call)
+    assert attention is None and maps is None
+    measured, attention, maps = pipe(SOURCES, PROMPTS, generator=generator(), output_attention=True, **call)
+    assert [image.tobytes() for image in images] == [image.tobytes() for image in measured]
+    assert ((attention.mass > 0) & (attention.mass < 1)).all()
+    assert ((attention.contrast > 0) & (attention.contrast < 1)).all()
+    assert not any(module._forward_hooks for module in pipe.transformer.modules())
+
+
+# ------------------------------------------------------------------------------------ refusals
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"output_attention": True}, "output_attention: got True without mask_image"),
+        ({"mask_image": Image.new("L", (32, 32))}, r"mask_image\[0\]: got an empty mask"),
+        ({"mask_image": Image.new("L", (16, 32), 255)}, r"mask_image\[0\]: got a mask .* \(32, 16\), .* \(32, 32\)"),
+        ({"mask_image": MASKS}, "mask_image: got 2, expected one, or one for each of the 1 prompts"),
+        ({"mask_image": MASKS[0], "image": SOURCES}, "image: got 2, expected one, or one for each of the 1 prompts"),
+        ({"mask_image": MASKS[0], "image": None}, "image: got None, expected the source picture"),
+        ({"mask_image": MASKS[0], "edit_strength": 1.5}, "edit_strength: got 1.5, expected a strength in"),
+        ({"mask_image": MASKS[0], "keep_strength": -0.5}, "keep_strength: got -0.5"),
+        ({"mask_image": MASKS[0], "output_attention": True, "true_cfg_scale": 2.0}, "output_attention: cannot be comb"),
+    ],
+)
+def test_wrong_arguments_are_refused_with_their_name(pipe, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        pipe(**{"image": SOURCES[0], "prompt": PROMPTS[0], **TINY_CALL, **kwargs})
+
+
+def test_positional_extras_are_refused_with_a_mask(pipe):
+    with pytest.raises(ValueError, match="by name when a mask is given"):
+        pipe(SOURCES[0], PROMPTS[0], "second prompt", mask_image=MASKS[0], **TINY_CALL)
+
+
+# ------------------------------------------------------------------------------------ saving and loading
+
+
+def test_a_saved_pipeline_opens_everywhere_and_paints_the_same(stock, pipe, tmp_path):
+    stock.save_pretrained(tmp_path / "stock")
+    pipe.save_pretrained(tmp_path / "ours")
+    expected = latents_of(stock, SOURCES[0], PROMPTS[0], generator=generator())
+    for opener, folder, kind in [
+        (RegionDecoupledFluxKontextPipeline, "stock", RegionDecoupledFluxKontextPipeline),
+        (RegionDecoupledFluxKontextPipeline, "ours", RegionDecoupledFluxKontextPipeline),
+        (FluxKontextPipeline, "ours", FluxKontextPipeline),
+        (DiffusionPipeline, "ours", FluxKontextPipeline),
+    ]:
+        opened = opener.from_pretrained(tmp_path / folder)
+        opened.set_progress_bar_config(disable=True)
+        assert type(opened) is kind
+        assert torch.equal(latents_of(opened, SOURCES[0], PROMPTS[0], generator=generator()), expected)
+
+
+def test_from_pipe_shares_the_weights(stock, pipe):
+    assert pipe.transformer is stock.transformer and pipe.vae is stock.vae
