@@ -18,7 +18,17 @@ def run(folder: Path, seed: int, extra: list[str]) -> dict:
     done = folder / "seconds.txt"
     if not done.exists():
         began = time.perf_counter()
-        command = [sys.executable, "-m", "rcgrpo.cli", "train", "--seed", str(seed), "--output_dir", str(folder), *extra]
+        command = [
+            sys.executable,
+            "-m",
+            "rcgrpo.cli",
+            "train",
+            "--seed",
+            str(seed),
+            "--output_dir",
+            str(folder),
+            *extra,
+        ]
         subprocess.run(command, check=True)
         done.write_text(str(time.perf_counter() - began))
     return json.loads((folder / "metrics.json").read_text()) | {"minutes": float(done.read_text()) / 60}

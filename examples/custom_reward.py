@@ -3,9 +3,9 @@
     python examples/custom_reward.py --tiny          the embedded editor, a CPU, a minute or two
     python examples/custom_reward.py                 FLUX.1-Kontext-dev and CompBench from the Hub, one large GPU
 
-A reward is any function of the candidates and of the data set's columns. It returns a number for each candidate, or None
-where it has nothing to say. This one wants edits that are more colourful inside the mask. What it leaves out: a judge of
-whether the instruction was followed; without one, colour is all that the editor learns.
+A reward is any function of the candidates and of the data set's columns. It returns a number for each candidate, or
+None where it has nothing to say. This one wants edits that are more colourful inside the mask. What it leaves out: a
+judge of whether the instruction was followed; without one, colour is all that the editor learns.
 """
 
 import argparse
@@ -57,7 +57,9 @@ def main() -> None:
         reward_funcs=[colourful, "background_keep"],
         args=config,
         train_dataset=data,
-        peft_config=LoraConfig(r=16, lora_alpha=16, target_modules=["attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"]),
+        peft_config=LoraConfig(
+            r=16, lora_alpha=16, target_modules=["attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"]
+        ),
     )
     trainer.train()
     trainer.save_model()

@@ -4,10 +4,10 @@ import pytest
 import torch
 from diffusers.models.transformers import transformer_flux
 from peft import LoraConfig, get_peft_model
-from tiny_kontext import build_tiny_kontext
 
 from rcgrpo import attention
 from rcgrpo.attention import AttentionRecorder, Concentration, attention_shares
+from tiny_kontext import build_tiny_kontext
 
 TEXT, TOKENS, REFERENCE, BATCH = 6, 8, 8, 3  # image and reference: 2 × 4 tokens
 BLOCKS = 4  # 2 double, 2 single
@@ -68,7 +68,7 @@ def transformer():
 
 @contextmanager
 def dense_attention(monkeypatch):
-    """The attention matrices `[batch, heads, rows, keys]` that the stock processors really work with, block by block."""
+    """The attention matrices `[batch, heads, rows, keys]` that the stock processors work with, block by block."""
     matrices, dispatch = [], transformer_flux.dispatch_attention_fn
 
     def spy(query, key, value, **kwargs):

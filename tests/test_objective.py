@@ -12,6 +12,7 @@ from rcgrpo.objective import (
     policy_loss,
     predict_clean,
     quasi_norm,
+    spread,
     surrogate_log_probs,
     velocity_kl,
 )
@@ -43,11 +44,19 @@ def test_a_candidate_without_a_score_leaves_the_statistics():
     assert group_advantages(torch.tensor([1.0, NAN, 3.0])).tolist() == [-1, 0, 1]
 
 
-@pytest.mark.parametrize("rewards", [[NAN, NAN, NAN], [NAN, 5.0, NAN], [2.0, 2.0, 2.0], [0.1, 0.1, NAN], [0.0, 0.0]])
+@pytest.mark.parametrize(
+    "rewards", [[NAN, NAN, NAN], [NAN, 5.0, NAN], [2.0, 2.0, 2.0], [0.7] * 8, [0.1, 0.1, NAN], [0.0, 0.0]]
+)
 def test_groups_that_cannot_be_compared_have_no_say(rewards):
     advantages = group_advantages(torch.tensor(rewards))
     assert advantages.tolist() == [0] * len(rewards)
     assert quasi_norm(advantages).tolist() == [0] * len(rewards)
+
+
+def test_spread_counts_scored_candidates_alone():
+    assert spread(torch.tensor([1.0, NAN, 3.0])) == 1
+    assert spread(torch.tensor([NAN, 5.0])) == 0
+    assert math.isnan(spread(torch.tensor([NAN, NAN])))
 
 
 def test_groups_do_not_see_each_other():

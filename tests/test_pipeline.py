@@ -3,12 +3,12 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, FluxKontextPipeline
 from PIL import Image
-from tiny_kontext import TINY_CALL, build_tiny_kontext
 
 from rcgrpo import RegionDecoupledFluxKontextPipeline
 from rcgrpo.editors import FluxKontextEditor
 from rcgrpo.regions import to_tokens
 from rcgrpo.rollout import rollout
+from tiny_kontext import TINY_CALL, build_tiny_kontext
 
 PROMPTS = ["make it red", "add a small boat"]
 
@@ -88,7 +88,9 @@ def test_without_new_arguments_every_bit_is_diffusers_own(stock, pipe, image, pr
 
 
 def test_positional_arguments_and_tuples_are_passed_on(stock, pipe):
-    results = [p(SOURCES[0], PROMPTS[0], "2nd", generator=generator(), return_dict=False, **TINY_CALL) for p in (stock, pipe)]
+    results = [
+        p(SOURCES[0], PROMPTS[0], "2nd", generator=generator(), return_dict=False, **TINY_CALL) for p in (stock, pipe)
+    ]
     assert isinstance(results[1], tuple) and len(results[1]) == len(results[0]) == 1
     assert np.array_equal(*(np.asarray(result[0][0]) for result in results))
 
@@ -149,7 +151,13 @@ def test_second_and_negative_prompts_follow_their_candidates(stock, pipe, as_tex
     kwargs = {"prompt_2": second, "negative_prompt": negative, "negative_prompt_2": negative, "true_cfg_scale": 2.0}
     prompts = PROMPTS[: 1 if isinstance(second, str) else 2]
     result, start = started_from(
-        pipe, SOURCES[: len(prompts)], prompts, mask_image=MASKS[0], num_images_per_prompt=2, latents=noise(2)[: len(prompts)], **kwargs
+        pipe,
+        SOURCES[: len(prompts)],
+        prompts,
+        mask_image=MASKS[0],
+        num_images_per_prompt=2,
+        latents=noise(2)[: len(prompts)],
+        **kwargs,
     )
     assert len(result) == 2 * len(prompts)
     for i, text in enumerate(prompts):
@@ -180,6 +188,16 @@ def test_one_source_and_one_mask_serve_all_prompts(pipe, form):
     expected = latents_of(
         pipe, [SOURCES[0]] * 2, PROMPTS, mask_image=[MASKS[0]] * 2, num_images_per_prompt=2, generator=generator()
     )
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["tensor", "numpy"])
+def test_a_batch_of_sources_as_tensor_or_array(pipe, form):
+    array = np.stack([np.asarray(source, dtype=np.float32) / 255 for source in SOURCES])
+    image = array if form == "numpy" else torch.from_numpy(array).permute(0, 3, 1, 2)
+    call = {"mask_image": MASKS, "num_images_per_prompt": 2}
+    result = latents_of(pipe, image, PROMPTS, generator=generator(), **call)
+    expected = latents_of(pipe, SOURCES, PROMPTS, generator=generator(), **call)
     torch.testing.assert_close(result, expected, rtol=0, atol=1e-5)
 
 

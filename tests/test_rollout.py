@@ -2,13 +2,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_kontext import build_tiny_kontext
 
 from rcgrpo.data.edits import Edit
 from rcgrpo.editors import FluxKontextEditor
 from rcgrpo.objective import euler_step, surrogate_log_probs
 from rcgrpo.regions import to_tokens
 from rcgrpo.rollout import Exploration, Group, make_groups, rollout
+from tiny_kontext import build_tiny_kontext
 
 STEPS = 3
 
@@ -71,7 +71,7 @@ def test_a_replayed_euler_step_is_the_rolled_out_one_to_the_last_bit(dtype):
     editor = editor_of(dtype)
     noise, conditions, _ = batch(editor)
     trajectory, *_ = rollout(editor, editor.pipeline.transformer, noise, conditions)
-    assert trajectory.dtype == torch.float32
+    assert trajectory.dtype == torch.float32 and torch.equal(trajectory[0], noise)
     schedule = editor.schedule(32, 32)
     for t, timestep in enumerate(schedule.timesteps):
         velocity = editor.velocity(editor.pipeline.transformer, trajectory[t], timestep.expand(6), conditions)
@@ -124,6 +124,7 @@ def test_groups_come_in_the_order_of_the_edits_whatever_their_size(editor):
     groups = grouped(editor, edits, attention="maps")
     assert [group.edit.row for group in groups] == [0, 1, 2, 3]
     assert [group.size for group in groups] == [(32, 32), (24, 36)] * 2
+    assert (groups[0].trajectory[0] != groups[2].trajectory[0]).all(), "each edit has its own noise"
     for edit, group in zip(edits, groups, strict=True):
         alone = grouped(editor, [edit], attention="maps")[0]
         torch.testing.assert_close(group.trajectory, alone.trajectory, rtol=0, atol=1e-5)

@@ -1,7 +1,7 @@
 """Settings of a run: `GRPOConfig`'s names where the idea is the same, the paper's where it is not."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import transformers
 from packaging.version import Version
@@ -29,7 +29,7 @@ class RCGRPOConfig(_BaseConfig):
     Each field's `help` says what it does; `docs/algorithm.md` says why.
     """
 
-    _VALID_DICT_FIELDS = [*_BaseConfig._VALID_DICT_FIELDS, "model_init_kwargs"]
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*_BaseConfig._VALID_DICT_FIELDS, "model_init_kwargs"]
 
     # Parameters that control the data
     image_column: str = field(default="input_image", metadata={"help": "Column with the source picture."})
@@ -165,7 +165,8 @@ class RCGRPOConfig(_BaseConfig):
             refuse("num_generations", "an even number, because antithetic=True mirrors half of the group")
         if not 1 <= self.num_anchors <= self.num_generations:
             refuse("num_anchors", f"1 to num_generations ({self.num_generations})")
-        for name in ("num_generations_eval", "num_inference_steps", "num_policy_steps", "num_iterations", "resolution"):
+        counts = ("num_generations_eval", "num_inference_steps", "num_policy_steps", "num_iterations", "resolution")
+        for name in (*counts, "max_reward_failures"):
             if getattr(self, name) < 1:
                 refuse(name, "at least 1")
         for name in ("rollout_batch_size", "train_micro_batch_size"):
@@ -175,10 +176,10 @@ class RCGRPOConfig(_BaseConfig):
             if not 0 <= getattr(self, name) <= 1:
                 refuse(name, "a number in [0, 1]")
         for name in ("keep_weight", "beta", "beta_keep", "attention_reward_weight", "min_reward_std", "check_rows"):
-            if getattr(self, name) < 0:
+            if not getattr(self, name) >= 0:  # NaN is neither
                 refuse(name, "0 or more")
         for name in ("temperature", "epsilon", "advantage_power", "advantage_std_floor"):
-            if getattr(self, name) <= 0:
+            if not getattr(self, name) > 0:
                 refuse(name, "a number above 0")
         choices = {
             "distance_space": ("latents", "clean"),

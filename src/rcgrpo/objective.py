@@ -36,6 +36,11 @@ def group_advantages(rewards: Tensor, std_floor: float = 0.0) -> Tensor:
     return torch.where((count < 2) | flat, 0.0, centred / torch.where(scale > 0, scale, 1.0))
 
 
+def spread(values: Tensor) -> float:
+    """Standard deviation (biased) of the values that are not NaN; NaN where there are none."""
+    return float(values[~values.isnan()].std(correction=0))
+
+
 def quasi_norm(advantages: Tensor, power: float = 0.8) -> Tensor:
     """`A'_i = √G · A_i / (Σ_k |A_k|^p)^{1/p}` (Neighbor GRPO's reweighting; the √G is ours).
 

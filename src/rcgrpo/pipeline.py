@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import FluxKontextPipeline
 from diffusers.utils import BaseOutput
@@ -36,6 +37,13 @@ class RegionDecoupledPipelineOutput(BaseOutput):
     images: Any
     attention: Concentration | None = None
     attention_maps: Tensor | None = None
+
+
+def _repeat_each(batch: Any, times: int) -> Any:
+    """Each sample of a tensor, an array or a list `times` times in a row."""
+    if isinstance(batch, Tensor):
+        return batch.repeat_interleave(times, dim=0)
+    return batch.repeat(times, axis=0) if isinstance(batch, np.ndarray) else [x for x in batch for _ in range(times)]
 
 
 class RegionDecoupledFluxKontextPipeline(FluxKontextPipeline):
@@ -107,14 +115,10 @@ class RegionDecoupledFluxKontextPipeline(FluxKontextPipeline):
                 kwargs[name] = kwargs[name].repeat_interleave(group, dim=0)
             elif name in ("prompt_2", "negative_prompt", "negative_prompt_2") and kwargs[name] is not None:
                 texts = [kwargs[name]] * len(masks) if isinstance(kwargs[name], str) else kwargs[name]
-                kwargs[name] = [text for text in texts for _ in range(group)]
+                kwargs[name] = _repeat_each(texts, group)
         if prompts is not None:
-            prompts = [text for text in prompts for _ in range(group)]
-        images = (
-            images.repeat_interleave(group, dim=0)
-            if isinstance(images, Tensor)
-            else [picture for picture in images for _ in range(group)]
-        )
+            prompts = _repeat_each(prompts, group)
+        images = _repeat_each(images, group)
 
         recorder, recording = None, nullcontext()
         if output_attention:
@@ -144,7 +148,7 @@ class RegionDecoupledFluxKontextPipeline(FluxKontextPipeline):
         count = len(prompts) if prompts is not None else len(kwargs["prompt_embeds"])
         images = [image] if isinstance(image, Image.Image) else image
         if len(images) == 1 and count > 1:
-            images = images.expand(count, -1, -1, -1) if isinstance(images, Tensor) else list(images) * count
+            images = _repeat_each(images, count)
         given = mask_image if isinstance(mask_image, (list, tuple)) else [mask_image]
         given = list(given) * count if len(given) == 1 else given
         for name, values in (("image", images), ("mask_image", given)):

@@ -14,7 +14,6 @@ from typing import Any, Literal
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from .attention import AttentionRecorder, Concentration
 from .data.edits import Edit
@@ -29,7 +28,6 @@ def integrate(
     noise: Tensor,
     conditions: Conditions,
     schedule: Schedule,
-    progress: tqdm | None = None,
 ) -> Tensor:
     """Latents at every noise level, fp32 `[steps + 1, batch, tokens, channels]`; the last are the clean ones.
 
@@ -37,7 +35,6 @@ def integrate(
         noise: `[batch, tokens, channels]`, N(0, 1).
         conditions: of the same batch.
         schedule: from `editor.schedule`, called just before, because it readies the scheduler.
-        progress: a bar to advance by one a step.
     """
     # A scheduler counts its steps; a copy starts every integration at the first one.
     scheduler = copy.deepcopy(editor.pipeline.scheduler)
@@ -47,8 +44,6 @@ def integrate(
         velocity = editor.velocity(model, latents, timestep.expand(len(latents)), conditions)
         latents = scheduler.step(velocity.float(), timestep, latents, return_dict=False)[0]
         trajectory.append(latents)
-        if progress is not None:
-            progress.update()
     return torch.stack(trajectory)
 
 
@@ -61,7 +56,6 @@ def rollout(
     region: Tensor | None = None,
     batch_size: int | None = None,
     maps: bool = False,
-    progress: tqdm | None = None,
 ) -> tuple[Tensor, Concentration | None, Tensor | None]:
     """Integrate a batch of candidates in micro-batches, recording attention on the way when a region is given.
 
@@ -88,7 +82,7 @@ def rollout(
             else recorder.record(region[part], conditions.text_weights[part], maps)
         )
         with recording:
-            trajectories.append(integrate(editor, model, noise[part], conditions[part], schedule, progress))
+            trajectories.append(integrate(editor, model, noise[part], conditions[part], schedule))
         if recorder is not None:
             readings.append(recorder.concentration())
             if maps:
@@ -163,7 +157,6 @@ def make_groups(
     key: tuple[Any, ...],
     attention: Literal["none", "mass", "maps"] = "none",
     batch_size: int | None = None,
-    progress: tqdm | None = None,
 ) -> list[Group]:
     """Roll out a group of candidates for each edit.
 
@@ -196,7 +189,6 @@ def make_groups(
             None if attention == "none" else covered,
             batch_size,
             attention == "maps",
-            progress,
         )
         schedule = editor.schedule(*size)
         parts = trajectory[-1].split(batch_size or trajectory.shape[1])

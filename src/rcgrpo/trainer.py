@@ -11,8 +11,10 @@ is not in checkpoints, hence `save_steps` must be a multiple of it.
 """
 
 import dataclasses
+import json
 import logging
 import os
+import re
 import shutil
 import time
 from collections import defaultdict
@@ -43,12 +45,13 @@ from .objective import (
     policy_loss,
     predict_clean,
     quasi_norm,
+    spread,
     surrogate_log_probs,
     velocity_kl,
 )
 from .pipeline import RegionDecoupledFluxKontextPipeline
 from .regions import region_weights
-from .rewards import FailureWatch, Reward, resolve_rewards, score
+from .rewards import FailureWatch, Reward, ScoredBatch, resolve_rewards, score
 from .rollout import Exploration, Group, make_groups
 from .transitions import Transitions, Where, choose, gather, micro_batches
 
@@ -230,10 +233,11 @@ class RCGRPOTrainer(_BaseTrainer):
         try:
             wrapped = get_peft_model(transformer, peft_config)
         except ValueError as error:
-            linears = sorted({n.rsplit(".", 1)[-1] for n, m in transformer.named_modules() if isinstance(m, nn.Linear)})
+            names = (name for name, layer in transformer.named_modules() if isinstance(layer, nn.Linear))
+            endings = sorted({re.sub(r".*?([^.]+(\.\d+)?)$", r"\1", name) for name in names})
             raise ValueError(
                 f"peft_config.target_modules: got {peft_config.target_modules!r}, expected names of layers in "
-                f"{type(transformer).__name__}, e.g. ending in {linears[:12]} ({error})"
+                f"{type(transformer).__name__}, ending in {', '.join(endings)} ({error})"
             ) from error
         public = {key: value for key, value in transformer.config.items() if not key.startswith("_")}
         wrapped.config = PreTrainedConfig(**public)
@@ -307,7 +311,7 @@ class RCGRPOTrainer(_BaseTrainer):
 
     # ------------------------------------------------------------------------------------------ rewards
 
-    def _call_rewards(self, groups: Sequence[Group], labels: list[str]) -> Any:
+    def _call_rewards(self, groups: Sequence[Group], labels: list[str]) -> ScoredBatch:
         """Score every candidate of the groups in one call of each reward."""
         per_candidate = [(group, i) for group in groups for i in range(len(group.images))]
         sources, masks = {id(g): g.source for g in groups}, {id(g): g.mask for g in groups}
@@ -349,9 +353,9 @@ class RCGRPOTrainer(_BaseTrainer):
         for metrics in self._metrics.values():
             metrics.clear()
 
-    def score_groups(self, groups: Sequence[Group]) -> None:
-        """Fill in rewards, scores and advantages of freshly rolled-out groups, and log them."""
-        args, metrics = self.args, self._metrics[self._mode()]
+    def score_groups(self, groups: Sequence[Group]) -> ScoredBatch:
+        """Fill in rewards, scores and advantages of freshly rolled-out groups; warn of candidates without a score."""
+        args = self.args
         self._extra_columns = {}
         labels = [f"{g.edit.label}, candidate {i}" for g in groups for i in range(len(g.images))]
         scored = self._call_rewards(groups, labels)
@@ -359,8 +363,6 @@ class RCGRPOTrainer(_BaseTrainer):
             logger.warning("reward %r failed on %s: %s", failure.reward, failure.sample_label, failure.reason)
         if len(scored.failures) > 5:
             logger.warning("... and %d more reward failures in this batch", len(scored.failures) - 5)
-        metrics["rewards/failures"].append(float(len(scored.failures)))
-
         for group, rewards in zip(groups, scored.values.split([len(g.images) for g in groups]), strict=True):
             group.rewards = rewards
             group.scores, advantages = aggregate_rewards(
@@ -369,25 +371,28 @@ class RCGRPOTrainer(_BaseTrainer):
                 args.multi_objective_aggregation,  # type: ignore[arg-type]
                 args.advantage_std_floor,
             )
-            spread = float(group.scores[~group.scores.isnan()].std(correction=0)) if len(group.images) > 1 else 0.0
-            dropped = not spread >= args.min_reward_std  # NaN (nobody scored) is dropped too
-            group.advantages = torch.zeros_like(advantages) if dropped else quasi_norm(advantages, args.advantage_power)
-            metrics["reward"].append(float(group.scores.nanmean()))
-            count = len(group.images)
+            flat = not spread(group.scores) >= args.min_reward_std  # NaN, where nobody was scored, is flat too
+            group.advantages = torch.zeros_like(advantages) if flat else quasi_norm(advantages, args.advantage_power)
+        return scored
+
+    def _log_groups(self, groups: Sequence[Group], scored: ScoredBatch) -> None:
+        metrics = self._metrics[self._mode()]
+        metrics["rewards/failures"].append(float(len(scored.failures)))
+        for group in groups:
+            count, scores, rewards = len(group.images), group.scores, group.rewards
+            metrics["reward"].append(float(scores.nanmean()))  # type: ignore[union-attr]
             metrics["background/psnr"] += masked_psnr(group.images, [group.source] * count, [group.mask] * count)
-            if len(group.images) > 1:
-                metrics["reward_std"].append(spread)
-                metrics["frac_reward_zero_std"].append(float(dropped))
-                metrics["groups/scored_candidates"].append(float((~group.scores.isnan()).sum()))
             for i, reward in enumerate(self.rewards):
-                metrics[f"rewards/{reward.name}/mean"].append(float(rewards[:, i].nanmean()))
-                if len(group.images) > 1:
-                    values = rewards[:, i][~rewards[:, i].isnan()]
-                    metrics[f"rewards/{reward.name}/std"].append(float(values.std(correction=0)))
+                metrics[f"rewards/{reward.name}/mean"].append(float(rewards[:, i].nanmean()))  # type: ignore[index]
+                if count > 1:
+                    metrics[f"rewards/{reward.name}/std"].append(spread(rewards[:, i]))  # type: ignore[index]
+            if count > 1:
+                metrics["reward_std"].append(spread(scores))  # type: ignore[arg-type]
+                metrics["frac_reward_zero_std"].append(float(not group.advantages.any()))  # type: ignore[union-attr]
+                metrics["groups/scored_candidates"].append(float((~scores.isnan()).sum()))  # type: ignore[union-attr]
             if group.attention is not None:
                 for measure in ("mass", "density", "contrast"):
                     metrics[f"attention/{measure}"].append(float(getattr(group.attention, measure).mean()))
-        self.failures.update(scored)
 
     # ------------------------------------------------------------------------------------------ update
 
@@ -400,7 +405,9 @@ class RCGRPOTrainer(_BaseTrainer):
         if position == len(self._buffer):  # a new cycle, or one that a resume entered in its middle
             edits = [self.train_dataset.edit(index, row) for index, row in inputs]
             groups = self.make_groups(edits, self.args.num_generations, (self.args.seed, cycle))
-            self.score_groups(groups)
+            scored = self.score_groups(groups)
+            self._log_groups(groups, scored)
+            self.failures.update(scored)
             self._buffer.append(groups)
             self._old_log_probs.append({})
         return self._buffer[position]
@@ -478,7 +485,10 @@ class RCGRPOTrainer(_BaseTrainer):
     ) -> tuple[None, None, None]:
         """Roll out and score held-out edits, always from the same noise."""
         edits = [self._eval_rows().edit(index, row) for index, row in inputs]
-        self.score_groups(self.make_groups(edits, self.args.num_generations_eval, (self.args.seed, "eval")))
+        groups = self.make_groups(edits, self.args.num_generations_eval, (self.args.seed, "eval"))
+        scored = self.score_groups(groups)
+        self._log_groups(groups, scored)
+        self.failures.update(scored)
         return None, None, None
 
     def _eval_rows(self) -> EditRows:
@@ -570,10 +580,13 @@ class RCGRPOTrainer(_BaseTrainer):
         self._write_card(folder)
 
     def _write_card(self, folder: Path, model_name: str | None = None, dataset_name: str | None = None) -> None:
-        table = folder / "metrics.md"
-        numbers = [row for row in self.state.log_history if "eval_reward" in row]
-        chosen = ("eval_reward", "eval_background")
-        metrics = {k.removeprefix("eval_"): v for k, v in (numbers or [{}])[-1].items() if k.startswith(chosen)}
+        table, report = folder / "metrics.md", folder / "metrics.json"
+        if report.exists():  # written by `evaluation.write_report`
+            metrics = {row["metric"]: row["after"] for row in json.loads(report.read_text())["held_out"]}
+        else:
+            logged = [row for row in self.state.log_history if "eval_reward" in row] or [{}]
+            chosen = ("eval_reward", "eval_background")
+            metrics = {k.removeprefix("eval_"): v for k, v in logged[-1].items() if k.startswith(chosen)}
         card = model_card(
             model_name=model_name or Path(self.args.hub_model_id or self.args.output_dir).name,
             hub_model_id=self.args.hub_model_id,

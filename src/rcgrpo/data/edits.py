@@ -47,7 +47,7 @@ def decode_picture(value: Any, where: str) -> Image.Image:
             image = Image.open(io.BytesIO(value) if isinstance(value, bytes) else Path(value))
             image.load()
         return ImageOps.exif_transpose(image)
-    except (OSError, TypeError, KeyError, SyntaxError, ValueError) as error:
+    except (OSError, TypeError, KeyError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(
             f"{where}: got {_short(value)}, expected a picture that Pillow can decode; fix or drop the row ({error})"
         ) from error

@@ -286,7 +286,7 @@ def train_editor(
     steps: int,
     data: tuple[torch.Tensor, torch.Tensor, list[str]],
     held_out: tuple[torch.Tensor, torch.Tensor, list[str]],
-    batch: int = 64,
+    batch: int = 32,
     learning_rate: float = 1e-3,
 ) -> dict[str, Any]:
     torch.manual_seed(0)

@@ -1,0 +1,195 @@
+"""`cli.py`: what a user types, what is answered, and the job without arguments in miniature."""
+
+import json
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import yaml
+
+from rcgrpo import RCGRPOConfig, cli
+from rcgrpo.cli import EditArguments, ScriptArguments, UsageError, free_folder, main, parse
+from rcgrpo.rewards import available_rewards
+from rcgrpo.tiny import WEIGHTS
+
+RECIPE = Path(cli.__file__).parent / "recipes" / "tiny.yaml"
+CLASSES = (ScriptArguments, RCGRPOConfig)
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("RCGRPO_TRACEBACK", raising=False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # `train` sets it for the embedded model; a test must not leave it behind
+
+
+def refused(*arguments):
+    """What `rcgrpo` says when it exits."""
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert isinstance(stop.value.code, str) and "Traceback" not in stop.value.code
+    return stop.value.code
+
+
+def write(text):
+    Path("job.yaml").write_text(text)
+    return "job.yaml"
+
+
+def settle(*arguments):
+    return parse(CLASSES, [*arguments, "--output_dir", "out", "--use_cpu", "true"], str(RECIPE), "rcgrpo train")
+
+
+def test_flag_wins_over_yaml_over_default():
+    script, config = settle("--config", write("lora_r: 3\nnum_generations: 6\nlearning_rate: 2e-4"), "--lora_r", "5")
+    assert (script.lora_r, config.num_generations, config.learning_rate) == (5, 6, 2e-4)
+    assert script.lora_alpha == ScriptArguments().lora_alpha and config.num_anchors == 4
+
+
+@pytest.mark.parametrize("arguments", [["--config", "job.yaml"], ["--config=job.yaml"]])
+def test_both_ways_to_name_a_config_take_the_place_of_the_recipe(arguments):
+    write("num_generations: 6")
+    script, config = settle(*arguments)
+    assert config.num_generations == 6
+    assert config.max_steps != yaml.safe_load(RECIPE.read_text())["max_steps"] and script.lora_r == 32
+
+
+def test_the_embedded_recipe_has_only_known_keys_and_all_of_them_arrive():
+    recipe = yaml.safe_load(RECIPE.read_text())
+    known = {f.name for cls in CLASSES for f in fields(cls)}
+    assert recipe.keys() <= known
+    script, config = settle()
+    for name, value in recipe.items():
+        arrived = getattr(script if hasattr(script, name) else config, name)
+        assert arrived == value or (name == "report_to" and arrived in ([], ["none"])), name
+    assert config.gradient_checkpointing is False
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--num_generation", "4"], "rcgrpo train: unknown flag '--num_generation'; .* --num_generations"),
+        (["--edit-strenght=1"], "unknown flag '--edit-strenght'; the nearest known one is --edit_strength"),
+        (["--config", "missing.yaml"], "--config: got 'missing.yaml', expected a readable YAML file .*No such file"),
+        (["--config=missing.yaml"], "--config: got 'missing.yaml', expected a readable YAML file"),
+        (["--config"], "--config: got nothing, expected a YAML file"),
+        (["--num_generations", "1", "--num_anchors", "1"], "num_generations: got 1, expected at least 2"),
+        (["--keep_strength", "2"], r"keep_strength: got 2.0, expected a number in \[0, 1\]"),
+        (["stray"], "stray"),
+    ],
+)
+def test_typing_errors_are_answered_in_one_line(arguments, said):
+    answer = refused("train", "--use_cpu", "true", *arguments)
+    assert re.search(said, answer), answer
+    assert not list(Path().glob("rcgrpo-output*"))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("num_generatoins: 4", "job.yaml: unknown key 'num_generatoins'; the nearest known one is num_generations"),
+        ("- 1", "job.yaml holds list, expected `key: value` lines"),
+        ("a: [", "expected a readable YAML file"),
+    ],
+)
+def test_errors_in_a_config_file(text, said):
+    assert said in refused("train", "--config", write(text))
+
+
+def test_earlier_results_are_not_overwritten():
+    Path("out/checkpoint-5").mkdir(parents=True)
+    answer = refused("train", "--output_dir", "out", "--use_cpu", "true")
+    assert "--output_dir: out holds checkpoint-5 of an earlier run" in answer and "--resume_from_checkpoint" in answer
+    assert free_folder("out") == "out-2"
+    Path("out-2").mkdir()
+    assert (free_folder("out"), free_folder("new")) == ("out-3", "new")
+
+
+@pytest.mark.parametrize(
+    ("command", "cls"), [("train", ScriptArguments), ("train", RCGRPOConfig), ("edit", EditArguments)]
+)
+def test_help_names_every_flag(command, cls, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    shown = capsys.readouterr().out
+    assert not stop.value.code and shown.startswith(f"usage: rcgrpo {command}")
+    assert [f.name for f in fields(cls) if f.init and f"--{f.name}" not in shown] == []
+    assert all(f.metadata["help"] for f in fields(cls) if f.name in cls.__annotations__)
+
+
+def test_rewards_lists_the_registry(capsys):
+    main(["rewards"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == available_rewards() and "compbench_mini" in available_rewards()
+    assert "rcgrpo rewards takes no arguments, got now" in refused("rewards", "now")
+
+
+def test_a_traceback_can_be_had(monkeypatch):
+    monkeypatch.setenv("RCGRPO_TRACEBACK", "1")
+    with pytest.raises(UsageError, match="unknown flag"):
+        main(["train", "--wrong", "1"])
+
+
+def test_unknown_command(capsys):
+    with pytest.raises(SystemExit):
+        main(["trian"])
+    assert "invalid choice: 'trian'" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------ the whole job
+
+TINY_JOB = "--max_steps 1 --num_train_samples 16 --num_eval_samples 6 --per_device_train_batch_size 2 "
+TINY_JOB += "--num_generations 4 --use_cpu true --output_dir run"
+has_weights = pytest.mark.skipif(not (WEIGHTS / "model_index.json").exists(), reason="the tiny weights are not there")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """One step of the embedded job."""
+    folder = tmp_path_factory.mktemp("job")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.setenv("RCGRPO_TRACEBACK", "1")
+        main(["train", *TINY_JOB.split()])
+    return folder / "run"
+
+
+@has_weights
+def test_train_leaves_everything_that_it_announces(run):
+    for name in ("pytorch_lora_weights.safetensors", "README.md", "metrics.md", "reward_curves.png"):
+        assert (run / name).stat().st_size > 100
+    assert (run / "samples" / "contact_sheet.png").exists()
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics.keys() >= {"held_out", "per_sample", "settings"}
+    before, after = metrics["per_sample"]["before"], metrics["per_sample"]["after"]
+    assert len(before["reward"]) == len(after["reward"]) == 6 and before.keys() == after.keys()
+    assert "library_name: diffusers" in (run / "README.md").read_text()
+
+
+@has_weights
+def test_the_held_out_edits_do_not_leak_into_the_training_log(run):
+    (state,) = run.glob("checkpoint-1/trainer_state.json")
+    log = json.loads(state.read_text())["log_history"][0]
+    held_out = json.loads((run / "metrics.json").read_text())["per_sample"]["before"]["reward"]
+    assert log["groups/scored_candidates"] == 4.0
+    assert log["reward"] not in (pytest.approx(sum(held_out) / 6), pytest.approx(sum(held_out) / 8, rel=0.05))
+
+
+@has_weights
+def test_edit_with_the_trained_lora(run, capsys):
+    from PIL import Image
+
+    from rcgrpo.data.mini import render
+
+    row = render("test", 0, 64)
+    row["input_image"].save("source.png")
+    row["mask"].save("mask.png")
+    call = ["edit", "--image", "source.png", "--instruction", row["instruction"], "--lora", str(run)]
+    main([*call, "--mask", "mask.png", "--num_candidates", "2", "--output", "two.png"])
+    assert Image.open("two.png").size == (128, 64) and "two.png (2 candidates)" in capsys.readouterr().out
+    main([*call, "--output", "one.png"])
+    assert Image.open("one.png").size == (64, 64)
+    assert "--image: got" in refused("edit", "--image", "none.png", "--instruction", "x")
+    assert "--num_candidates: got 0" in refused(*call, "--num_candidates", "0")

@@ -1,0 +1,98 @@
+"""`config.py`: defaults that work anywhere, and settings that are refused before anything is loaded."""
+
+from dataclasses import MISSING, fields
+
+import pytest
+import transformers
+from packaging.version import Version
+from trl import TrlParser
+from trl.trainer.base_config import _BaseConfig
+
+from rcgrpo import RCGRPOConfig
+
+
+def test_defaults_work_on_a_machine_without_an_accelerator(tmp_path):
+    args = RCGRPOConfig(str(tmp_path), use_cpu=True)
+    assert args.bf16 is False and args.fp16 is False
+    assert args.gradient_checkpointing is True
+    assert args.ddp_find_unused_parameters is False and args.remove_unused_columns is False
+    assert args.policy_step_indices == [0, 1, 2, 3, 4, 5, 6]
+    assert RCGRPOConfig(str(tmp_path), use_cpu=True, bf16=True).bf16 is True
+
+
+NAMES = ["gradient_checkpointing"]
+if Version(transformers.__version__) >= Version("5.23.0"):
+    NAMES.append("activation_checkpointing")
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("value", [True, False])
+def test_gradient_checkpointing_obeys_under_each_of_its_names(tmp_path, name, value):
+    args = RCGRPOConfig(str(tmp_path), use_cpu=True, **{name: value})
+    assert [getattr(args, alias) for alias in NAMES] == [value] * len(NAMES)
+
+
+def test_init_arguments_may_come_from_a_command_line(tmp_path):
+    args = RCGRPOConfig(str(tmp_path), use_cpu=True, model_init_kwargs='{"torch_dtype": "bfloat16"}')
+    assert args.model_init_kwargs == {"torch_dtype": "bfloat16"}
+
+
+def test_every_field_has_help_and_help_renders(capsys):
+    own = [f for f in fields(RCGRPOConfig) if f.name in RCGRPOConfig.__annotations__]
+    assert len(own) > 35
+    assert not [f.name for f in own if len(f.metadata.get("help", "")) < 10]
+    assert not [f.name for f in own if f.default is MISSING and f.default_factory is MISSING]
+    with pytest.raises(SystemExit) as stop:
+        TrlParser((RCGRPOConfig,)).parse_args_and_config(["--help"])
+    shown = capsys.readouterr().out
+    assert stop.value.code == 0 and all(f"--{f.name}" in shown for f in own)
+
+
+def test_names_of_trl_keep_their_meaning():
+    """What TRL's base class or GRPO knows is not redefined with another type of default."""
+    grpo = pytest.importorskip("trl.trainer.grpo_config").GRPOConfig
+    shared = {f.name: f for f in fields(grpo)}.keys() & RCGRPOConfig.__annotations__.keys()
+    assert {"num_generations", "num_iterations", "beta", "epsilon", "reward_weights", "shuffle_dataset"} <= shared
+    assert issubclass(RCGRPOConfig, _BaseConfig) and not issubclass(RCGRPOConfig, grpo)
+
+
+@pytest.mark.parametrize(("share", "steps"), [([0, 1], [0, 1, 2, 3]), ([0.5, 1], [2, 3]), ([0, 0.6], [0, 1])])
+def test_policy_steps(tmp_path, share, steps):
+    args = RCGRPOConfig(
+        str(tmp_path), use_cpu=True, num_inference_steps=4, num_policy_steps=2, policy_steps_range=share
+    )
+    assert args.policy_step_indices == steps
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"num_generations": 1, "num_anchors": 1}, "num_generations: got 1, expected at least 2: a group is compared"),
+        ({"num_generations": 5, "antithetic": True}, "num_generations: got 5, expected an even number.*antithetic"),
+        ({"num_anchors": 13}, r"num_anchors: got 13, expected 1 to num_generations \(12\)"),
+        ({"num_anchors": 0}, "num_anchors: got 0"),
+        ({"num_generations_eval": 0}, "num_generations_eval: got 0, expected at least 1"),
+        ({"num_iterations": 0}, "num_iterations: got 0, expected at least 1"),
+        ({"rollout_batch_size": 0}, "rollout_batch_size: got 0, expected at least 1, or none"),
+        ({"train_micro_batch_size": -1}, "train_micro_batch_size: got -1, expected at least 1, or none"),
+        ({"edit_strength": 1.5}, r"edit_strength: got 1.5, expected a number in \[0, 1\]"),
+        ({"keep_strength": -0.1}, r"keep_strength: got -0.1, expected a number in \[0, 1\]"),
+        ({"mask_growth": float("nan")}, r"mask_growth: got nan, expected a number in \[0, 1\]"),
+        ({"keep_weight": -1.0}, "keep_weight: got -1.0, expected 0 or more"),
+        ({"beta": float("nan")}, "beta: got nan, expected 0 or more"),
+        ({"temperature": 0.0}, "temperature: got 0.0, expected a number above 0"),
+        ({"epsilon": float("nan")}, "epsilon: got nan, expected a number above 0"),
+        ({"max_reward_failures": 0}, "max_reward_failures: got 0, expected at least 1"),
+        ({"distance_space": "pixels"}, "distance_space: got 'pixels', expected one of latents, clean"),
+        ({"multi_objective_aggregation": "sum"}, "multi_objective_aggregation: got 'sum', expected one of sum_then"),
+        ({"policy_steps_range": [0.5, 0.5]}, r"policy_steps_range: got \[0.5, 0.5\], expected two shares"),
+        ({"policy_steps_range": [0.5]}, r"policy_steps_range: got \[0.5\], expected two shares"),
+        ({"num_policy_steps": 8}, "num_policy_steps: got 8, expected at most the 7 steps.*num_inference_steps=8"),
+        ({"num_policy_steps": 1, "policy_steps_range": [0, 0.01]}, "num_policy_steps: got 1, expected at most the 0"),
+        ({"num_iterations": 2, "save_steps": 5}, r"save_steps: got 5, expected a multiple of num_iterations \(2\)"),
+        ({"remove_unused_columns": True}, "remove_unused_columns: got True, expected False: the rewards read"),
+    ],
+)
+def test_refused_with_field_value_and_expectation(tmp_path, given, message):
+    with pytest.raises(ValueError, match=message):
+        RCGRPOConfig(str(tmp_path), use_cpu=True, **given)

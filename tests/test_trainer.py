@@ -1,0 +1,703 @@
+"""`trainer.py`: what must hold for any model, checked on a random one of 32 x 32 pixels."""
+
+import json
+import logging
+import os
+import socket
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from diffusers import FluxKontextPipeline
+from peft import LoraConfig
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+import rcgrpo.trainer
+from rcgrpo import RCGRPOConfig, RCGRPOTrainer, compbench_mini
+from rcgrpo.objective import quasi_norm
+from rcgrpo.rewards import RequiredRewardError, RewardError
+from tiny_kontext import TINY_CALL, build_tiny_kontext
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+LAYERS = ["to_q", "to_v", "to_k", "to_out.0"]
+
+
+@pytest.fixture(scope="module")
+def data():
+    return compbench_mini("train", 12, 32)
+
+
+@pytest.fixture(scope="module")
+def held_out():
+    return compbench_mini("test", 3, 32)
+
+
+def brightness(images, **columns):
+    return [float(np.asarray(image).mean()) / 255 for image in images]
+
+
+def redness(images, **columns):
+    return [float(np.asarray(image)[..., 0].mean()) / 255 for image in images]
+
+
+def by_number(images, prompts, **columns):
+    """Blind, because eight-bit pixels would blow up the last bits in which batches of other shapes differ."""
+    return [float((len(prompt) + i) % 4 % 3) for i, prompt in enumerate(prompts)]
+
+
+def flat_for_removals(task, **columns):
+    return [0.5 if t == "remove" else score for t, score in zip(task, by_number(**columns), strict=True)]
+
+
+def make(folder, data, reward=brightness, eval_dataset=None, pipe=None, peft=True, callbacks=None, **options):
+    """A trainer whose optimizer is plain SGD, so that weights show gradients."""
+    small = {"resolution": 32, "max_sequence_length": 16, "num_inference_steps": 3, "num_policy_steps": 2}
+    small |= {"policy_steps_range": [0, 1], "num_generations": 4, "num_anchors": 2, "max_steps": 2}
+    small |= {"per_device_train_batch_size": 2, "learning_rate": 1.0, "optim": "sgd", "lr_scheduler_type": "constant"}
+    small |= {"use_cpu": True, "bf16": False, "report_to": "none", "save_strategy": "no", "disable_tqdm": True}
+    lora = LoraConfig(r=4, lora_alpha=8, target_modules=LAYERS) if peft is True else peft
+    pipe = pipe or build_tiny_kontext()
+    pipe.set_progress_bar_config(disable=True)
+    args = RCGRPOConfig(str(folder), **(small | options))
+    return RCGRPOTrainer(pipe, reward, args, data, eval_dataset, lora, callbacks)
+
+
+def weights(trainer):
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+
+
+def trained_step_by_step(trainer):
+    """Weights after each update."""
+    found = []
+
+    class Keep(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            found.append(weights(trainer))
+
+    trainer.add_callback(Keep())
+    trainer.train()
+    return found
+
+
+def distance(new, old, start):
+    """Relative to how far training moved."""
+    norm = sum((old[name] - start[name]).square().sum() for name in old).sqrt()
+    assert norm > 0
+    return float(sum((new[name] - old[name]).square().sum() for name in old).sqrt() / norm)
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def history(trainer, first=0):
+    timing = ("step_time", "train_", "eval_runtime", "eval_samples", "eval_steps")
+    rows = [row for row in trainer.state.log_history if row["step"] > first and "train_runtime" not in row]
+    return [{k: v for k, v in row.items() if not k.startswith(timing)} for row in rows]
+
+
+def draw(pipe):
+    pipe.set_progress_bar_config(disable=True)
+    source = Image.linear_gradient("L").resize((32, 32)).convert("RGB")
+    generator = torch.Generator().manual_seed(3)
+    return pipe(image=source, prompt="remove it", generator=generator, output_type="np", **TINY_CALL).images
+
+
+def last(trainer, name):
+    return [row[name] for row in trainer.state.log_history if name in row]
+
+
+# ------------------------------------------------------------------------------------------ invariants
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"per_device_train_batch_size": 1},
+        {"train_micro_batch_size": 3, "rollout_batch_size": 5, "bf16": True},
+        {"num_iterations": 2, "attention_reward_weight": 0.1, "beta": 0.1},
+        {"num_iterations": 2, "train_micro_batch_size": 3, "bf16": True},
+    ],
+)
+def test_ratio_is_one_exactly_until_the_first_update(tmp_path, data, shape):
+    trainer = make(tmp_path, data, **shape)
+    trainer.train()
+    first, second = last(trainer, "policy/log_ratio_max")
+    assert first == 0
+    assert (second > 0) == ("num_iterations" in shape)
+    assert all(norm > 0 for norm in last(trainer, "grad_norm"))
+
+
+@pytest.mark.parametrize(("bf16", "attention"), [(False, 0.0), (False, 0.1), (True, 0.0)])
+def test_update_takes_an_anchor_exactly_where_the_rollout_took_it(tmp_path, data, monkeypatch, bf16, attention):
+    """In one batch shape; the trainer's own ratio could not tell, as its old policy is its first forward."""
+    seen = []
+
+    def spy(candidates, predicted, *rest, _original=rcgrpo.trainer.surrogate_log_probs):
+        seen.append((candidates, predicted.detach()))
+        return _original(candidates, predicted, *rest)
+
+    monkeypatch.setattr(rcgrpo.trainer, "surrogate_log_probs", spy)
+    shape = {"per_device_train_batch_size": 1, "num_anchors": 4, "num_policy_steps": 1}  # 4 candidates, 4 transitions
+    trainer = make(tmp_path, data, bf16=bf16, attention_reward_weight=attention, max_steps=1, **shape)
+    where = []
+    compute_loss = trainer.compute_loss
+    trainer.compute_loss = lambda model, inputs: where.extend(inputs.where) or compute_loss(model, inputs)
+    trainer.train()
+    ((candidates, predicted),) = seen
+    assert sorted(anchor for _, anchor, _ in where) == [0, 1, 2, 3]
+    for i, (_, anchor, _) in enumerate(where):
+        assert torch.equal(predicted[i], candidates[i, anchor])
+        assert not torch.equal(predicted[i], candidates[i, anchor - 1])
+
+
+FOUR = {"per_device_train_batch_size": 4, "seed": 1}
+
+
+@pytest.fixture(scope="module", params=[by_number, flat_for_removals])
+def reference(request, data, tmp_path_factory):
+    """One micro-step of four edits per update, after one update and two, with and without groups that are dropped."""
+    trainer = make(tmp_path_factory.mktemp("reference"), data, request.param, **FOUR)
+    start, results = weights(trainer), trained_step_by_step(trainer)
+    dropped = last(trainer, "frac_reward_zero_std")
+    assert any(dropped) == (request.param is flat_for_removals) and min(dropped) < 1
+    return request.param, start, results
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4},
+        {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "train_micro_batch_size": 3},
+        {"train_micro_batch_size": 5, "rollout_batch_size": 3, "gradient_checkpointing": False},
+    ],
+)
+def test_how_an_update_is_split_does_not_matter(tmp_path, data, reference, shape):
+    reward, start, expected = reference
+    trainer = make(tmp_path, data, reward, **(FOUR | shape))
+    assert same(weights(trainer), start)
+    for found, wanted in zip(trained_step_by_step(trainer), expected, strict=True):
+        assert distance(found, wanted, start) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("rows", "stop", "total", "options"),
+    [
+        (12, 2, 4, {}),  # within an epoch
+        (4, 3, 5, {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 1}),  # epochs of two updates
+        (4, 4, 6, {"num_iterations": 2}),  # at an epoch's end
+    ],
+)
+def test_resume_is_bit_exact(tmp_path, data, rows, stop, total, options):
+    adam = {"optim": "adamw_torch", "learning_rate": 1e-3, "lr_scheduler_type": "linear"}
+    options = {"save_strategy": "steps", "save_steps": stop, "max_steps": total, **adam, **options}
+    whole = make(tmp_path, data.select(range(rows)), **options)
+    whole.train()
+    resumed = make(tmp_path, data.select(range(rows)), **(options | {"save_strategy": "no"}))
+    resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{stop}"))
+    assert history(resumed)[stop:] == history(whole)[stop:] and len(history(whole)) == total
+    assert same(weights(resumed), weights(whole))
+
+
+def test_same_seed_same_run_and_every_epoch_its_own_order(tmp_path, data):
+    torch.manual_seed(1)
+    first = make(tmp_path, data.select(range(4)), max_steps=4)
+    torch.manual_seed(2)
+    second = make(tmp_path, data.select(range(4)), max_steps=4)
+    assert same(weights(first), weights(second))
+    sampler = first._get_train_sampler()
+    orders = []
+    for epoch in (0, 1, 0):
+        sampler.set_epoch(epoch)
+        orders.append(list(sampler))
+    assert orders[0] == orders[2] != orders[1] and sorted(orders[0]) == [0, 1, 2, 3]
+
+
+def test_each_rollout_serves_its_own_iterations(tmp_path, data):
+    trainer = make(tmp_path, data, num_iterations=2, max_steps=4)
+    trainer.train()
+    rewards, ratios = last(trainer, "reward"), last(trainer, "policy/log_ratio_max")
+    assert len(rewards) == 2
+    assert [ratio > 0 for ratio in ratios] == [False, True, False, True]
+
+
+# ------------------------------------------------------------------------------------------ the result
+
+
+def test_stock_pipeline_draws_what_was_trained(tmp_path, data, monkeypatch):
+    """Also the trap that only users step into: without CI set, TRL reports to its server in `__init__`."""
+    monkeypatch.delenv("CI", raising=False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+    def refuse(*_):
+        raise AssertionError("a training run must not open connections")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    base = build_tiny_kontext()
+    trainer = make(tmp_path, data, pipe=build_tiny_kontext(), save_strategy="steps", save_steps=1)
+    assert trainer.args.gradient_checkpointing and trainer.pipeline.transformer.is_gradient_checkpointing is False
+    trainer.train()
+    assert trainer.pipeline.transformer.is_gradient_checkpointing
+    trainer.save_model()
+    trained, plain = draw(trainer.pipeline), draw(base)
+    assert not np.array_equal(trained, plain)
+    with trainer.model.disable_adapter():
+        assert np.array_equal(draw(trainer.pipeline), plain)
+    for folder in (tmp_path, tmp_path / "checkpoint-2"):
+        stock = build_tiny_kontext()
+        stock.load_lora_weights(str(folder))
+        assert np.array_equal(draw(stock), trained)
+    assert "library_name: diffusers" in (tmp_path / "checkpoint-1" / "README.md").read_text()
+
+
+def test_gradient_checkpointing_can_be_off(tmp_path, data):
+    trainer = make(tmp_path, data, gradient_checkpointing=False, max_steps=1)
+    trainer.train()
+    assert not trainer.pipeline.transformer.is_gradient_checkpointing
+
+
+@pytest.mark.skipif(not find_spec("tensorboard"), reason="tensorboard is not installed")
+def test_tensorboard(tmp_path, data, monkeypatch):
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
+    make(tmp_path, data, report_to="tensorboard", max_steps=1).train()
+    assert list((tmp_path / "board").rglob("events*"))
+
+
+def test_full_fine_tuning_saves_resumes_and_keeps_the_best(tmp_path, data, held_out):
+    def best_after_one(images, trainer_state, **columns):
+        return [b + 9 * (trainer_state.global_step == 1) for b in brightness(images)]
+
+    options = {"peft": None, "learning_rate": 1e-2, "save_strategy": "steps", "save_steps": 1}
+    whole = make(tmp_path, data, **options)
+    whole.train()
+    options |= {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True}
+    resumed = make(tmp_path, data, **(options | {"eval_strategy": "no", "load_best_model_at_end": False}))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert same(weights(resumed), weights(whole)) and len(weights(whole)) > 50
+    stock = FluxKontextPipeline(**build_tiny_kontext().components)
+    stock.transformer = type(stock.transformer).from_pretrained(tmp_path / "checkpoint-2" / "transformer")
+    assert np.array_equal(draw(stock), draw(whole.pipeline))
+
+    best = make(tmp_path / "best", data, best_after_one, held_out, metric_for_best_model="eval_reward", **options)
+    best.train()
+    saved = load_file(next((tmp_path / "best" / "checkpoint-1" / "transformer").glob("*.safetensors")))
+    assert same(weights(best), saved)
+
+
+@pytest.mark.parametrize("as_folder", [True, False])
+def test_half_precision_base_stays_so(tmp_path, data, as_folder):
+    """A Kontext of 24 GB must not silently become one of 48."""
+    pipe = build_tiny_kontext()
+    options = {"max_steps": 1}
+    if as_folder:
+        pipe.save_pretrained(tmp_path / "base")
+        options["model_init_kwargs"] = json.dumps({"torch_dtype": "bfloat16"})
+    else:
+        pipe = pipe.to(torch.bfloat16)
+    small = {"resolution": 32, "max_sequence_length": 16, "num_inference_steps": 3, "num_policy_steps": 2}
+    args = RCGRPOConfig(str(tmp_path), use_cpu=True, save_strategy="no", disable_tqdm=True, **small, **options)
+    model = str(tmp_path / "base") if as_folder else pipe
+    trainer = RCGRPOTrainer(model, brightness, args, data, None, LoraConfig(target_modules=LAYERS))
+    base = [p for p in trainer.model.parameters() if not p.requires_grad]
+    assert {p.dtype for p in [*base, *trainer.pipeline.vae.parameters()]} == {torch.bfloat16}
+    trainer.train()
+    assert last(trainer, "grad_norm")[0] > 0 and last(trainer, "policy/log_ratio_max") == [0.0]
+
+
+# ------------------------------------------------------------------------------------------ rewards
+
+
+def rolled_out(trainer, data, edits=1):
+    groups = trainer.make_groups(
+        [trainer.train_dataset.edit(i) for i in range(edits)], trainer.args.num_generations, (0, 0)
+    )
+    trainer.score_groups(groups)
+    trainer.forget_metrics()
+    return groups
+
+
+def test_rewards_of_every_kind_meet_in_the_score(tmp_path, data):
+    async def waiting(images, **columns):
+        return redness(images)
+
+    options = {"reward_weights": [1.0, 2.0, 3.0], "attention_reward_weight": 0.5}
+    trainer = make(tmp_path, data, [brightness, waiting, "background_keep"], **options)
+    (group,) = rolled_out(trainer, data)
+    names = [reward.name for reward in trainer.rewards]
+    assert names == ["brightness", "waiting", "background_keep", "attention_concentration"]
+    assert torch.allclose(group.rewards[:, 0], torch.tensor(brightness(group.images)))
+    assert torch.allclose(group.rewards[:, 1], torch.tensor(redness(group.images)))
+    assert torch.equal(group.rewards[:, 3], group.attention.density.cpu().float())
+    assert torch.allclose(group.scores, group.rewards @ torch.tensor([1.0, 2.0, 3.0, 0.5]))
+    assert group.advantages.sum().abs() < 1e-4 < group.advantages.abs().max()
+
+
+@pytest.mark.parametrize("how", ["sum_then_normalize", "normalize_then_sum"])
+def test_aggregation(tmp_path, data, how):
+    def big(images, **columns):
+        return [100.0 * i**2 for i in range(len(images))]
+
+    def small(images, **columns):
+        return [float(-i) for i in range(len(images))]
+
+    options = {"multi_objective_aggregation": how, "advantage_power": 2.0, "reward_weights": [1.0, 2.0]}
+    (group,) = rolled_out(make(tmp_path, data, [big, small], **options), data)
+
+    def z_scores(values):
+        return (values - values.mean()) / values.std()
+
+    one, other = np.array([0.0, 100.0, 400.0, 900.0]), np.array([0.0, -1.0, -2.0, -3.0])
+    total = one + 2 * other if how == "sum_then_normalize" else z_scores(one) + 2 * z_scores(other)
+    assert np.allclose(group.advantages.numpy(), z_scores(total), atol=1e-4)
+
+
+@pytest.mark.parametrize("nothing", [None, float("nan")])
+def test_candidates_without_a_score_leave_the_statistics(tmp_path, data, caplog, nothing):
+    def partial(images, **columns):
+        return [1.0, nothing, 2.0, 6.0][: len(images)] * (len(images) // 4 or 1)
+
+    trainer = make(tmp_path, data, partial)
+    caplog.clear()
+    (group,) = rolled_out(trainer, data)
+    kept = np.array([1.0, 2.0, 6.0])
+    expected = (kept - kept.mean()) / kept.std()
+    advantages = torch.tensor([expected[0], 0, expected[1], expected[2]], dtype=torch.float32)
+    assert torch.allclose(group.advantages, quasi_norm(advantages, 0.8), atol=1e-5)
+    failed = [record.getMessage() for record in caplog.records]
+    assert any("'partial'" in m and "train row 0, candidate 1" in m for m in failed) == (nothing is not None)
+    trainer.train()
+    assert last(trainer, "grad_norm")[0] > 0
+    assert last(trainer, "rewards/failures") == [0.0 if nothing is None else 2.0] * 2
+    assert last(trainer, "groups/scored_candidates") == [3.0, 3.0]
+
+
+def test_group_with_one_score_teaches_nothing(tmp_path, data):
+    def lonely(images, **columns):
+        return [1.0, None, None, None][: len(images)] * (len(images) // 4 or 1)
+
+    trainer = make(tmp_path, data, lonely)
+    start = weights(trainer)
+    trainer.train()
+    assert same(weights(trainer), start) and last(trainer, "frac_reward_zero_std") == [1.0, 1.0]
+
+
+def test_a_reward_that_raises_is_named_and_the_run_goes_on(tmp_path, data, caplog):
+    def broken(images, **columns):
+        raise OSError("no such server")
+
+    trainer = make(tmp_path, data, [brightness, broken])
+    caplog.clear()
+    trainer.train()
+    assert trainer.state.global_step == 2 and last(trainer, "grad_norm")[1] > 0
+    assert last(trainer, "rewards/failures") == [8.0, 8.0]
+    messages = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert any("'broken'" in m and "train row" in m and "no such server" in m for m in messages)
+    assert trainer.failures.counts == {"brightness": 0, "broken": 16}
+
+
+def test_rewards_can_log(tmp_path, data):
+    def telling(images, log_extra, log_metric, trainer_state, **columns):
+        log_extra("step", [trainer_state.global_step] * len(images))
+        log_metric("my/metric", 2.0 + trainer_state.global_step)
+        return brightness(images)
+
+    trainer = make(tmp_path, data, telling)
+    assert trainer.extra_columns == {}
+    trainer.train()
+    assert last(trainer, "my/metric") == [2.0, 3.0]
+    assert trainer.extra_columns == {"step": [1] * 8}
+
+
+def test_attention_reward_changes_the_training(tmp_path, data):
+    results = []
+    for weight in (0.0, 0.5):
+        trainer = make(tmp_path, data, attention_reward_weight=weight, max_steps=1)
+        trainer.train()
+        results.append((weights(trainer), trainer.state.log_history[0]))
+    (plain, log), (steered, other) = results
+    assert not same(plain, steered)
+    assert "rewards/attention_concentration/mean" in other.keys() - log.keys()
+    density = other["rewards/attention_concentration/mean"]
+    assert other["reward"] == pytest.approx(log["reward"] + 0.5 * density, rel=1e-5)
+    assert other["attention/density"] == pytest.approx(density, rel=1e-6)
+
+
+class Flaky:
+    """Works at start-up and for the first updates, then fails with `error`."""
+
+    required, reward_name = True, "flaky"
+
+    def __init__(self, error, works):
+        self.error, self.works = error, works
+
+    def __call__(self, images, trainer_state, **columns):
+        if trainer_state.global_step >= self.works:
+            raise self.error
+        return brightness(images)
+
+
+@pytest.mark.parametrize(
+    ("error", "raised", "saved"),
+    [(OSError("gone"), RequiredRewardError, 3), (KeyboardInterrupt(), KeyboardInterrupt, 2)],
+)
+def test_what_was_trained_survives_a_stop_and_goes_on_bit_by_bit(tmp_path, data, error, raised, saved):
+    """The reward breaks after two updates; batches without a score do not count as failures until patience ends."""
+    options = {"max_steps": 5, "max_reward_failures": 2}
+    trainer = make(tmp_path, data, Flaky(error, 2), **options)
+    with pytest.raises(raised):
+        trainer.train()
+    assert [folder.name for folder in tmp_path.glob("checkpoint-*")] == [f"checkpoint-{saved}"]
+    assert (tmp_path / f"checkpoint-{saved}" / "pytorch_lora_weights.safetensors").exists()
+    stopped = weights(trainer)
+    resumed = make(tmp_path, data, Flaky(error, 9), **options)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 5 and not same(weights(resumed), stopped)
+    if saved == 2:
+        whole = make(tmp_path / "whole", data, Flaky(error, 9), **options)
+        whole.train()
+        assert same(weights(resumed), weights(whole))
+
+
+def test_resume_in_the_middle_of_a_cycle_is_sound(tmp_path, data):
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        make(tmp_path, data, num_iterations=2, callbacks=[Stop()]).train()
+    resumed = make(tmp_path, data, num_iterations=2, max_steps=6)
+    resumed.train(resume_from_checkpoint=True)
+    ratios = last(resumed, "policy/log_ratio_max")  # the second update meets a new rollout
+    assert [ratio > 0 for ratio in ratios] == [False, False, True, False, True]
+
+
+def test_incomplete_checkpoints_are_passed_over(tmp_path, data):
+    trainer = make(tmp_path, data, save_strategy="steps", save_steps=2)
+    with pytest.raises(ValueError, match=r"resume_from_checkpoint: found no complete checkpoint.*train from the start"):
+        trainer.train(resume_from_checkpoint=True)
+    trainer.train()
+    (tmp_path / "checkpoint-9").mkdir()
+    assert trainer._last_complete_checkpoint() == str(tmp_path / "checkpoint-2")
+
+
+# ------------------------------------------------------------------------------------------ evaluation
+
+
+def test_evaluation_is_deterministic_and_leaves_training_alone(tmp_path, data, held_out):
+    trainer = make(tmp_path, data, "compbench_mini", held_out, eval_strategy="steps", eval_steps=1)
+    before = trainer.evaluate()
+    again = trainer.evaluate()
+    names = ("eval_reward", "eval_background/psnr", "eval_rewards/compbench_mini/mean")
+    assert all(before[name] == again[name] for name in names)
+    trainer.train()
+    during = last(trainer, "eval_reward")
+    after = trainer.evaluate()
+    assert during[-1] == after["eval_reward"] and len({before["eval_reward"], *during}) == 3
+    assert trainer.evaluate(held_out.select([0, 1, 2]))["eval_reward"] == after["eval_reward"]
+    assert trainer.evaluate(held_out.select([0]))["eval_reward"] != after["eval_reward"]
+
+    alone = make(tmp_path, data, "compbench_mini")
+    alone.train()
+    assert last(alone, "reward") == last(trainer, "reward") and same(weights(alone), weights(trainer))
+
+
+def test_best_adapter_is_loaded_at_the_end(tmp_path, data, held_out):
+    def best_after_one(images, trainer_state, **columns):
+        return [b + 9 * (trainer_state.global_step == 1) for b in brightness(images)]
+
+    options = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "max_steps": 3}
+    options |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_reward"}
+    trainer = make(tmp_path, data, best_after_one, held_out, **options)
+    trainer.train()
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-1")
+    saved = load_file(tmp_path / "checkpoint-1" / "adapter_model.safetensors")
+    assert same({name.replace(".default", ""): w for name, w in weights(trainer).items()}, saved)
+
+
+# ------------------------------------------------------------------------------------------ bad input
+
+
+def broken_picture(rows):
+    features = datasets.Features({**rows.features, "input_image": datasets.Image()})
+    listed = [dict(rows[i]) for i in range(4)]
+    listed[2]["input_image"] = {"bytes": b"not a picture", "path": None}
+    return datasets.Dataset.from_list(listed, features=features)
+
+
+def with_mask(rows, mask):
+    listed = [dict(rows[i]) for i in range(4)]
+    listed[1]["mask"] = mask
+    return listed
+
+
+def cached(rows):
+    pipe = build_tiny_kontext()
+    pipe.transformer.is_cache_enabled = True
+    return pipe
+
+
+BAD = {
+    "mask of another size": (
+        ValueError,
+        r"train row 1, column 'mask': got .*\(16, 32\).*\(32, 32\).*resize",
+        dict(change=lambda rows: with_mask(rows, Image.new("L", (32, 16), 255))),
+    ),
+    "empty mask": (
+        ValueError,
+        "train row 1, column 'mask': got an empty mask.*255 = edit",
+        dict(change=lambda rows: with_mask(rows, Image.new("L", (32, 32)))),
+    ),
+    "no mask": (
+        ValueError,
+        "train row 1, column 'mask': got None.*drop the row",
+        dict(change=lambda rows: with_mask(rows, None)),
+    ),
+    "no mask column": (
+        ValueError,
+        "mask_column: .*no column 'mask'.*'caption'.*rename",
+        dict(change=lambda rows: rows.remove_columns("mask")),
+    ),
+    "no column for a reward": (
+        ValueError,
+        "columns .*'task'.*expected also 'caption'.*leave the reward out",
+        dict(change=lambda rows: rows.remove_columns("caption"), reward="compbench_mini"),
+    ),
+    "broken picture": (
+        ValueError,
+        "train row 2, column 'input_image': got 13 bytes.*fix or drop",
+        dict(change=broken_picture),
+    ),
+    "no rows": (ValueError, "train_dataset: got no rows", dict(change=lambda rows: [])),
+    "no dataset": (ValueError, "train_dataset: got None, expected rows", dict(change=lambda rows: None)),
+    "stream": (
+        TypeError,
+        "train_dataset: got IterableDataset.*turn a streaming dataset into",
+        dict(change=lambda rows: rows.to_iterable_dataset()),
+    ),
+    "several evaluations": (
+        TypeError,
+        r"eval_dataset: got a dictionary of \['easy', 'hard'\], expected one set",
+        dict(eval_dataset={"easy": [], "hard": []}),
+    ),
+    "too few rows": (
+        ValueError,
+        "train_dataset: got 12 rows, expected at least .* 16 edits .*lower one",
+        dict(gradient_accumulation_steps=8),
+    ),
+    "no such layer": (
+        ValueError,
+        r"peft_config.target_modules: got \{'q_proj'\}, expected .* to_q,",
+        dict(peft=LoraConfig(target_modules=["q_proj"])),
+    ),
+    "dropout": (
+        ValueError,
+        "peft_config.lora_dropout: got 0.1, expected 0",
+        dict(peft=LoraConfig(target_modules=LAYERS, lora_dropout=0.1)),
+    ),
+    "KL without base": (ValueError, "beta: got 0.1 without peft_config, expected LoRA", dict(peft=None, beta=0.1)),
+    "unknown reward": (
+        ValueError,
+        "reward_funcs: got 'compbench_mimi'.*did you mean 'compbench_mini'",
+        dict(reward="compbench_mimi"),
+    ),
+    "weights": (ValueError, "reward_weights: got 2 weights, expected 1, one for each", dict(reward_weights=[1.0, 2.0])),
+    "no rewards": (ValueError, "reward_funcs: got an empty list", dict(reward=[])),
+    "scores for one too many": (
+        RewardError,
+        "'one_more' returned 3 scores, expected 2.*None where",
+        dict(reward=lambda images, **columns: [0.0] * (len(images) + 1)),
+    ),
+    "no editor": (
+        TypeError,
+        "model: got Linear, expected a FluxKontextPipeline, a Hub id or a folder",
+        dict(pipe=torch.nn.Linear(1, 1)),
+    ),
+}
+BAD["scores for one too many"][2]["reward"].__name__ = "one_more"
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_cannot_work_is_refused_before_the_first_step(tmp_path, data, case):
+    error, message, given = BAD[case]
+    given = {"pipe": None, **given}
+    if case == "no editor":
+        given["pipe"].set_progress_bar_config = lambda disable: None
+    change = given.pop("change", lambda rows: rows)
+    with pytest.raises(error, match=message):
+        make(tmp_path, change(data), **given)
+
+
+def test_refusals_of_evaluate_and_of_a_step_cache(tmp_path, data, held_out):
+    trainer = make(tmp_path, data)
+    with pytest.raises(TypeError, match="eval_dataset: got a dictionary"):
+        trainer.evaluate({"easy": held_out})
+    with pytest.raises(ValueError, match="eval_dataset"):
+        trainer.evaluate(held_out.remove_columns("mask"))
+
+
+def test_full_masks_are_only_a_warning(tmp_path, data, caplog):
+    trainer = make(tmp_path, with_mask(data, Image.new("L", (32, 32), 255)), max_steps=1)
+    (warning,) = [r.getMessage() for r in caplog.records if "covers the whole picture" in r.getMessage()]
+    assert warning.startswith("train_dataset: 1 of the checked rows")
+    trainer.train()
+    assert last(trainer, "grad_norm")[0] > 0
+
+
+def test_non_finite_loss_stops_at_once(tmp_path, data):
+    trainer = make(tmp_path, data)
+    with torch.no_grad():
+        next(p for p in trainer.model.parameters() if p.requires_grad).fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match=r"loss: got nan at step 0 on train row \d.*lower learning_rate"):
+        trainer.train()
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
+# ------------------------------------------------------------------------------------------ several processes
+
+WORKER = """
+import sys
+from pathlib import Path
+import torch
+import test_trainer as t
+from rcgrpo import compbench_mini
+folder, data = Path(sys.argv[1]), compbench_mini("train", 12, 32)
+options = {**t.FOUR, "per_device_train_batch_size": 2, "train_micro_batch_size": 3, "gradient_checkpointing": False}
+trainer = t.make(folder, data, t.flat_for_removals, **options)
+trainer.train()
+torch.save((t.weights(trainer), t.history(trainer)), folder / f"rank{trainer.args.process_index}.pt")
+"""
+
+
+@pytest.mark.parametrize("reference", [flat_for_removals], indirect=True)
+def test_two_processes_train_what_one_does(tmp_path, reference):
+    """With groups that one rank drops and the other has not, so that ranks differ in micro-batches."""
+    (tmp_path / "worker.py").write_text(WORKER)
+    drop = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK")
+    env = {key: value for key, value in os.environ.items() if key not in drop}
+    env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(str(Path(p).absolute()) for p in sys.path)}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    try:
+        done = subprocess.run(
+            [*launcher, str(tmp_path / "worker.py"), str(tmp_path)],
+            env=env,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+    except OSError as error:
+        pytest.skip(f"the launcher cannot start: {error}")
+    if "RendezvousConnectionError" in done.stderr or "failed to listen" in done.stderr:
+        pytest.skip("the launcher cannot open a local port")
+    assert done.returncode == 0, done.stderr[-3000:]
+    (first, log), (second, _) = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
+    assert same(first, second)
+    _, start, (_, single) = reference
+    assert distance(first, single, start) < 1e-5
+    assert len(log) == 2 and 0 < log[0]["reward"] < 1
