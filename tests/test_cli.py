@@ -169,15 +169,6 @@ def test_train_leaves_everything_that_it_announces(run):
 
 
 @has_weights
-def test_the_held_out_edits_do_not_leak_into_the_training_log(run):
-    (state,) = run.glob("checkpoint-1/trainer_state.json")
-    log = json.loads(state.read_text())["log_history"][0]
-    held_out = json.loads((run / "metrics.json").read_text())["per_sample"]["before"]["reward"]
-    assert log["groups/scored_candidates"] == 4.0
-    assert log["reward"] not in (pytest.approx(sum(held_out) / 6), pytest.approx(sum(held_out) / 8, rel=0.05))
-
-
-@has_weights
 def test_edit_with_the_trained_lora(run, capsys):
     from PIL import Image
 

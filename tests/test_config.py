@@ -49,7 +49,7 @@ def test_every_field_has_help_and_help_renders(capsys):
 
 
 def test_names_of_trl_keep_their_meaning():
-    """What TRL's base class or GRPO knows is not redefined with another type of default."""
+    """Users of GRPO find its names here, without its fields for language models."""
     grpo = pytest.importorskip("trl.trainer.grpo_config").GRPOConfig
     shared = {f.name: f for f in fields(grpo)}.keys() & RCGRPOConfig.__annotations__.keys()
     assert {"num_generations", "num_iterations", "beta", "epsilon", "reward_weights", "shuffle_dataset"} <= shared

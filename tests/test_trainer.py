@@ -13,7 +13,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from diffusers import FluxKontextPipeline
+from diffusers import FirstBlockCacheConfig, FluxKontextPipeline
 from peft import LoraConfig
 from PIL import Image
 from safetensors.torch import load_file
@@ -21,6 +21,7 @@ from transformers import TrainerCallback
 
 import rcgrpo.trainer
 from rcgrpo import RCGRPOConfig, RCGRPOTrainer, compbench_mini
+from rcgrpo.evaluation import roll_out_held_out
 from rcgrpo.objective import quasi_norm
 from rcgrpo.rewards import RequiredRewardError, RewardError
 from tiny_kontext import TINY_CALL, build_tiny_kontext
@@ -508,6 +509,22 @@ def test_evaluation_is_deterministic_and_leaves_training_alone(tmp_path, data, h
     assert last(alone, "reward") == last(trainer, "reward") and same(weights(alone), weights(trainer))
 
 
+def test_a_report_beforehand_leaves_no_trace_in_the_run(tmp_path, data, held_out):
+    def logging(images, log_metric, **columns):
+        log_metric("brightest", max(brightness(images)))
+        return brightness(images)
+
+    logs = []
+    for reported in (False, True):
+        trainer = make(tmp_path, data, logging, held_out, max_steps=1)
+        if reported:
+            groups = roll_out_held_out(trainer, [trainer.eval_dataset.edit(i) for i in range(3)], "before")
+            assert [len(group.images) for group in groups] == [1, 1, 1] and groups[0].attention_maps is not None
+        trainer.train()
+        logs.append(history(trainer))
+    assert logs[0] == logs[1] and "brightest" in logs[0][0]
+
+
 def test_best_adapter_is_loaded_at_the_end(tmp_path, data, held_out):
     def best_after_one(images, trainer_state, **columns):
         return [b + 9 * (trainer_state.global_step == 1) for b in brightness(images)]
@@ -535,12 +552,6 @@ def with_mask(rows, mask):
     listed = [dict(rows[i]) for i in range(4)]
     listed[1]["mask"] = mask
     return listed
-
-
-def cached(rows):
-    pipe = build_tiny_kontext()
-    pipe.transformer.is_cache_enabled = True
-    return pipe
 
 
 BAD = {
@@ -634,7 +645,14 @@ def test_what_cannot_work_is_refused_before_the_first_step(tmp_path, data, case)
         make(tmp_path, change(data), **given)
 
 
-def test_refusals_of_evaluate_and_of_a_step_cache(tmp_path, data, held_out):
+def test_refuses_a_step_cache(tmp_path, data):
+    pipe = build_tiny_kontext()
+    pipe.transformer.enable_cache(FirstBlockCacheConfig())
+    with pytest.raises(ValueError, match=r"model: the transformer has a step cache enabled.*disable_cache"):
+        make(tmp_path, data, pipe=pipe)
+
+
+def test_evaluate_refuses_what_start_up_refuses(tmp_path, data, held_out):
     trainer = make(tmp_path, data)
     with pytest.raises(TypeError, match="eval_dataset: got a dictionary"):
         trainer.evaluate({"easy": held_out})
