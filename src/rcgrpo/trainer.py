@@ -601,12 +601,13 @@ class RCGRPOTrainer(_BaseTrainer):
 
     def card_settings(self) -> dict[str, Any]:
         """The settings of this run that differ from a fresh `RCGRPOConfig`, for the model card."""
-        private = ("output_dir", "hub_token", "hub_model_id", "run_name", "logging_dir", "report_to")
-        changed = {
-            field.name: getattr(self.args, field.name)
-            for field in dataclasses.fields(self.args)
-            if field.name not in private and getattr(self.args, field.name) != field.default
-        }
+        left_out = ("output_dir", "hub_token", "hub_model_id", "run_name", "report_to", "disable_tqdm")
+        changed = {}
+        for field in dataclasses.fields(self.args):
+            value = getattr(self.args, field.name)
+            fresh = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+            if isinstance(value, bool | int | float | str | list) and value != fresh and field.name not in left_out:
+                changed[field.name] = value
         return {"rewards": ", ".join(reward.name for reward in self.rewards), **changed}
 
     def create_model_card(
