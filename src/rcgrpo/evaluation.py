@@ -47,10 +47,10 @@ def roll_out_held_out(
 
 
 def measure(groups: Sequence[Group], rewards: Sequence[str]) -> Scores:
-    """Every metric of each group's first candidate: rewards, CompBench's background metrics, LP-T and LP-I.
+    """Every metric of each group's first candidate: rewards, CompBench's background metrics, edit score, LP-T, LP-I.
 
-    The background metrics are taken at the pictures' own size. LP-T and LP-I (see `rcgrpo.rewards.RegionScorer`) need
-    the columns `caption` and `edited_image`, and objects of CompBench-mini.
+    The background metrics are taken at the pictures' own size. The last three (see `rcgrpo.rewards.RegionScorer`) need
+    the columns `task`, `caption` and `edited_image`, and objects of CompBench-mini; elsewhere they are left out.
     """
     images = [group.images[0] for group in groups]
     sources, masks = [group.source for group in groups], [group.mask for group in groups]
@@ -58,17 +58,15 @@ def measure(groups: Sequence[Group], rewards: Sequence[str]) -> Scores:
     for i, name in enumerate(rewards):
         if len(rewards) > 1:
             scores[name] = [float(group.rewards[0, i]) for group in groups]  # type: ignore[index]
-    columns = groups[0].edit.columns
-    if "caption" in columns and "edited_image" in columns:
-        from .rewards.region_scorer import get_region_scorer
+    if {"task", "caption", "edited_image"} <= groups[0].edit.columns.keys():
+        from .rewards import get_region_scorer, region_edit
 
-        scorer = get_region_scorer()
+        task, caption = ([group.edit.columns[name] for group in groups] for name in ("task", "caption"))
         targets = [group.edit.columns["edited_image"].resize(group.images[0].size) for group in groups]
-        shown = [group.edit.columns.get("task") != "remove" for group in groups]
-        lp_t = scorer.lp_t(images, masks, [group.edit.columns["caption"] for group in groups])
+        scores["edit score"] = region_edit(images=images, masks=masks, task=task, caption=caption, edited_image=targets)
+        lp_t, scores["LP-I"] = get_region_scorer().lp(images, masks, caption, targets)
         # For a removal the caption names what must be gone, so its text score is not one of success.
-        scores["LP-T"] = [value if shows else None for value, shows in zip(lp_t, shown, strict=True)]
-        scores["LP-I"] = scorer.lp_i(images, masks, targets)
+        scores["LP-T"] = [None if name == "remove" else value for name, value in zip(task, lp_t, strict=True)]
     scores["background PSNR (dB)"] = list(background_psnr(images, sources, masks, size=None))
     scores["background SSIM"] = list(background_ssim(images, sources, masks, size=None))
     return {name: values for name, values in scores.items() if sum(v is not None and v == v for v in values) > 1}

@@ -346,9 +346,14 @@ def train_editor(
 
 
 def export(parts: dict[str, Any], vae: AutoencoderKL, out: Path) -> None:
-    """A plain `FluxKontextPipeline` folder, weights in fp16."""
+    """A plain `FluxKontextPipeline` folder, the large weights in fp16.
+
+    The text encoders stay in fp32: transformers opens weights in the dtype they were saved in, diffusers in fp32, and a
+    pipeline needs one dtype.
+    """
     parts = {name: copy.deepcopy(part) for name, part in parts.items()}
-    FluxKontextPipeline(vae=copy.deepcopy(vae), **parts).to(dtype=torch.float16).save_pretrained(out)
+    parts["transformer"].to(torch.float16)
+    FluxKontextPipeline(vae=copy.deepcopy(vae).to(torch.float16), **parts).save_pretrained(out)
 
 
 def main() -> None:
