@@ -128,9 +128,11 @@ def _unknown(what: str, name: str, known: set[str], prefix: str = "") -> str:
 def _use_embedded_model() -> None:
     """No network, and no warnings about the 16 tokens that the tiny model reads."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    from diffusers.utils import logging
+    import diffusers
+    import transformers
 
-    logging.set_verbosity_error()
+    diffusers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.set_verbosity_error()
 
 
 # ---------------------------------------------------------------------------------------------- train
@@ -326,10 +328,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     given = parser.parse_args(argv)
     try:
         COMMANDS[given.command](given.arguments)
-    except (UsageError, ValueError, TypeError, FileNotFoundError) as error:
+    except UsageError as error:
+        sys.exit(f"rcgrpo {given.command}: {error}")
+    except (ValueError, TypeError, FileNotFoundError) as error:
         if os.environ.get("RCGRPO_TRACEBACK"):
             raise
-        sys.exit(f"rcgrpo {given.command}: {error}")
+        sys.exit(f"rcgrpo {given.command}: {error}\n(RCGRPO_TRACEBACK=1 shows where this comes from)")
 
 
 if __name__ == "__main__":

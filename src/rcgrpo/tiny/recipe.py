@@ -362,7 +362,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "weights", help="the folder to write")
     parser.add_argument("--pool", type=int, default=48_000, help="rows of CompBench-mini to draw")
     parser.add_argument("--vae-steps", type=int, default=4_500)
-    parser.add_argument("--editor-steps", type=int, default=6_000)
+    parser.add_argument("--editor-steps", type=int, default=3_400)
     arguments = parser.parse_args()
     work = arguments.work
     work.mkdir(parents=True, exist_ok=True)
