@@ -328,12 +328,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     given = parser.parse_args(argv)
     try:
         COMMANDS[given.command](given.arguments)
-    except UsageError as error:
-        sys.exit(f"rcgrpo {given.command}: {error}")
-    except (ValueError, TypeError, FileNotFoundError) as error:
+    except (UsageError, ValueError, TypeError, FileNotFoundError) as error:
         if os.environ.get("RCGRPO_TRACEBACK"):
             raise
-        sys.exit(f"rcgrpo {given.command}: {error}\n(RCGRPO_TRACEBACK=1 shows where this comes from)")
+        # What the user typed needs no trace; anything else may have come from deeper down.
+        hint = "" if isinstance(error, UsageError) else "\n(RCGRPO_TRACEBACK=1 shows where this comes from)"
+        sys.exit(f"rcgrpo {given.command}: {error}{hint}")
 
 
 if __name__ == "__main__":
