@@ -131,7 +131,9 @@ def test_no_strength_repeats_the_stock_picture(stock, pipe):
     alone = latents_of(pipe, SOURCES[0], PROMPTS[0], **call)
     assert torch.equal(alone, latents_of(stock, SOURCES[0], PROMPTS[0], generator=generator()))
     images = pipe(SOURCES[0], PROMPTS[0], num_images_per_prompt=3, **call, **TINY_CALL).images
-    assert len({image.tobytes() for image in images}) == 1
+    # A row's place in a batch may change how threads share the work, and with it the last bit: one level of 255.
+    pixels = np.stack([np.asarray(image, dtype=int) for image in images])
+    assert np.ptp(pixels, axis=0).max() <= 1
 
 
 def test_every_candidate_is_paired_with_its_own_source_and_prompt(stock, pipe):

@@ -38,7 +38,8 @@ def group_advantages(rewards: Tensor, std_floor: float = 0.0) -> Tensor:
 
 def spread(values: Tensor) -> float:
     """Standard deviation (biased) of the values that are not NaN; NaN where there are none."""
-    return float(values[~values.isnan()].std(correction=0))
+    scored = values[~values.isnan()]
+    return float(scored.std(correction=0)) if len(scored) else float("nan")
 
 
 def quasi_norm(advantages: Tensor, power: float = 0.8) -> Tensor:
