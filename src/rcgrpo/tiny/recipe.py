@@ -148,7 +148,7 @@ def fit(
     learning_rate: float,
     report: Callable[[], dict[str, float]],
 ) -> None:
-    """AdamW, warm-up and cosine decay, EMA; a checkpoint every 250 steps, from which it goes on bit by bit.
+    """AdamW, warm-up and cosine decay, EMA; a checkpoint every 250 steps, from which it goes on with the same batches.
 
     `modules` holds the averaged weights at the end.
     """
