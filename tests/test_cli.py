@@ -1,4 +1,4 @@
-"""`cli.py`: what a user types, what is answered, and the job without arguments in miniature."""
+"""`cli/`: what a user types, what is answered, and the job without arguments in miniature."""
 
 import json
 import re
@@ -8,11 +8,15 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rcgrpo import RCGRPOConfig, cli
-from rcgrpo.cli import EditArguments, ScriptArguments, UsageError, free_folder, main, parse
+import rcgrpo
+from rcgrpo import RCGRPOConfig
+from rcgrpo.cli import main
+from rcgrpo.cli.edit import EditArguments
+from rcgrpo.cli.parsing import UsageError, parse
+from rcgrpo.cli.train import ScriptArguments, free_folder
 from rcgrpo.rewards import available_rewards
 
-RECIPE = Path(cli.__file__).parent / "recipes" / "tiny.yaml"
+RECIPE = Path(rcgrpo.__file__).parent / "recipes" / "tiny.yaml"
 CLASSES = (ScriptArguments, RCGRPOConfig)
 
 

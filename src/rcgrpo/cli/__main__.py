@@ -1,0 +1,5 @@
+"""`python -m rcgrpo.cli`, the same as `rcgrpo`."""
+
+from . import main
+
+main()

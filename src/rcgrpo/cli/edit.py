@@ -1,0 +1,79 @@
+"""`rcgrpo edit`: one picture."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .parsing import TINY, UsageError, parse, use_embedded_model
+
+
+@dataclass
+class EditArguments:
+    """One edit, for `rcgrpo edit`."""
+
+    image: str = field(metadata={"help": "The picture to edit."})
+    instruction: str = field(metadata={"help": "What to do, e.g. 'remove the apple'."})
+    mask: str | None = field(default=None, metadata={"help": "Where: a picture of the same size, white = edit."})
+    lora: str | None = field(default=None, metadata={"help": "A LoRA: folder, file or Hub id."})
+    model: str = field(default=TINY, metadata={"help": f"{TINY} (embedded), or a Hub id or folder of a Kontext model."})
+    output: str = field(default="edited.png", metadata={"help": "Where to write the result."})
+    num_candidates: int = field(default=1, metadata={"help": "Candidates, side by side in the result."})
+    edit_strength: float = field(default=0.5, metadata={"help": "How much candidates differ inside the mask."})
+    resolution: int | None = field(default=None, metadata={"help": "Side of the result; the model's own by default."})
+    num_inference_steps: int | None = field(default=None, metadata={"help": "ODE steps; 8 for the tiny model."})
+    guidance_scale: float = field(default=3.5, metadata={"help": "Distilled guidance."})
+    seed: int = field(default=0, metadata={"help": "Seed of the noise."})
+
+
+def run(arguments: Sequence[str]) -> None:
+    """`rcgrpo edit`: one picture."""
+    (args,) = parse((EditArguments,), arguments, None, "rcgrpo edit")
+    if args.model == TINY:
+        use_embedded_model()
+    import torch
+    from PIL import Image
+
+    from ..data.edits import decode_picture
+    from ..pipeline import RegionDecoupledFluxKontextPipeline
+    from ..report import write_atomically
+    from ..tiny import CALL, WEIGHTS
+
+    source = decode_picture(Path(args.image), "--image").convert("RGB")
+    mask = None if args.mask is None else decode_picture(Path(args.mask), "--mask").convert("L")
+    if args.num_candidates < 1:
+        raise UsageError(f"--num_candidates: got {args.num_candidates}, expected at least 1")
+    tiny = args.model == TINY
+    pipe = RegionDecoupledFluxKontextPipeline.from_pretrained(
+        str(WEIGHTS) if tiny else args.model, torch_dtype=torch.float32 if tiny else torch.bfloat16
+    )
+    if torch.cuda.is_available():
+        pipe.to("cuda")
+    if args.lora is not None:
+        pipe.load_lora_weights(args.lora)
+    call: dict[str, Any] = dict(CALL) if tiny else {}
+    if tiny:
+        args.instruction = args.instruction.lower().strip(" .!")  # its vocabulary is the data set's
+        source = source.resize((CALL["width"], CALL["height"]), Image.Resampling.LANCZOS)
+        mask = None if mask is None else mask.resize(source.size, Image.Resampling.NEAREST)
+    if args.resolution is not None:
+        side = args.resolution
+        call |= {"height": side, "width": side, "max_area": side * side}
+    if args.num_inference_steps is not None:
+        call["num_inference_steps"] = args.num_inference_steps
+    images = pipe(
+        image=source,
+        prompt=args.instruction,
+        mask_image=mask,
+        **({} if mask is None else {"edit_strength": args.edit_strength}),
+        num_images_per_prompt=args.num_candidates,
+        guidance_scale=args.guidance_scale,
+        generator=torch.Generator().manual_seed(args.seed),
+        **call,
+    ).images
+    strip = Image.new("RGB", (sum(image.width for image in images), images[0].height))
+    for i, image in enumerate(images):
+        strip.paste(image, (i * image.width, 0))
+    with write_atomically(Path(args.output)) as path:
+        strip.save(path)
+    print(f"Written: {args.output} ({len(images)} candidate{'s' if len(images) > 1 else ''})")

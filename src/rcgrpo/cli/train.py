@@ -1,0 +1,154 @@
+"""`rcgrpo train`: the main job. Train, then report before and after on held-out edits."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .. import __version__
+from .parsing import MINI, TINY, UsageError, parse, use_embedded_model
+
+if TYPE_CHECKING:
+    from ..trainer import RCGRPOTrainer
+
+LORA_TARGETS = [
+    "attn.to_q",
+    "attn.to_k",
+    "attn.to_v",
+    "attn.to_out.0",
+    "attn.add_q_proj",
+    "attn.add_k_proj",
+    "attn.add_v_proj",
+    "attn.to_add_out",
+    "ff.net.0.proj",
+    "ff.net.2",
+    "ff_context.net.0.proj",
+    "ff_context.net.2",
+    "proj_mlp",
+    "proj_out",
+]
+"""Every linear layer of FLUX's blocks, and the model's last layer, which shares a name with theirs."""
+
+
+@dataclass
+class ScriptArguments:
+    """What to train on what, for `rcgrpo train`."""
+
+    model: str = field(default=TINY, metadata={"help": f"{TINY} (embedded), or a Hub id or folder of a Kontext model."})
+    dataset: str = field(default=MINI, metadata={"help": f"{MINI} (embedded), or what `datasets.load_dataset` opens."})
+    train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    eval_split: str = field(default="test", metadata={"help": "Held-out split; an empty string for none."})
+    num_train_samples: int | None = field(default=None, metadata={"help": "Use this many training rows."})
+    num_eval_samples: int | None = field(default=None, metadata={"help": "Use this many held-out rows."})
+    reward_funcs: list[str] = field(
+        default_factory=lambda: ["compbench_mini"],
+        metadata={"help": "Registered rewards or dotted paths to callables; see `rcgrpo rewards`."},
+    )
+    lora_r: int = field(default=32, metadata={"help": "Rank of the LoRA."})
+    lora_alpha: int = field(default=64, metadata={"help": "Scale of the LoRA."})
+    lora_target_modules: list[str] = field(
+        default_factory=lambda: list(LORA_TARGETS), metadata={"help": "Layers that get a LoRA."}
+    )
+
+
+def free_folder(name: str) -> str:
+    """`name`, or `name-2`, `name-3`, ... if earlier runs hold it."""
+    candidates = (name if i == 1 else f"{name}-{i}" for i in range(1, sys.maxsize))
+    return next(folder for folder in candidates if not Path(folder).exists())
+
+
+def load_rows(script: ScriptArguments) -> tuple[Any, Any]:
+    """Training and held-out rows."""
+    if script.dataset == MINI:
+        from ..data import compbench_mini
+
+        train = compbench_mini("train", script.num_train_samples or 2048)
+        return train, compbench_mini("test", script.num_eval_samples or 192) if script.eval_split else None
+    import datasets
+
+    splits = []
+    for split, count in ((script.train_split, script.num_train_samples), (script.eval_split, script.num_eval_samples)):
+        rows = datasets.load_dataset(script.dataset, split=split) if split else None
+        splits.append(rows if rows is None or count is None else rows.select(range(min(count, len(rows)))))
+    return splits[0], splits[1]
+
+
+def run(arguments: Sequence[str]) -> None:
+    """`rcgrpo train`: train, then report before and after on held-out edits."""
+    own_job = not any(a.split("=")[0] in ("--model", "--dataset", "--config") for a in arguments)
+    recipe = str(files("rcgrpo") / "recipes" / "tiny.yaml") if own_job else None
+    if not any(a.split("=")[0] in ("--output_dir", "--config") for a in arguments):
+        arguments = [*arguments, "--output_dir", free_folder("rcgrpo-output")]
+    from ..config import RCGRPOConfig
+
+    script, config = parse((ScriptArguments, RCGRPOConfig), arguments, recipe, "rcgrpo train")
+    if script.model == TINY:
+        use_embedded_model()
+    from peft import LoraConfig
+
+    from ..data.edits import EditRows
+    from ..evaluation import roll_out_held_out, write_report
+    from ..report import markdown_table
+    from ..tiny import WEIGHTS
+    from ..trainer import RCGRPOTrainer
+
+    folder = Path(config.output_dir)
+    earlier = sorted(folder.glob("checkpoint-*"))
+    if earlier and not config.resume_from_checkpoint:
+        raise UsageError(
+            f"--output_dir: {folder} holds {earlier[-1].name} of an earlier run, expected a new folder; name another, "
+            "or pass --resume_from_checkpoint true to go on"
+        )
+    train_rows, eval_rows = load_rows(script)
+    trainer = RCGRPOTrainer(
+        model=str(WEIGHTS) if script.model == TINY else script.model,
+        reward_funcs=list(script.reward_funcs),
+        args=config,
+        train_dataset=train_rows,
+        eval_dataset=eval_rows,
+        peft_config=LoraConfig(
+            r=script.lora_r, lora_alpha=script.lora_alpha, target_modules=list(script.lora_target_modules)
+        ),
+    )
+    _announce(trainer, script)
+    held_out = trainer.eval_dataset if isinstance(trainer.eval_dataset, EditRows) else None
+    main_process = trainer.is_world_process_zero()
+    edits = [] if held_out is None or not main_process else [held_out.edit(i) for i in range(len(held_out))]
+    before = []
+    if edits:
+        # The reference is the base itself, also when a run goes on from a checkpoint.
+        before = roll_out_held_out(trainer, edits, "held-out edits before")
+    resume = config.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
+    if edits:
+        after = roll_out_held_out(trainer, edits, "held-out edits after")
+        names = [reward.name for reward in trainer.rewards]
+        settings = {"script": asdict(script), **trainer.card_settings()}
+        rows = write_report(folder, before, after, names, trainer.state.log_history, settings)
+        print(f"\nHeld-out edits, {len(edits)} of them, the same noise before and after:\n\n{markdown_table(rows)}\n")
+    trainer.save_model()
+    if config.push_to_hub:
+        trainer.push_to_hub(dataset_name=script.dataset)
+    elif main_process:
+        print(f"Written to {folder}: LoRA, model card, metrics.json, reward_curves.png, samples/contact_sheet.png")
+        print(f'Use it: FluxKontextPipeline.from_pretrained(...).load_lora_weights("{folder}")')
+
+
+def _announce(trainer: "RCGRPOTrainer", script: ScriptArguments) -> None:
+    from ..log import ReadableLog
+
+    ReadableLog.install(trainer)
+    if not trainer.is_world_process_zero():
+        return
+    args = trainer.args
+    trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    print(
+        f"rcgrpo {__version__}: {script.model} on {script.dataset}, {trainable / 1e6:.2f} M trainable parameters, "
+        f"{trainer.accelerator.device}\n"
+        f"each step: {args.per_device_train_batch_size * args.gradient_accumulation_steps} edits × "
+        f"{args.num_generations} candidates × {args.num_inference_steps} ODE steps, rewards "
+        f"{', '.join(reward.name for reward in trainer.rewards)}\n"
+        f"results go to {args.output_dir}"
+    )
