@@ -13,13 +13,21 @@ _HOMES = {
     "RCGRPOTrainer": "trainer",
     "RegionDecoupledFluxKontextPipeline": "pipeline",
     "compbench_mini": "data",
+    "load_edit_dataset": "data",
     "register_reward": "rewards",
 }
-__all__ = ["RCGRPOConfig", "RCGRPOTrainer", "RegionDecoupledFluxKontextPipeline", "compbench_mini", "register_reward"]
+__all__ = [
+    "RCGRPOConfig",
+    "RCGRPOTrainer",
+    "RegionDecoupledFluxKontextPipeline",
+    "compbench_mini",
+    "load_edit_dataset",
+    "register_reward",
+]
 
 if TYPE_CHECKING:
     from .config import RCGRPOConfig
-    from .data import compbench_mini
+    from .data import compbench_mini, load_edit_dataset
     from .pipeline import RegionDecoupledFluxKontextPipeline
     from .rewards import register_reward
     from .trainer import RCGRPOTrainer

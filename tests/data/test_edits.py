@@ -1,5 +1,6 @@
 import io
 import re
+import zipfile
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from datasets import Image as ImageFeature
 from PIL import Image
 
 from rcgrpo.data import EditRows, compbench_mini
-from rcgrpo.data.edits import decode_picture
+from rcgrpo.data.edits import RowTransform, decode_picture, to_rgb
 
 SIZE = (12, 8)  # width, height
 
@@ -115,6 +116,78 @@ def test_pictures_are_turned_upright():
     edit = EditRows([row(input_image=turned(), mask=standing)], "train").edit(0)
     assert edit.source.size == (8, 12) and edit.mask.shape == (12, 8)
     refused({"input_image": turned()}, r"train row 1, column 'mask': .* source picture's \(12, 8\)")
+
+
+def ramp(dtype, top):
+    return Image.fromarray(np.linspace(0, top, 8 * 12).reshape(8, 12).astype(dtype))
+
+
+@pytest.mark.parametrize("image", [ramp(np.uint16, 65535), ramp(np.int32, 65535), ramp(np.float32, 1)])
+def test_deep_pictures_are_scaled_and_not_clipped(image):
+    grey = decode_picture(image, "here")
+    assert grey.mode == "L" and np.abs(np.asarray(grey, dtype=int) - np.asarray(ramp(np.uint8, 255))).max() <= 1
+    if image.mode == "I;16":
+        stored = decode_picture(encoded(image), "here")
+        assert np.array_equal(np.asarray(stored), np.asarray(grey))
+    assert EditRows([row(input_image=image)], "train").edit(0).source.mode == "RGB"
+
+
+def test_transparent_pixels_are_white_and_others_keep_their_colour():
+    rgba = picture(1, "RGBA")
+    rgba.putalpha(mask())
+    shown = np.asarray(to_rgb(rgba))
+    region = np.asarray(mask()) == 255
+    assert np.array_equal(shown[region], np.asarray(picture(1))[region]) and (shown[~region] == 255).all()
+    grey = Image.merge("LA", (picture(1).convert("L"), mask()))
+    assert (np.asarray(to_rgb(grey))[~region] == 255).all()
+
+
+def test_palette_cmyk_and_bilevel_pictures_become_rgb():
+    palette = Image.fromarray(np.arange(96, dtype=np.uint8).reshape(8, 12) % 2, mode="P")
+    palette.putpalette([10, 20, 30, 200, 100, 50])
+    assert to_rgb(palette).getpixel((0, 0)) == (10, 20, 30) and to_rgb(palette).getpixel((1, 0)) == (200, 100, 50)
+    clear = decode_picture(encoded(palette, transparency=0), "here")
+    assert to_rgb(clear).getpixel((0, 0)) == (255, 255, 255) and to_rgb(clear).getpixel((1, 0)) == (200, 100, 50)
+    ink = Image.new("CMYK", SIZE, (0, 255, 255, 0))
+    red = to_rgb(decode_picture(encoded(ink, format="JPEG", quality=95), "here")).getpixel((3, 3))
+    assert red[0] > 240 and max(red[1:]) < 15
+    assert to_rgb(Image.new("1", SIZE, 1)).getpixel((0, 0)) == (255, 255, 255)
+    for image in (palette, clear, ink):
+        edit = EditRows([row(input_image=image)], "train").edit(0)
+        assert edit.source.mode == "RGB" and edit.source.size == SIZE
+
+
+def test_a_path_with_a_protocol_is_read_through_datasets(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("a.png", encoded(picture()))
+    value = {"bytes": None, "path": f"zip://a.png::{tmp_path}/a.zip"}
+    assert decode_picture(value, "here").tobytes() == picture().tobytes()
+    refused(
+        {"input_image": f"zip://b.png::{tmp_path}/a.zip"},
+        "train row 1, column 'input_image': got 'zip://b.png.*, expected a pic",
+    )
+
+
+class Renamed(RowTransform):
+    """Counts how often a row is really made."""
+
+    def __init__(self):
+        self.made = 0
+
+    def row(self, stored, where=""):
+        self.made += 1
+        return {**stored, "instruction": f"{stored['instruction']} ({where})", "extra": 1}
+
+
+def test_a_row_transform_is_applied_when_the_edit_is_made_and_not_when_the_row_is_fetched():
+    transform = Renamed()
+    data = Dataset.from_list([row(), row(instruction="go")]).with_transform(transform)
+    assert data[1]["instruction"] == "go ()" and data[:]["extra"] == [1, 1] and transform.made == 3
+    rows = EditRows(data, "train")
+    fetched = rows[1]
+    assert transform.made == 3 and fetched[1]["input_image"]["bytes"]
+    edit = rows.edit(*fetched)
+    assert transform.made == 4 and edit.prompt == "go (train row 1)" and edit.columns["extra"] == 1
 
 
 @pytest.mark.parametrize("field", ["image_column", "prompt_column", "mask_column"])

@@ -144,7 +144,8 @@ def test_built_in_rewards_resolve_and_attention_must_be_recorded():
 def test_import_stays_light():
     code = (
         "import sys, rcgrpo.rewards; "
-        "print([m for m in ('timm', 'torchmetrics', 'datasets', 'diffusers', 'trl') if m in sys.modules])"
+        "heavy = 'timm torchmetrics datasets diffusers trl transformers peft lpips httpx2 fastapi'.split(); "
+        "print([m for m in heavy if m in sys.modules])"
     )
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert printed.strip() == "[]"

@@ -1,17 +1,66 @@
-"""`rcgrpo rewards`: the registered rewards and the columns that they read."""
+"""`rcgrpo rewards`: the registered rewards and what they read; `rcgrpo rewards serve`: rewards over HTTP."""
 
+import os
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
-from .parsing import UsageError
+from .parsing import UsageError, parse
+
+
+@dataclass
+class ServeArguments:
+    """What to serve, and to whom."""
+
+    reward_funcs: list[str] = field(
+        default_factory=lambda: ["compbench_mini"],
+        metadata={"help": "registered names or dotted paths; with several, a request says which one it wants"},
+    )
+    host: str = field(
+        default="127.0.0.1",
+        metadata={"help": "address to listen on; other than this machine's own, it takes a bearer token"},
+    )
+    port: int = field(default=8000, metadata={"help": "0 for any free one"})
+    token_variable: str = field(
+        default="RCGRPO_REWARD_TOKEN", metadata={"help": "environment variable that holds the bearer token"}
+    )
+    max_request_mb: int = field(default=256, metadata={"help": "larger requests are refused"})
+    max_waiting: int = field(default=32, metadata={"help": "requests being scored or waiting; further ones get 503"})
 
 
 def run(arguments: Sequence[str]) -> None:
-    """`rcgrpo rewards`: the registered rewards and the columns that they read."""
-    if arguments:
-        raise UsageError(f"rcgrpo rewards takes no arguments, got {' '.join(arguments)}")
+    """`rcgrpo rewards [serve]`."""
+    if not arguments:
+        show()
+    elif arguments[0] == "serve":
+        serve_rewards(arguments[1:])
+    else:
+        raise UsageError(f"rcgrpo rewards takes no arguments, got {' '.join(arguments)}; did you mean `serve`?")
+
+
+def show() -> None:
+    """Each registered reward with its range, its columns and the first line of its documentation."""
     from ..rewards import available_rewards, resolve_rewards
 
     for name in available_rewards():
         reward = resolve_rewards(name)[0]
-        text = (reward.function.__doc__ or "").strip().splitlines()
-        print(f"{name:26} columns: {', '.join(reward.columns) or '-':30} {text[0] if text else ''}")
+        function = reward.function
+        text = (getattr(function, "__doc__", None) or "").strip().splitlines()
+        low_high = "-" if reward.value_range is None else "{:g} to {:g}".format(*reward.value_range)
+        columns = ", ".join(reward.columns) or "-"
+        print(f"{name:24} {low_high:8} columns: {columns:30} {text[0] if text else ''}")
+
+
+def serve_rewards(arguments: Sequence[str]) -> None:
+    """Serve until interrupted."""
+    (given,) = parse([ServeArguments], arguments, None, "rcgrpo rewards serve")
+    from ..rewards import resolve_rewards
+    from ..rewards.server import serve
+
+    serve(
+        resolve_rewards(given.reward_funcs),
+        given.host,
+        given.port,
+        os.environ.get(given.token_variable) or None,
+        max_request_bytes=given.max_request_mb << 20,
+        max_waiting=given.max_waiting,
+    )

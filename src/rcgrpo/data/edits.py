@@ -1,16 +1,19 @@
 """From a dataset's rows to edits: source, instruction, mask, and whatever columns the rewards read.
 
 Pictures stay undecoded until an edit is really needed, because a row may be fetched several times for one rollout.
-Every complaint names the row and the column. `mask` is always 1 = edit.
+Every complaint names the row and the column. `mask` is always 1 = edit. A data set that `load_edit_dataset` opened
+brings its own `RowTransform`, which `EditRows` applies at that late moment too.
 """
 
 import io
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -34,6 +37,10 @@ class Edit:
 def decode_picture(value: Any, where: str) -> Image.Image:
     """A PIL image, upright, from what a dataset may hold: PIL image, path, bytes, or `{"bytes", "path"}`.
 
+    Nothing is resized. The mode stays as stored, as an alpha channel may be the mask; 16-bit, 32-bit and floating
+    pictures become 8-bit grey (see `to_rgb` for the rest). A path with a protocol (`hf://`, `zip://`), as a stream from
+    afar brings, is read through `datasets`.
+
     Raises:
         ValueError: naming `where`, when the value is missing or no picture that Pillow can read.
     """
@@ -44,17 +51,61 @@ def decode_picture(value: Any, where: str) -> Image.Image:
         else:
             if isinstance(value, Mapping):
                 value = value["bytes"] if value.get("bytes") is not None else value["path"]
-            image = Image.open(io.BytesIO(value) if isinstance(value, bytes) else Path(value))
+            if isinstance(value, str) and "://" in value:
+                image = datasets.Image().decode_example({"bytes": None, "path": value})
+            else:
+                image = Image.open(io.BytesIO(value) if isinstance(value, bytes) else Path(value))
             image.load()
-        return ImageOps.exif_transpose(image)
+        return _eight_bits(ImageOps.exif_transpose(image))
     except (OSError, TypeError, KeyError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(
             f"{where}: got {_short(value)}, expected a picture that Pillow can decode; fix or drop the row ({error})"
         ) from error
 
 
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Pillow clips where it should scale, so a 16-bit grey picture would turn white."""
+    if not image.mode.startswith(("I", "F")):
+        return image
+    values = np.nan_to_num(np.asarray(image, dtype=np.float64))
+    if image.mode.startswith("I;16"):
+        full = 65535.0
+    elif image.mode == "F":
+        full = 1.0 if values.max(initial=0) <= 1 else 255.0
+    else:
+        full = 65535.0 if values.max(initial=0) > 255 else 255.0
+    return Image.fromarray(np.round(np.clip(values / full, 0, 1) * 255).astype(np.uint8))
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """RGB of the same size, as a viewer shows it: transparent pixels on white, palette and CMYK converted."""
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
 def _short(value: Any) -> str:
     return f"{len(value)} bytes" if isinstance(value, bytes) else repr(value)[:80]
+
+
+class RowTransform(ABC):
+    """How a stored row becomes one with the canonical columns. For `datasets.Dataset.with_transform`.
+
+    Whoever looks at such a data set sees canonical rows; `EditRows` fetches the stored ones and transforms a row when
+    its edit is really needed.
+    """
+
+    @abstractmethod
+    def row(self, stored: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+        """The canonical row of a stored one; `where` is what messages call it."""
+
+    def __call__(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
+        """Rows in the column layout that `datasets` hands to a transform."""
+        rows = [self.row(dict(zip(batch, values, strict=True))) for values in zip(*batch.values(), strict=True)]
+        return {key: [row[key] for row in rows] for key in (rows[0] if rows else batch)}
 
 
 class EditRows(Dataset):
@@ -87,7 +138,11 @@ class EditRows(Dataset):
         if not len(rows):
             raise ValueError(f"{name}_dataset: got no rows, expected at least one")
         self.pictures: set[str] = set()
+        self.transform: RowTransform | None = None
         if isinstance(rows, datasets.Dataset):
+            given = rows.format["format_kwargs"].get("transform")
+            if isinstance(given, RowTransform):
+                self.transform, rows = given, rows.with_format(None)
             self.pictures = {key for key, feature in rows.features.items() if isinstance(feature, datasets.Image)}
             for key in self.pictures:
                 rows = rows.cast_column(key, datasets.Image(decode=False))
@@ -124,6 +179,8 @@ class EditRows(Dataset):
         """
         row = self.rows[index] if row is None else row
         label = f"{self.name} row {index}"
+        if self.transform is not None:
+            row = self.transform.row(row, label)
         columns = {
             key: decode_picture(value, f"{label}, column {key!r}")
             if isinstance(value, Image.Image) or (key in self.pictures and value is not None)
@@ -135,7 +192,7 @@ class EditRows(Dataset):
                 raise ValueError(
                     f"{label}, column {column!r}: got None, expected a picture; fill it in or drop the row"
                 )
-        source, prompt = columns.pop(self.image_column).convert("RGB"), columns.pop(self.prompt_column)
+        source, prompt = to_rgb(columns.pop(self.image_column)), columns.pop(self.prompt_column)
         if not isinstance(prompt, str) or not prompt.strip():
             raise ValueError(f"{label}, column {self.prompt_column!r}: got {prompt!r}, expected an instruction")
         mask = mask_to_tensor(columns.pop(self.mask_column))

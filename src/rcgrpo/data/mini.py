@@ -1,62 +1,45 @@
 """CompBench-mini: the embedded data set, drawn on the user's machine from a seed.
 
 Rendered objects are pasted on real photographs, so every edit has an exact target and an exact mask. The columns are
-CompBench's, verbatim (arXiv 2505.12200). The same `(split, size, seed, index)` gives the same pixels everywhere: assets
-are lossless, and only `random.Random` and Pillow's integer arithmetic take part.
+CompBench's, verbatim (arXiv 2505.12200), and so are the tasks' names. The same `(split, size, seed, index)` gives the
+same pixels everywhere: assets are lossless, and only `random.Random` and integer arithmetic take part.
 
-The held-out split uses photographs that the training split never sees; both share the objects, because a reward that
-knows 24 objects can only judge those.
+The held-out split uses photographs that the training split never sees, and pairs of objects that it never pairs (see
+`pairings`). Both share the objects, because a reward that knows 24 objects can only judge those.
 """
 
 import hashlib
 import random
 from dataclasses import dataclass
 from functools import cache
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, Features, Image, Value
+import numpy as np
+from datasets import Dataset
 from PIL import Image as PILImage
-from PIL import ImageChops, ImageEnhance, ImageFilter
+
+from .scenes import FEATURES, TASKS, Photo, compose, draw_square
 
 ASSETS = Path(__file__).parent / "assets"
-TASKS = ("add", "remove", "replace")
-PLACES = ("top left corner", "top right corner", "bottom left corner", "bottom right corner")
-MASK_GROWTH = 1 / 32
-"""How far the mask reaches beyond the object's alpha, as a share of the picture's side (2 pixels at 64)."""
-
-FEATURES = Features(
-    {
-        "task": Value("string"),
-        "image_path": Value("string"),
-        "input_image": Image(),
-        "edited_image": Image(),
-        "instruction": Value("string"),
-        "caption": Value("string"),
-        "mask": Image(),
-    }
-)
 
 
 @dataclass(frozen=True)
-class Photo:
-    name: str
-    split: str
+class Emoji:
+    """An object of the catalogue. Without a `kind` it takes no part in *implicit_reasoning*: its kind is disputable."""
 
-    @property
-    def video_id(self) -> str:
-        """Eight hex digits, as CompBench's paths carry for the video that a frame comes from."""
-        return hashlib.sha256(self.name.encode()).hexdigest()[:8]
-
-
-@dataclass(frozen=True)
-class Thing:
     name: str
     code_point: str
+    kind: str | None
 
     @property
     def phrase(self) -> str:
         return f"{'an' if self.name[0] in 'aeiou' else 'a'} {self.name}"
+
+    def drawn(self, side: int) -> PILImage.Image:
+        """The object as RGBA, its longer side `side` pixels."""
+        return load_object(self.name, side)
 
 
 PHOTOS = tuple(
@@ -68,8 +51,16 @@ PHOTOS = tuple(
     for name in names.split()
 )
 
+KINDS = {
+    "fruit": ("apple", "banana", "watermelon"),
+    "animal": ("duck", "penguin", "fish"),
+    "vehicle": ("bus", "sailboat", "rocket"),
+    "plant": ("sunflower", "tree", "cactus"),
+    "ball": ("basketball", "soccer ball"),
+}
+
 OBJECTS = tuple(
-    Thing(name, code_point)
+    Emoji(name, code_point, next((kind for kind, names in KINDS.items() if name in names), None))
     for name, code_point in {
         "apple": "1f34e",
         "banana": "1f34c",
@@ -87,7 +78,7 @@ OBJECTS = tuple(
         "soccer ball": "26bd",
         "pizza": "1f355",
         "watermelon": "1f349",
-        "umbrella": "2602-fe0f",
+        "hamburger": "1f354",
         "duck": "1f986",
         "penguin": "1f427",
         "fish": "1f420",
@@ -97,6 +88,30 @@ OBJECTS = tuple(
         "crown": "1f451",
     }.items()
 )
+
+
+@cache
+def pairings(split: str, implicit: bool = False) -> tuple[tuple[Emoji, Emoji], ...]:
+    """The pairs of objects that a split's edits may be about; a quarter of them are held out.
+
+    A pair is the old and the new object of *replace*, the two of the multi-object tasks, and elsewhere the edited
+    object with the first bystander.
+
+    Args:
+        split: `"train"` or `"test"`; no pair is in both.
+        implicit: only pairs of two different kinds, so that naming the kind names the object.
+    """
+    pairs = [
+        (a, b)
+        for a, b in combinations(OBJECTS, 2)
+        if (hashlib.sha256(f"{a.name}|{b.name}".encode()).digest()[0] < 64) == (split == "test")
+    ]
+    return tuple(
+        ordered
+        for a, b in pairs
+        for ordered in ((a, b), (b, a))
+        if not implicit or (a.kind and b.kind and a.kind != b.kind)
+    )
 
 
 @cache
@@ -114,97 +129,46 @@ def load_object(name: str, side: int) -> PILImage.Image:
     return image.resize([max(1, round(s * scale)) for s in image.size], PILImage.Resampling.LANCZOS)
 
 
-@dataclass
-class Placed:
-    """An object with its place in a scene."""
-
-    thing: Thing
-    place: int
-    picture: PILImage.Image
-    corner: tuple[int, int]
-
-    def paste(self, scene: PILImage.Image) -> None:
-        scene.paste(self.picture, self.corner, self.picture)
-
-    def mask(self, size: int) -> PILImage.Image:
-        """Every pixel that pasting may change, grown by `MASK_GROWTH`."""
-        mask = PILImage.new("L", (size, size))
-        mask.paste(self.picture.getchannel("A").point(lambda a: 255 * (a > 0)), self.corner)
-        return mask.filter(ImageFilter.MaxFilter(2 * round(MASK_GROWTH * size) + 1))
-
-
 def _draw_background(rng: random.Random, photo: Photo, size: int) -> PILImage.Image:
-    picture = load_photo(photo.name)
-    side = rng.randint(min(picture.size) // 2, min(picture.size))
-    left, top = (rng.randint(0, limit - side) for limit in picture.size)
-    scene = picture.resize((size, size), PILImage.Resampling.BICUBIC, box=(left, top, left + side, top + side))
-    if rng.random() < 0.5:
-        scene = scene.transpose(PILImage.Transpose.FLIP_LEFT_RIGHT)
-    scene = ImageEnhance.Brightness(scene).enhance(rng.uniform(0.75, 1.25))
-    return ImageEnhance.Color(scene).enhance(rng.uniform(0.6, 1.4))
-
-
-def _place(rng: random.Random, thing: Thing, place: int, size: int) -> Placed:
-    picture = load_object(thing.name, rng.randint(round(0.36 * size), round(0.44 * size)))
-    cell = size // 2
-    row, column = divmod(place, 2)
-    free = [cell - side for side in picture.size]
-    corner = (column * cell + rng.randint(0, free[0]), row * cell + rng.randint(0, free[1]))
-    return Placed(thing, place, picture, corner)
+    """A random square of the photograph, mirrored half of the time, its brightness and saturation varied."""
+    scene = draw_square(rng, load_photo(photo.name), size)
+    # In 1/256 and integers: floating point may round another way on another machine.
+    brightness, saturation = rng.randint(192, 320), rng.randint(154, 358)
+    pixels = np.asarray(scene, dtype=np.int64) * brightness >> 8
+    grey = (pixels @ np.array([77, 150, 29]) >> 8)[..., None]
+    pixels = grey + ((pixels - grey) * saturation >> 8)
+    return PILImage.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
 def render(split: str, index: int, size: int = 64, seed: int = 0) -> dict[str, Any]:
     """One row, drawn from `(split, size, seed, index)` alone.
 
+    A scene holds one to three bystanders besides the objects that the edit is about.
+
     Args:
-        split: `"train"` or `"test"`; the two share no photograph.
+        split: `"train"` or `"test"`; the two share no photograph and no pair of objects.
         index: the row's number, ≥ 0; any number of rows can be drawn.
         size: side of the square pictures, in pixels, at least 32.
         seed: another seed is another data set.
 
     Returns:
         CompBench's columns, with PIL images: `input_image` and `edited_image` RGB, `mask` "L" with 255 = edit.
-        `caption` names the object that the edit is about: the new one for *add* and *replace*, the removed one for
-        *remove*.
+        `caption` names what the edit is about: the new objects where there are any, else the removed ones; two are
+        joined by `|`.
     """
     photos = [photo for photo in PHOTOS if photo.split == split]
     if not photos:
         raise ValueError(f"split: got {split!r}, expected 'train' or 'test'")
     if size < 32:
         raise ValueError(f"size: got {size}, expected at least 32 pixels")
-    rng = random.Random(f"compbench-mini/{split}/{size}/{seed}/{index}")
+    rng = random.Random(f"compbench-mini-1/{split}/{size}/{seed}/{index}")
     task = TASKS[index % len(TASKS)]
     photo = rng.choice(photos)
     background = _draw_background(rng, photo, size)
-    things = rng.sample(OBJECTS, 4)
-    places = rng.sample(range(4), 3)
-    for thing, place in zip(things[2:], places[1 : 1 + rng.randint(0, 2)], strict=False):
-        _place(rng, thing, place, size).paste(background)
-
-    old, new = (_place(rng, thing, places[0], size) for thing in things[:2])
-    source, target = background.copy(), background.copy()
-    if task != "add":
-        old.paste(source)
-    if task != "remove":
-        new.paste(target)
-    if task == "add":
-        mask, caption = new.mask(size), new.thing.phrase
-        instruction = f"add {caption} in the {PLACES[new.place]}"
-    elif task == "remove":
-        mask, caption = old.mask(size), old.thing.phrase
-        instruction = f"remove the {old.thing.name}"
-    else:
-        mask, caption = ImageChops.lighter(old.mask(size), new.mask(size)), new.thing.phrase
-        instruction = f"replace the {old.thing.name} with {caption}"
-    return {
-        "task": task,
-        "image_path": f"{photo.video_id}/{seed}/{index:05d}.png",
-        "input_image": source,
-        "edited_image": target,
-        "instruction": instruction,
-        "caption": caption,
-        "mask": mask,
-    }
+    implicit = task == "implicit_reasoning"
+    pair = rng.choice(pairings(split, implicit))
+    others = [o for o in OBJECTS if o not in pair and (not implicit or o.kind not in (None, pair[0].kind))]
+    return compose(rng, task, photo, background, [*pair, *rng.sample(others, 3)], seed, index)
 
 
 def compbench_mini(split: str = "train", num_samples: int = 512, size: int = 64, seed: int = 0) -> Dataset:
@@ -212,7 +176,7 @@ def compbench_mini(split: str = "train", num_samples: int = 512, size: int = 64,
 
     Args:
         split: `"train"`, or `"test"` on held-out photographs.
-        num_samples: number of rows; tasks take turns (add, remove, replace).
+        num_samples: number of rows; tasks take turns.
         size: side of the square pictures, in pixels.
         seed: another seed is another data set.
     """

@@ -1,7 +1,8 @@
 """Rewards: the callable interface, the registry, the built-in ones, and what calls them.
 
 Where it fits: between the data and the trainer; nothing in here knows the pipeline. Importing it registers the built-in
-rewards and stays light: timm, torchmetrics and the embedded data are imported by the first call that needs them.
+rewards and stays light: timm, torchmetrics, transformers, the HTTP client and the embedded data are imported by the
+first call that needs them. The server is in `rcgrpo.rewards.server`.
 """
 
 from .builtin import (
@@ -12,25 +13,65 @@ from .builtin import (
     compbench_mini,
     region_edit,
 )
+from .clip import ClipDirectionReward, ClipImageReward, ClipTextReward
+from .judges import (
+    EDIT_PROMPTS,
+    EditPrompts,
+    EditScoreReward,
+    LogitScoreReward,
+    ServerJudge,
+    UnifiedRewardEditReward,
+)
+from .local_judge import LocalJudge
+from .preservation import BackgroundDINO, BackgroundLPIPS, background_l1
 from .region_scorer import RegionScorer, get_region_scorer
 from .registry import Reward, RewardError, RewardFunction, available_rewards, register_reward, resolve_rewards
-from .scoring import FailureWatch, RequiredRewardError, RewardFailure, ScoredBatch, score
+from .remote import RemoteReward
+from .scoring import (
+    FailureWatch,
+    PendingScores,
+    RequiredRewardError,
+    RewardFailure,
+    ScoredBatch,
+    ScoringQueue,
+    agree_on_failure,
+    fault_counts,
+    score,
+)
 
 __all__ = [
+    "EDIT_PROMPTS",
+    "BackgroundDINO",
+    "BackgroundLPIPS",
+    "ClipDirectionReward",
+    "ClipImageReward",
+    "ClipTextReward",
+    "EditPrompts",
+    "EditScoreReward",
     "FailureWatch",
+    "LocalJudge",
+    "LogitScoreReward",
+    "PendingScores",
     "RegionScorer",
+    "RemoteReward",
     "RequiredRewardError",
     "Reward",
     "RewardError",
     "RewardFailure",
     "RewardFunction",
     "ScoredBatch",
+    "ScoringQueue",
+    "ServerJudge",
+    "UnifiedRewardEditReward",
+    "agree_on_failure",
     "attention_concentration",
     "available_rewards",
     "background_keep",
+    "background_l1",
     "background_psnr",
     "background_ssim",
     "compbench_mini",
+    "fault_counts",
     "get_region_scorer",
     "region_edit",
     "register_reward",

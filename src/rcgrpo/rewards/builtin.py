@@ -4,21 +4,22 @@ Where it fits: importing `rcgrpo.rewards` registers them; `reward_funcs="compben
 it exists: training must be able to start on any machine, and preservation needs no model at all.
 
 Gotchas: images, sources and masks must share one size; masks are read at ≥ 128 = edit. `region_edit` and
-`compbench_mini` know the 24 embedded objects and the tasks add, remove and replace; anything else is `None`.
+`compbench_mini` know the 24 embedded objects and the tasks in `ADDS` and `REMOVES`; anything else is `None`.
 Preservation rewards are at their best for an editor that does nothing: never train on one alone.
 """
 
 import math
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
+from .pictures import image_tensor, outside
 from .region_scorer import get_region_scorer
 from .registry import RewardError, register_reward
 
+ADDS = ("add", "replace", "multi_object_add")
+REMOVES = ("remove", "multi_object_remove", "implicit_reasoning")
 KEEP_SCALE = 0.1
 PSNR_CAP = 60.0
 
@@ -36,9 +37,9 @@ def region_edit(
 
     With `T = (1 + LP-T) / 2`, closeness to the captioned object, and `I = (1 + LP-I) / 2`, to the ground truth:
 
-    - add, replace: `(T + I) / 2`. The prototype alone would accept any apple anywhere in the crop; the ground truth
-      alone would reward the right surroundings. Either one moves the score wherever the other is.
-    - remove: `I · (1 - max(0, LP-T))`, as the caption names what must disappear. Only the object's presence costs;
+    - `ADDS`: `(T + I) / 2`. The prototype alone would accept any apple anywhere in the crop; the ground truth alone
+      would reward the right surroundings. Either one moves the score wherever the other is.
+    - `REMOVES`: `I · (1 - max(0, LP-T))`, as the caption names what must disappear. Only the object's presence costs;
       being *unlike* it earns nothing, or an editor would be paid for distortion.
 
     Returns:
@@ -51,12 +52,12 @@ def region_edit(
 def _edit_score(task: str, lp_t: float | None, lp_i: float | None) -> float | None:
     if lp_t is None or lp_i is None:
         return None
-    if task in ("add", "replace"):
+    if task in ADDS:
         return (2 + lp_t + lp_i) / 4
-    return (1 + lp_i) / 2 * (1 - max(0.0, lp_t)) if task == "remove" else None
+    return (1 + lp_i) / 2 * (1 - max(0.0, lp_t)) if task in REMOVES else None
 
 
-@register_reward("background_keep")
+@register_reward("background_keep", value_range=(0.0, 1.0))
 def background_keep(
     images: list[Image.Image], source_images: list[Image.Image], masks: list[Image.Image], **columns: Any
 ) -> list[float | None]:
@@ -70,7 +71,7 @@ def background_keep(
     ]
 
 
-@register_reward("background_psnr")
+@register_reward("background_psnr", value_range=(0.0, PSNR_CAP))
 def background_psnr(
     images: list[Image.Image], source_images: list[Image.Image], masks: list[Image.Image], **columns: Any
 ) -> list[float | None]:
@@ -84,7 +85,7 @@ def background_psnr(
     ]
 
 
-@register_reward("background_ssim")
+@register_reward("background_ssim", value_range=(-1.0, 1.0))
 def background_ssim(
     images: list[Image.Image], source_images: list[Image.Image], masks: list[Image.Image], **columns: Any
 ) -> list[float | None]:
@@ -98,19 +99,19 @@ def background_ssim(
 
     scores: list[float | None] = []
     for image, source, mask in zip(images, source_images, masks, strict=True):
-        shown, kept, outside = _image_tensor(image), _image_tensor(source), _outside(image, source, mask)
-        if not outside.any():
+        shown, kept, keep = image_tensor(image), image_tensor(source), outside(image, source, mask)
+        if not keep.any():
             scores.append(None)
             continue
-        shown = torch.where(outside, shown, kept)
+        shown = torch.where(keep, shown, kept)
         _, ssim_map = structural_similarity_index_measure(
             shown[None], kept[None], data_range=1.0, return_full_image=True
         )
-        scores.append(ssim_map[0, :, outside].mean().item())
+        scores.append(ssim_map[0, :, keep].mean().item())
     return scores
 
 
-@register_reward("compbench_mini", columns=("task", "caption", "edited_image"))
+@register_reward("compbench_mini", columns=("task", "caption", "edited_image"), value_range=(0.0, 1.0))
 def compbench_mini(
     images: list[Image.Image], source_images: list[Image.Image], masks: list[Image.Image], **columns: Any
 ) -> list[float | None]:
@@ -140,20 +141,8 @@ def attention_concentration(attention_density: list[float] | None = None, **colu
     return attention_density
 
 
-def _image_tensor(image: Image.Image) -> Tensor:
-    """fp32 `[3, height, width]` in [0, 1]."""
-    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).to(torch.float32) / 255
-
-
-def _outside(image: Image.Image, source: Image.Image, mask: Image.Image) -> Tensor:
-    """Boolean `[height, width]`, true where the source is to be kept."""
-    if not image.size == source.size == mask.size:
-        raise ValueError(f"image {image.size}, source {source.size} and mask {mask.size} must share one size")
-    return torch.from_numpy(np.array(mask.convert("L"))) < 128
-
-
 def _outside_mse(image: Image.Image, source: Image.Image, mask: Image.Image) -> float | None:
-    outside = _outside(image, source, mask)
-    if not outside.any():
+    keep = outside(image, source, mask)
+    if not keep.any():
         return None
-    return (_image_tensor(image) - _image_tensor(source)).square()[:, outside].mean().item()
+    return (image_tensor(image) - image_tensor(source)).square()[:, keep].mean().item()

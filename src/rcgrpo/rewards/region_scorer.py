@@ -8,6 +8,9 @@ Its numbers are *local proxies* for CompBench's LC-T and LC-I (arXiv 2505.12200,
 an object's prototype instead of a text embedding, LP-I compares EfficientNet instead of CLIP features. Neither is CLIP,
 nor comparable with published LC-T or LC-I.
 
+An edit of two objects has two captions joined by `|` and a mask of two parts; each part is judged for itself, as one
+box around both would show mostly what lies between.
+
 Gotchas: the vocabulary is closed, `rcgrpo.data.mini.OBJECTS` and nothing else. Prototypes are drawn from the training
 photographs only, so the held-out ones stay held out. Features mix object and surroundings, and a crop hugs the mask's
 bounding box, as in CompBench, so a loose mask scores lower.
@@ -89,6 +92,18 @@ def crop(image: Image.Image, mask: Image.Image) -> Image.Image | None:
     return image.crop(box) if box and min(box[2] - box[0], box[3] - box[1]) >= 2 else None
 
 
+def split_mask(mask: Image.Image, count: int) -> list[Image.Image]:
+    """The mask's connected parts (8 neighbours), if there are exactly `count` of them; else the mask as a whole."""
+    if count == 1:
+        return [mask]
+    from scipy.ndimage import label
+
+    labels, found = label(np.asarray(mask.convert("L")) >= 128, structure=np.ones((3, 3)))
+    if found != count:
+        return [mask]
+    return [Image.fromarray(np.where(labels == part, 255, 0).astype(np.uint8)) for part in range(1, count + 1)]
+
+
 class RegionScorer:
     """Judges what a masked region shows. Use the shared instance, `get_region_scorer()`.
 
@@ -112,18 +127,25 @@ class RegionScorer:
         """Local proxy, text: cosine of the crop with the prototype of the captioned object, in [-1, 1].
 
         A stand-in for CompBench's LC-T, computed without CLIP or any text encoder: the caption ("an apple", "a teddy
-        bear") only selects one of the 24 embedded objects.
+        bear") only selects one of the 24 embedded objects. Of several captions the mean counts, each with the part of
+        the mask where it fits best.
         """
-        return _cosines(self._crop_features(images, masks), self._caption_features(captions))
+        shown = self._part_features(images, masks, captions)
+        return [self._fit(*pair) for pair in zip(shown, captions, strict=True)]
 
     def lp_i(
-        self, images: Sequence[Image.Image], masks: Sequence[Image.Image], targets: Sequence[Image.Image | None]
+        self,
+        images: Sequence[Image.Image],
+        masks: Sequence[Image.Image],
+        targets: Sequence[Image.Image | None],
+        captions: Sequence[str] | None = None,
     ) -> list[float | None]:
         """Local proxy, image: cosine of the crop with the ground truth's crop, in [-1, 1].
 
-        A stand-in for CompBench's LC-I, with EfficientNet-Lite0 in the place of CLIP ViT-L/14.
+        A stand-in for CompBench's LC-I, with EfficientNet-Lite0 in the place of CLIP ViT-L/14. Captions only say how
+        many parts a mask has; of several parts the mean counts.
         """
-        return _cosines(*self._crop_features([*images, *targets], [*masks, *masks]).chunk(2))
+        return self.lp(images, masks, captions or [""] * len(images), targets)[1]
 
     def lp(
         self,
@@ -133,29 +155,47 @@ class RegionScorer:
         targets: Sequence[Image.Image | None],
     ) -> tuple[list[float | None], list[float | None]]:
         """`lp_t` and `lp_i` together, for the price of `lp_i`."""
-        shown, wanted = self._crop_features([*images, *targets], [*masks, *masks]).chunk(2)
-        return _cosines(shown, self._caption_features(captions)), _cosines(shown, wanted)
+        both = self._part_features([*images, *targets], [*masks, *masks], [*captions, *captions])
+        shown, wanted = both[: len(images)], both[len(images) :]
+        lp_t = [self._fit(*pair) for pair in zip(shown, captions, strict=True)]
+        return lp_t, [_number((a * b).sum(-1).mean()) for a, b in zip(shown, wanted, strict=True)]
 
-    def classify(self, images: Sequence[Image.Image], masks: Sequence[Image.Image]) -> list[str | None]:
-        """The embedded object whose prototype is nearest to the crop; an answer even where none of them is there."""
+    def classify(
+        self, images: Sequence[Image.Image], masks: Sequence[Image.Image], captions: Sequence[str] | None = None
+    ) -> list[str | None]:
+        """The embedded object whose prototype is nearest to the crop; an answer even where none of them is there.
+
+        With captions, a mask of as many parts as captions gets as many answers, joined by `|`, in the parts' order.
+        """
         _, prototypes = self._catalogue
-        names = list(prototypes)
-        cosines = self._crop_features(images, masks) @ torch.stack(list(prototypes.values())).T
-        return [None if row.isnan().any() else names[int(row.argmax())] for row in cosines]
+        names, table = list(prototypes), torch.stack(list(prototypes.values()))
+        parts = self._part_features(images, masks, captions or [""] * len(images))
+        return [
+            None if part.isnan().any() else "|".join(names[i] for i in (part @ table.T).argmax(-1)) for part in parts
+        ]
 
-    def _crop_features(self, images: Sequence[Image.Image | None], masks: Sequence[Image.Image]) -> Tensor:
-        """`[n, 1280]`, a row of NaN where there is no image or no region."""
-        crops = [None if image is None else crop(image, mask) for image, mask in zip(images, masks, strict=True)]
+    def _part_features(
+        self, images: Sequence[Image.Image | None], masks: Sequence[Image.Image], captions: Sequence[str]
+    ) -> list[Tensor]:
+        """For each image `[parts, 1280]`, a row of NaN where there is no image or no region."""
+        parts = [split_mask(m, (c or "").count("|") + 1) for m, c in zip(masks, captions, strict=True)]
+        crops = [
+            None if image is None else crop(image, part)
+            for image, mine in zip(images, parts, strict=True)
+            for part in mine
+        ]
         features = torch.full((len(crops), self._catalogue[0].numel()), math.nan, device="cpu")
-        if found := {row: part for row, part in enumerate(crops) if part is not None}:
+        if found := {row: picture for row, picture in enumerate(crops) if picture is not None}:
             features[list(found)] = self.features(list(found.values()))
-        return features
+        return list(features.split([len(mine) for mine in parts]))
 
-    def _caption_features(self, captions: Sequence[str]) -> Tensor:
+    def _fit(self, shown: Tensor, caption: str) -> float | None:
+        """Mean over the caption's objects of the best cosine with any part `[parts, 1280]`."""
         centre, prototypes = self._catalogue
         unknown = torch.full_like(centre, math.nan)
-        names = [re.sub(r"^(an?|the)\s+", "", (caption or "").strip().lower()) for caption in captions]
-        return torch.stack([prototypes.get(name, unknown) for name in names])
+        names = [re.sub(r"^(an?|the)\s+", "", name.strip().lower()) for name in (caption or "").split("|")]
+        wanted = torch.stack([prototypes.get(name, unknown) for name in names])
+        return _number((wanted @ shown.T).amax(-1).mean())
 
     @torch.no_grad()
     def _raw_features(self, images: Sequence[Image.Image]) -> Tensor:
@@ -173,7 +213,7 @@ class RegionScorer:
     @cached_property
     def _catalogue(self) -> tuple[Tensor, dict[str, Tensor]]:
         """The centre `[1280]` and each object's prototype: its mean centred feature `[1280]` with unit norm."""
-        from ..data import mini  # here, because it brings `datasets`
+        from ..data import mini, scenes  # here, because they bring `datasets`
 
         photos = [photo for photo in mini.PHOTOS if photo.split == "train"]
         rng = random.Random("rcgrpo/region-scorer")
@@ -181,7 +221,7 @@ class RegionScorer:
         for thing in mini.OBJECTS:
             for index in range(SCENES_PER_OBJECT):
                 scene = mini._draw_background(rng, rng.choice(photos), SCENE_SIZE)
-                placed = mini._place(rng, thing, index % len(mini.PLACES), SCENE_SIZE)
+                placed = scenes.place_object(rng, thing, index % len(scenes.PLACES), SCENE_SIZE)
                 placed.paste(scene)
                 part = crop(scene, placed.mask(SCENE_SIZE))
                 assert part is not None  # the smallest object is a third of the scene
@@ -198,6 +238,6 @@ def get_region_scorer() -> RegionScorer:
     return RegionScorer()
 
 
-def _cosines(left: Tensor, right: Tensor) -> list[float | None]:
-    """Row by row, of unit vectors; `None` where either row is NaN."""
-    return [None if math.isnan(value) else value for value in (left * right).sum(-1).clamp(-1, 1).tolist()]
+def _number(cosine: Tensor) -> float | None:
+    """A mean of cosines in [-1, 1]; `None` where there was nothing to compare."""
+    return None if cosine.isnan() else float(cosine.clamp(-1, 1))

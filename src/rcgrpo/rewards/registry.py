@@ -10,9 +10,10 @@ A reward is any callable, plain or `async def`, over lists with one entry per ca
 
 `prompts` are strings, `images` (the candidates) and `source_images` PIL RGB, `masks` PIL "L" with 255 = edit. `columns`
 hold every other column of the data set as a list (`caption`, `task`, `edited_image`, …) and besides: `completions`
-(the same list as `images`), `trainer_state`, `log_extra(column, values)`, `log_metric(name, value)`, and, when
-attention is recorded, the lists of floats `attention_mass`, `attention_density`, `attention_contrast`. `None` means
-that the reward does not apply to that candidate; it is neither a zero nor a failure.
+(the same list as `images`), `trainer_state`, `log_extra(column, values)`, `log_metric(name, value)`,
+`log_failure(index, reason)`, and, when attention is recorded, the lists of floats `attention_mass`,
+`attention_density`, `attention_contrast`. `None` means that the reward does not apply to that candidate; it is neither
+a zero nor a failure, unless `log_failure` was called for it: then it is a failure with that reason.
 
 Gotchas: everything is passed by keyword, so a reward names what it needs and swallows the rest with `**columns`. Raise
 `RewardError` for a mistake that no other candidate could cure: it stops the run; any other exception counts against the
@@ -48,12 +49,14 @@ class Reward:
         function: the callable itself.
         columns: data set columns that it cannot do without.
         required: whether a run must stop when it fails persistently (see `scoring.FailureWatch`).
+        value_range: least and greatest score that it gives, for readers and servers; not enforced. `None`: unknown.
     """
 
     name: str
     function: RewardFunction
     columns: tuple[str, ...] = ()
     required: bool = False
+    value_range: tuple[float, float] | None = None
 
     @property
     def is_async(self) -> bool:
@@ -63,16 +66,21 @@ class Reward:
 
 
 def register_reward(
-    name: str, columns: tuple[str, ...] = (), required: bool = False
+    name: str,
+    columns: tuple[str, ...] = (),
+    required: bool = False,
+    value_range: tuple[float, float] | None = None,
 ) -> Callable[[Registrable], Registrable]:
     """Decorator that makes a function, or a class as a factory without arguments, known under `name`.
 
-    It sets the plain attributes `reward_name`, `columns` and `required`, and gives the object back unchanged otherwise.
+    It sets the plain attributes `reward_name`, `columns`, `required` and `value_range`, and gives the object back
+    unchanged otherwise.
 
     Args:
         name: the registry name; no dots, which mark import paths.
         columns: data set columns that the reward cannot do without.
         required: whether a run must stop when the reward fails persistently.
+        value_range: least and greatest score that it gives.
 
     Raises:
         ValueError: `name` has a dot, or belongs to something else. The same definition run again (a notebook cell, a
@@ -89,7 +97,8 @@ def register_reward(
         if _origin(taken) != _origin(function):
             raise ValueError(f"register_reward: the name {name!r} belongs to {_origin(taken)}; choose another one")
         _REGISTRY[name] = function
-        for attribute, value in {"reward_name": name, "columns": tuple(columns), "required": required}.items():
+        known = {"reward_name": name, "columns": tuple(columns), "required": required, "value_range": value_range}
+        for attribute, value in known.items():
             setattr(function, attribute, value)
         return function
 
@@ -142,6 +151,7 @@ def _resolve(item: RewardFunction | str) -> Reward:
         function=function,
         columns=tuple(_attribute(function, "columns") or ()),
         required=bool(_attribute(function, "required")),
+        value_range=_attribute(function, "value_range"),
     )
     _check_signature(reward)
     return reward

@@ -6,7 +6,9 @@ poison it. A failure is not a 0.0, one candidate's failure is not the batch's, a
 
 Gotchas: asynchronous rewards run on a private event loop in a daemon thread, so `score` also works where a loop is
 running already (Jupyter). The loop lives as long as the process, hence sessions that a reward keeps stay usable. While
-the trainer waits for them, the plain rewards run, one after the other, in the caller's own thread.
+the trainer waits for them, the plain rewards run, one after the other, in the caller's own thread. `ScoringQueue` does
+all of it in a thread of its own, so that a judge works while the next group is rolled out; what is scored, and the
+order in which it is handed back, is the same either way.
 """
 
 import asyncio
@@ -16,10 +18,14 @@ import math
 import numbers
 import threading
 from collections import Counter
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, TypeVar
+from time import perf_counter
+from types import TracebackType
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import torch
@@ -32,6 +38,8 @@ logger = logging.getLogger(__name__)
 
 GIVE_UP_AFTER = 3
 """So many candidates in a row that fail alone mean that the reward is broken, not the candidates."""
+
+LOGGERS = ("log_extra", "log_metric")
 
 Result = TypeVar("Result")
 
@@ -53,11 +61,13 @@ class ScoredBatch:
         names: the rewards' names, in the order of `values`' columns.
         values: fp32 `[candidates, rewards]`; NaN where there is no score: not applicable, or failed.
         failures: the failed ones, by reward in the order of `names`.
+        logged: calls of `log_extra` and `log_metric` that the rewards made, by reward in the order of `names`.
     """
 
     names: tuple[str, ...]
     values: Tensor
     failures: list[RewardFailure] = field(default_factory=list)
+    logged: list[tuple[str, tuple[Any, ...]]] = field(default_factory=list)
 
 
 def score(
@@ -74,7 +84,8 @@ def score(
 
     A call that raises is repeated for each candidate alone, to find out which one it fails on; after three in a row the
     others are given up with the last reason. In these repetitions `log_extra` and `log_metric` do nothing, as their
-    lists would not match the batch.
+    lists would not match the batch. What a reward logs reaches the context's loggers when all rewards are done, in the
+    order of the rewards and in the caller's thread.
 
     Args:
         rewards: from `resolve_rewards`.
@@ -94,6 +105,27 @@ def score(
         RewardError: a reward lacks a column, returned something other than `n` entries, or raised `RewardError` itself.
         ValueError: an argument does not have `n` entries.
     """
+    scored = _score(rewards, prompts, images, source_images, masks, columns, labels, context)
+    _hand_on_logs(scored, context or {})
+    return scored
+
+
+def _hand_on_logs(scored: ScoredBatch, context: Mapping[str, Any]) -> None:
+    for logger_name, arguments in scored.logged:
+        context[logger_name](*arguments)
+
+
+def _score(
+    rewards: Sequence[Reward],
+    prompts: list[str],
+    images: list[Image.Image],
+    source_images: list[Image.Image],
+    masks: list[Image.Image],
+    columns: Mapping[str, list[Any]],
+    labels: list[str],
+    context: Mapping[str, Any] | None,
+) -> ScoredBatch:
+    """`score`, with what was logged kept in the result and not handed on."""
     per_candidate: dict[str, list[Any]] = {"prompts": prompts, "images": images, "completions": images}
     per_candidate |= {"source_images": source_images, "masks": masks, **columns}
     shared: dict[str, Any] = {}
@@ -109,8 +141,12 @@ def score(
                 f"it has {', '.join(columns) or 'none'}"
             )
 
+    logs: dict[str, list[tuple[str, tuple[Any, ...]]]] = {reward.name: [] for reward in rewards}
+
     def scoring(reward: Reward) -> Coroutine[Any, Any, list[float | str | None]]:
-        return _score_one(reward, per_candidate, shared)
+        log = logs[reward.name]
+        loggers = {name: _recorder(log, name) for name in LOGGERS if name in shared}
+        return _score_one(reward, per_candidate, shared | loggers)
 
     async def scoring_together() -> list[list[float | str | None]]:
         return await asyncio.gather(*(scoring(reward) for reward in rewards if reward.is_async))
@@ -134,7 +170,13 @@ def score(
                 failures.append(RewardFailure(reward.name, labels[row], outcome))
             elif outcome is not None:
                 values[row, column] = outcome
-    return ScoredBatch(tuple(reward.name for reward in rewards), values, failures)
+    logged = [call for reward in rewards for call in logs[reward.name]]
+    return ScoredBatch(tuple(reward.name for reward in rewards), values, failures, logged)
+
+
+def _recorder(log: list[tuple[str, tuple[Any, ...]]], name: str) -> Callable[[Any, Any], None]:
+    """A logger `(column or name, value)` that keeps its calls for later."""
+    return lambda key, value: log.append((name, (key, value)))
 
 
 async def _score_one(
@@ -151,7 +193,7 @@ async def _score_one(
             return [_reason(error)]
         logger.warning("reward %r raised on %d candidates; trying each alone", reward.name, count, exc_info=True)
 
-    shared = {name: _ignore if name in ("log_extra", "log_metric") else value for name, value in shared.items()}
+    shared = {name: _ignore if name in LOGGERS else value for name, value in shared.items()}
     outcomes: list[float | str | None] = []
     in_a_row = 0
     for index in range(count):
@@ -172,8 +214,10 @@ async def _score_one(
 async def _call(
     reward: Reward, per_candidate: dict[str, list[Any]], shared: dict[str, Any]
 ) -> list[float | str | None]:
+    reasons: dict[int, str] = {}
     # Copies, so that a reward which edits its arguments in place harms neither the next reward nor a repetition.
-    returned = reward.function(**{name: list(value) for name, value in per_candidate.items()}, **shared)
+    copies = {name: list(value) for name, value in per_candidate.items()}
+    returned = reward.function(**copies, **{**shared, "log_failure": reasons.__setitem__})
     if reward.is_async:
         returned = await returned
     elif inspect.iscoroutine(returned):
@@ -190,7 +234,7 @@ async def _call(
             f"reward {reward.name!r} returned {len(returned)} scores, expected {count}, one per image; use None where "
             "it does not apply"
         )
-    return [_outcome(value) for value in returned]
+    return [reasons.get(index) if value is None else _outcome(value) for index, value in enumerate(returned)]
 
 
 def _outcome(value: Any) -> float | str | None:
@@ -226,6 +270,150 @@ def _private_loop() -> asyncio.AbstractEventLoop:
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, name="rcgrpo-rewards", daemon=True).start()
     return loop
+
+
+class PendingScores:
+    """A batch on its way through a `ScoringQueue`.
+
+    Attributes:
+        future: its scores, for who wants to wait in another way than `result` does; nothing is logged then.
+        started, ended: `time.perf_counter` when its scoring began and ended; `None` until then.
+    """
+
+    future: Future[ScoredBatch]
+
+    def __init__(self, context: Mapping[str, Any] | None) -> None:
+        self._context = context
+        self.started: float | None = None
+        self.ended: float | None = None
+
+    def result(self) -> ScoredBatch:
+        """Wait for the scores. What the rewards logged reaches the context's loggers here, in the calling thread.
+
+        Raises:
+            RewardError, ValueError: as `score` does.
+            concurrent.futures.CancelledError: the queue was closed before the batch's turn came.
+        """
+        scored = self.future.result()
+        context, self._context = self._context, None  # asked again, it does not log again
+        if context is not None:
+            _hand_on_logs(scored, context)
+        return scored
+
+
+class ScoringQueue:
+    """Scores batches in the background, one after the other in the order of `submit`, while the caller goes on.
+
+    Nothing in the results depends on timing: rewards see one batch at a time and in order, and the caller decides when
+    it asks for which result. The caller must leave a submitted batch's pictures alone until then, and a reward must not
+    draw from the global random generators, where its draws would mix with the caller's.
+
+        with ScoringQueue() as queue:
+            pending = [queue.submit(rewards, *batch) for batch in batches]   # rolls out between the submissions
+            scores = [batch.result() for batch in pending]
+
+    Args:
+        workers: batches that are scored at the same time. More than 1 only where every plain reward may be called from
+            several threads at once; asynchronous rewards of several batches then overlap as well.
+    """
+
+    def __init__(self, workers: int = 1) -> None:
+        if workers < 1:
+            raise ValueError(f"workers: got {workers}, expected at least 1")
+        self._executor = ThreadPoolExecutor(workers, thread_name_prefix="rcgrpo-scoring")
+
+    def submit(
+        self,
+        rewards: Sequence[Reward],
+        prompts: list[str],
+        images: list[Image.Image],
+        source_images: list[Image.Image],
+        masks: list[Image.Image],
+        columns: Mapping[str, list[Any]],
+        labels: list[str],
+        context: Mapping[str, Any] | None = None,
+    ) -> PendingScores:
+        """Queue a batch, with `score`'s arguments, and return at once.
+
+        Raises:
+            RuntimeError: the queue is closed.
+        """
+        pending = PendingScores(context)
+        # A new thread starts on the first GPU, whichever one this process was given.
+        device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+
+        def work() -> ScoredBatch:
+            pending.started = perf_counter()
+            try:
+                with nullcontext() if device is None else torch.cuda.device(device):
+                    return _score(rewards, prompts, images, source_images, masks, columns, labels, context)
+            finally:
+                pending.ended = perf_counter()
+
+        pending.future = self._executor.submit(work)
+        return pending
+
+    def close(self) -> None:
+        """Drop what has not begun and take no more; what is under way ends by itself, unwaited for."""
+        self._executor.shutdown(wait=False, cancel_futures=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def fault_counts(rewards: Sequence[Reward]) -> dict[str, int]:
+    """`{"rewards/<name>/faults/<kind>": count}` since the start, of the rewards that count their faults.
+
+    A reward does so with an attribute `faults`, a mapping from a fault's kind to a number.
+    """
+    return {
+        f"rewards/{reward.name}/faults/{kind}": number
+        for reward in rewards
+        for kind, number in dict(getattr(reward.function, "faults", {})).items()
+    }
+
+
+def agree_on_failure(accelerator: Any, error: Exception | None) -> None:
+    """Raise on every process of a run when any of them has an error, the same one everywhere.
+
+    A process that raises alone leaves the others waiting for it in the next collective operation, until a timeout of
+    half an hour or for ever. So each catches what its own scoring raises and calls this at the same place, every time:
+
+        error = None
+        try:
+            ...  # gather scores, update the FailureWatch
+        except Exception as caught:
+            error = caught
+        agree_on_failure(accelerator, error)
+
+    Args:
+        accelerator: accelerate's.
+        error: this process's, or `None`.
+
+    Raises:
+        RewardError, RequiredRewardError: the lowest failed process has one of these; with its message and rank.
+        RuntimeError: it has any other error. On a single process `error` itself is raised.
+    """
+    if accelerator.num_processes == 1:
+        if error is not None:
+            raise error
+        return
+    flag = torch.tensor([0 if error is None else 1], device=accelerator.device)
+    if not int(accelerator.reduce(flag, reduction="sum").item()):
+        return
+    from accelerate.utils import gather_object
+
+    told = gather_object([None if error is None else (type(error).__name__, str(error))])
+    rank, (kind, text) = next((rank, report) for rank, report in enumerate(told) if report is not None)
+    known: dict[str, type[Exception]] = {cls.__name__: cls for cls in (RewardError, RequiredRewardError)}
+    if kind in known:
+        raise known[kind](f"process {rank}: {text}") from error
+    raise RuntimeError(f"process {rank}: {kind}: {text}") from error
 
 
 class RequiredRewardError(RuntimeError):

@@ -1,0 +1,266 @@
+"""`rcgrpo data`: look at a data set, make masks for it, draw an embedded one. The verb is the first argument."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from itertools import chain, islice
+from typing import Any
+
+from .parsing import MINI, TINY, UsageError, parse, use_embedded_model
+
+VERBS = {
+    "inspect": "draw a contact sheet with the masks, and count",
+    "masks": "make masks for rows that have none, once",
+    "build-tux": "build a set of edits from photographic cut-outs",
+}
+METHODS = ("difference", "velocity", "grounding-sam")
+
+
+@dataclass
+class DataArguments:
+    """Which rows, for `rcgrpo data`."""
+
+    name: str = field(metadata={"help": f"{MINI} (embedded), Hub id, folder or file; may stand first, without --name."})
+    preset: str | None = field(default=None, metadata={"help": "Known data set; recognised by its Hub id."})
+    split: str = field(default="train", metadata={"help": "Split; `held_out` for that part of train."})
+    held_out: float = field(default=0.0, metadata={"help": "Share of the groups that training must not see."})
+    columns: list[str] = field(
+        default_factory=list, metadata={"help": "canonical=own pairs, e.g. input_image=src instruction=json.text."}
+    )
+    mask_encoding: str | None = field(default=None, metadata={"help": "How masks are encoded, over the preset's."})
+    root: str | None = field(default=None, metadata={"help": "Where relative paths of pictures start."})
+    revision: str | None = field(default=None, metadata={"help": "Revision of a data set on the Hub."})
+    streaming: bool = field(default=False, metadata={"help": "Read as a stream, downloading only what is looked at."})
+
+
+@dataclass
+class InspectArguments(DataArguments):
+    """A contact sheet and counts, for `rcgrpo data inspect`."""
+
+    num_samples: int = field(default=16, metadata={"help": "Rows on the sheet, at even spacing; a stream's first."})
+    output: str = field(default="sheet.png", metadata={"help": "Where to write the sheet."})
+    cell: int = field(default=192, metadata={"help": "Side of a picture on the sheet, in pixels."})
+    masks: str | None = field(default=None, metadata={"help": "Folder of masks made by `rcgrpo data masks`."})
+    on_missing: list[str] = field(
+        default_factory=lambda: ["difference", "full"],
+        metadata={"help": "What stands in for a missing mask, in turn: difference, full, drop, error."},
+    )
+
+
+@dataclass
+class MaskArguments(DataArguments):
+    """Masks made once, for `rcgrpo data masks`."""
+
+    output: str = field(default="masks", metadata={"help": "Folder of the masks; a second call goes on where it was."})
+    method: str = field(default="difference", metadata={"help": f"One of {', '.join(METHODS)}."})
+    num_samples: int | None = field(default=None, metadata={"help": "Only this many rows from the start."})
+    every_row: bool = field(default=False, metadata={"help": "Also for rows that have a mask."})
+    model: str = field(
+        default=TINY, metadata={"help": f"velocity: {TINY} (embedded), or Hub id or folder of a Kontext."}
+    )
+    resolution: int | None = field(default=None, metadata={"help": "velocity: side at which the editor looks."})
+    num_draws: int = field(default=8, metadata={"help": "velocity: draws of noise that are averaged."})
+    sigma: float = field(default=0.75, metadata={"help": "velocity: noise level."})
+    threshold: float = field(default=0.5, metadata={"help": "velocity: where the map is cut."})
+    seed: int = field(default=0, metadata={"help": "velocity: seed of the noise."})
+    detector: str = field(
+        default="IDEA-Research/grounding-dino-tiny", metadata={"help": "grounding-sam: zero-shot detector."}
+    )
+    segmenter: str = field(default="facebook/sam2.1-hiera-small", metadata={"help": "grounding-sam: SAM 2."})
+    phrase_column: str | None = field(
+        default=None, metadata={"help": "grounding-sam: column that names the object; else read off the instruction."}
+    )
+    box_threshold: float = field(default=0.35, metadata={"help": "grounding-sam: least confidence of a box."})
+    text_threshold: float = field(default=0.25, metadata={"help": "grounding-sam: least confidence of its words."})
+
+
+def run(arguments: Sequence[str]) -> None:
+    """`rcgrpo data VERB`."""
+    verbs = "; ".join(f"{verb}: {text}" for verb, text in VERBS.items())
+    if arguments and arguments[0] in ("-h", "--help"):
+        print(f"usage: rcgrpo data VERB ...\n\n{verbs}\n\nsee `rcgrpo data VERB --help`")
+        return
+    if not arguments or arguments[0] not in VERBS:
+        raise UsageError(f"got {arguments[0] if arguments else 'no verb'!r}, expected one of {verbs}")
+    verb, rest = arguments[0], list(arguments[1:])
+    if verb == "build-tux":
+        import_module(f"{__package__}.data_tux").run(rest)
+        return
+    if rest and not rest[0].startswith("-"):
+        rest = ["--name", *rest]
+    program = f"rcgrpo data {verb}"
+    if verb == "inspect":
+        inspect(*parse((InspectArguments,), rest, None, program))
+    else:
+        make(*parse((MaskArguments,), rest, None, program))
+
+
+def load(args: DataArguments, **settings: Any) -> Any:
+    """The rows that the flags name."""
+    from ..data.loading import load_edit_dataset
+
+    pairs = [pair.partition("=") for pair in args.columns]
+    for canonical, equals, own in pairs:
+        if not equals or not canonical or not own:
+            raise UsageError(f"--columns: got {canonical + equals + own!r}, expected canonical=own")
+    columns = {canonical: own.split(",") if "," in own else own for canonical, _, own in pairs}
+    source: Any = args.name
+    if args.name == MINI:
+        from ..data import compbench_mini
+
+        source = {split: compbench_mini(split) for split in ("train", "test") if split == args.split.partition(":")[0]}
+    elif args.revision is not None:
+        settings["revision"] = args.revision
+    return load_edit_dataset(
+        source,
+        args.preset or ("compbench" if args.name == MINI else None),
+        args.split,
+        columns=columns,
+        held_out=args.held_out,
+        streaming=args.streaming,
+        mask_encoding=args.mask_encoding,
+        root=args.root,
+        **settings,
+    )
+
+
+# inspect --------------------------------------------------------------------------------------------------------------
+
+
+def inspect(args: InspectArguments) -> None:
+    """Draw a contact sheet and print counts."""
+    from ..data.masks import mask_share
+    from ..sheets import contact_sheet
+
+    if args.num_samples < 1:
+        raise UsageError(f"--num_samples: got {args.num_samples}, expected at least 1")
+    rows = load(args, on_missing=tuple(args.on_missing), masks=args.masks)
+    stream = not hasattr(rows, "__len__")
+    if stream:
+        shown = list(islice(rows, args.num_samples))
+    else:
+        stride = max(1, len(rows) // args.num_samples)
+        shown = [rows[i] for i in range(0, len(rows), stride)][: args.num_samples]
+    if not shown:
+        raise UsageError(f"{args.name}: no rows to show in split {args.split!r}")
+    sheet_columns = {"source and region": [tint(row["input_image"], row["mask"]) for row in shown]}
+    if any(row.get("edited_image") is not None for row in shown):
+        sheet_columns["target"] = [row.get("edited_image") or _blank(row["input_image"]) for row in shown]
+    contact_sheet(sheet_columns, [_caption(row) for row in shown], args.cell, args.output)
+
+    shares = [mask_share(row["mask"]) for row in shown]
+    sources = Counter(row["mask_source"] for row in shown)
+    counted: Mapping[str, Any] = (
+        {key: [row.get(key) for row in shown] for key in ("group", "task")} if stream else _cheap_columns(rows)
+    )
+    of = f"the first {len(shown)} rows of a stream" if stream else f"{len(rows)} rows"
+    lines = {"rows": of, "groups": str(len(set(counted["group"])))}
+    if counted.get("task") and any(counted["task"]):
+        tasks = Counter(str(task) for task in counted["task"])
+        lines["tasks"] = ", ".join(f"{task} {count}" for task, count in tasks.most_common())
+    if not stream:
+        missing = rows.format["format_kwargs"]["transform"].missing
+        lines["no mask"] = f"{missing} of {len(rows)} rows ({missing / len(rows):.1%})"
+    lines["masks shown"] = ", ".join(f"{kind} {count}" for kind, count in sources.most_common())
+    lines["region"] = (
+        f"{sum(shares) / len(shares):.1%} of the picture on average, {min(shares):.1%} to {max(shares):.1%}"
+    )
+    print(f"{args.name}, {args.split}:")
+    for key, value in lines.items():
+        print(f"  {key:<12} {value}")
+    print(f"Written: {args.output}")
+
+
+def tint(image: Any, mask: Any) -> Any:
+    """The picture with its region under a translucent colour, a line around it."""
+    from PIL import Image, ImageChops
+
+    from ..sheets import outline
+
+    colour = Image.new("RGB", image.size, "#ff2d78")
+    cover = ImageChops.multiply(mask.convert("L"), Image.new("L", image.size, 90))
+    return outline(Image.composite(colour, image, cover), mask)
+
+
+def _blank(image: Any) -> Any:
+    from PIL import Image
+
+    return Image.new("RGB", image.size, "#eceef1")
+
+
+def _caption(row: Mapping[str, Any]) -> str:
+    task = f"[{row['task']}] " if row.get("task") not in (None, "") else ""
+    note = "" if row["mask_source"] == "own" else f" (mask: {row['mask_source']})"
+    return f"{task}{row['instruction']}{note}"
+
+
+def _cheap_columns(rows: Any) -> dict[str, Any]:
+    names = [name for name in ("group", "task") if name in rows.column_names]
+    return dict(rows.with_format(None).select_columns(names)[:])
+
+
+# masks ----------------------------------------------------------------------------------------------------------------
+
+
+def make(args: MaskArguments) -> None:
+    """Make masks for the rows that have none."""
+    if args.method not in METHODS:
+        raise UsageError(f"--method: got {args.method!r}, expected one of {', '.join(METHODS)}")
+    from tqdm.auto import tqdm
+
+    from ..data.make_masks import MaskFolder
+
+    rows = load(args, on_missing="full")
+    folder = MaskFolder(args.output, args.method)
+    before = len(folder.made)
+    todo = _todo(rows, folder, args)
+    first = next(todo, None)
+    if first is not None:  # the models are loaded only if there is something for them to do
+        maker = _maker(args)
+        folder.fill(tqdm(chain([first], todo), desc="masks", unit=" rows"), maker)
+    print(
+        f"{args.output}: {len(folder.made)} masks ({len(folder.made) - before} new), {len(folder.skipped)} rows without"
+        + (", see skipped.log" if folder.skipped else "")
+    )
+    print(f'Use them: load_edit_dataset("{args.name}", masks="{args.output}")')
+
+
+def _todo(rows: Any, folder: Any, args: MaskArguments) -> Iterator[Mapping[str, Any]]:
+    """The rows that still want a mask; those that are done are not even decoded, unless they come as a stream."""
+    if hasattr(rows, "__len__"):
+        names = rows.with_format(None).select_columns(["id"])[:]["id"]
+        if len(set(names)) < len(names):
+            raise UsageError("ids repeat, so masks could not be told apart; name the columns of --columns id=a,b")
+        candidates = (rows[i] for i, name in enumerate(names[: args.num_samples]) if name not in folder)
+    else:
+        candidates = (row for row in islice(rows, args.num_samples) if row["id"] not in folder)
+    return (row for row in candidates if args.every_row or row["mask_source"] == "full")
+
+
+def _maker(args: MaskArguments) -> Any:
+    from ..data.make_masks import FromText, FromVelocity, from_difference
+
+    if args.method == "difference":
+        return from_difference
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.method == "grounding-sam":
+        return FromText(
+            args.detector, args.segmenter, args.phrase_column, args.box_threshold, args.text_threshold, device
+        )
+    from diffusers import FluxKontextPipeline
+
+    from ..editors import FluxKontextEditor
+    from ..tiny import CALL, WEIGHTS
+
+    tiny = args.model == TINY
+    if tiny:
+        use_embedded_model()
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    pipe = FluxKontextPipeline.from_pretrained(str(WEIGHTS) if tiny else args.model, torch_dtype=dtype).to(device)
+    resolution = args.resolution or (CALL["width"] if tiny else 512)
+    length = CALL["max_sequence_length"] if tiny else 512
+    editor = FluxKontextEditor(pipe, resolution, num_inference_steps=1, max_sequence_length=length)
+    return FromVelocity(editor, args.num_draws, args.sigma, args.threshold, args.seed)

@@ -1,0 +1,516 @@
+"""`load_edit_dataset`: any editing data set with the canonical columns, on top of `datasets.load_dataset`.
+
+Columns are renamed and two key columns are added, which copies no picture; pictures and masks are decoded when a row is
+looked at, so a set of 100,000 opens at once. `CanonicalRows` is that last step: a `with_transform` of a
+`datasets.Dataset`, a `map` of a stream.
+
+Gotchas: a held-out part is drawn by a hash of the `group`, so its share of the rows is only about what was asked for,
+but never depends on order, number of rows, machine or mode. Renaming columns after loading takes them from the
+transform.
+"""
+
+import glob
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow.parquet as pq
+from datasets import Dataset, IterableDataset
+from PIL import Image
+
+from .edits import RowTransform, decode_picture, to_rgb
+from .masks import (
+    ENCODINGS,
+    PICTURE_DECODERS,
+    Size,
+    decode_mask,
+    difference_mask,
+    feather_mask,
+    fit_mask,
+    grow_mask,
+)
+from .presets import CANONICAL, PRESETS, ColumnMap, Preset, find_preset, map_columns, read
+
+logger = logging.getLogger(__name__)
+
+HELD_OUT = "held_out"
+ON_MISSING = ("difference", "full", "drop", "error")
+LADDER = ("difference", "full")
+"""What stands in for a missing mask by default: the difference with the ground truth, or else the full picture."""
+
+METADATA = "metadata.jsonl"
+BUILDERS = {
+    ".jsonl": "json",
+    ".json": "json",
+    ".parquet": "parquet",
+    ".csv": "csv",
+    ".arrow": "arrow",
+    ".tar": "webdataset",
+}
+"""Which builder of `datasets` opens a file."""
+
+SAID = {
+    "stored": "the stored one is used",
+    "difference": "the difference between source and target is used",
+    "full": "the full picture is used, so nothing is kept and the region constraint is off for it",
+    "drop": "the row is left out",
+}
+
+# Rows -----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Fallbacks:
+    """Which rows had no mask of their own and what stood in for it: counted by row, said once for each kind."""
+
+    rows: dict[str, set[str]] = field(default_factory=dict)
+
+    def note(self, kind: str, row: str, where: str) -> None:
+        """Count one row, and say so if it is the first of its kind."""
+        if kind not in self.rows:
+            logger.warning("%s: there is no mask; %s. Further rows are counted, not said", where, SAID[kind])
+        self.rows.setdefault(kind, set()).add(row)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Rows seen so far, by what stood in for their mask."""
+        return {kind: len(rows) for kind, rows in self.rows.items()}
+
+
+@dataclass
+class CanonicalRows(RowTransform):
+    """Decode a row whose columns already have their canonical names.
+
+    Pictures become RGB, upright, at their own size; the mask "L" at the source's size with 255 = edit; an instruction
+    that is a list becomes one of its texts, always the same for the same `id`. `mask_source` says where the mask is
+    from: "own", "stored", "difference", "full", or "drop" with a mask of `None`.
+
+    Attributes:
+        name: what messages call the data set.
+        encoding: of the mask column.
+        on_missing: what stands in for a missing or empty mask, tried in turn.
+        root: where relative paths of pictures start.
+        stored: `id` to a mask made beforehand, used before anything of `on_missing`.
+        growth, feather: of every mask, as shares of the short side.
+        fallbacks: what was used so far in this process.
+        missing: how many rows hold no mask, counted at loading; `None` for a stream.
+    """
+
+    name: str = "data set"
+    encoding: str = "luma"
+    on_missing: tuple[str, ...] = LADDER
+    root: str | None = None
+    stored: Mapping[str, str] = field(default_factory=dict)
+    growth: float = 0.0
+    feather: float = 0.0
+    fallbacks: Fallbacks = field(default_factory=Fallbacks, repr=False, compare=False)
+    missing: int | None = field(default=None, repr=False, compare=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What has been seen is no part of the settings, from which `datasets` makes the names of its caches.
+        return {**self.__dict__, "fallbacks": Fallbacks()}
+
+    def row(self, stored: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+        """The canonical row, decoded.
+
+        A row without some of the columns, as when a single column is asked for, is decoded as far as it goes.
+
+        Raises:
+            ValueError: naming row and column, for a picture or a mask that cannot be decoded, or a mask that is missing
+                when nothing of `on_missing` applies.
+        """
+        row = dict(stored)
+        where = where or f"{self.name}, row {row.get('id', '?')}"
+        for key in ("input_image", "edited_image"):
+            if row.get(key) is not None:
+                row[key] = self._picture(row[key], f"{where}, column {key!r}")
+        if isinstance(row.get("instruction"), list | tuple):
+            texts = [text for text in row["instruction"] if text]
+            digest = hashlib.sha256(str(row.get("id")).encode()).digest()
+            row["instruction"] = texts[int.from_bytes(digest[:8], "big") % len(texts)] if texts else None
+        if row.get("input_image") is not None:
+            row["mask"], row["mask_source"] = self._mask(row, where)
+        elif row.get("mask") is not None:
+            row["mask"] = self._own_mask(row["mask"], None, f"{where}, column 'mask'")
+        return row
+
+    def has_mask(self, stored: Mapping[str, Any]) -> bool:
+        """Whether the row has a mask, of its own or another, so that it is not dropped."""
+        return self.row(stored)["mask"] is not None
+
+    def _located(self, value: Any) -> Any:
+        if isinstance(value, Mapping) and value.get("bytes") is None and "path" in value:
+            value = value["path"]
+        if isinstance(value, str) and self.root is not None and "://" not in value:
+            return str(Path(self.root) / value)
+        return value
+
+    def _picture(self, value: Any, where: str) -> Image.Image:
+        if isinstance(value, list | tuple):
+            if not value:
+                raise ValueError(f"{where}: got an empty list, expected at least one picture; fix or drop the row")
+            value = value[0]
+        return to_rgb(decode_picture(self._located(value), where))
+
+    def _own_mask(self, value: Any, size: Size | None, where: str) -> Image.Image:
+        return decode_mask(
+            self._located(value) if self.encoding in PICTURE_DECODERS else value, self.encoding, size, where
+        )
+
+    def _mask(self, row: Mapping[str, Any], where: str) -> tuple[Image.Image | None, str]:
+        source, name, column = row["input_image"], str(row.get("id")), f"{where}, column 'mask'"
+        mask, kind = None, "own"
+        if row.get("mask") is not None:
+            mask = self._own_mask(row["mask"], source.size, column)
+        if mask is None or mask.getbbox() is None:
+            mask, kind = self._stand_in(row, source, name, column)
+            self.fallbacks.note(kind, name, where)
+        if mask is not None:
+            mask = feather_mask(grow_mask(mask, self.growth), self.feather)
+        return mask, kind
+
+    def _stand_in(
+        self, row: Mapping[str, Any], source: Image.Image, name: str, where: str
+    ) -> tuple[Image.Image | None, str]:
+        if name in self.stored:
+            stored = decode_picture(self.stored[name], f"stored mask of {name}").convert("L")
+            return fit_mask(stored, source.size, f"stored mask of {name}"), "stored"
+        for step in self.on_missing:
+            if step == "full":
+                return Image.new("L", source.size, 255), "full"
+            if step == "drop":
+                return None, "drop"
+            if step == "difference" and row.get("edited_image") is not None:
+                mask = difference_mask(source, row["edited_image"])
+                if mask is not None:
+                    return mask, "difference"
+        raise ValueError(
+            f"{where}: there is no mask, or an empty one, and nothing of on_missing={list(self.on_missing)} stands in; "
+            "add 'difference' (with a ground truth), 'full' (no region constraint) or 'drop', or make masks with "
+            "`rcgrpo data masks` and pass their folder as `masks`"
+        )
+
+
+# Splits ---------------------------------------------------------------------------------------------------------------
+
+
+def is_held_out(group: str, share: float) -> bool:
+    """Whether a group belongs to the held-out part: a hash of its name, as a number in [0, 1), is below the share.
+
+    A larger share holds out the same groups and more.
+    """
+    digest = hashlib.sha256(f"held out/{group}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64 < share
+
+
+def parse_split(split: str, held_out: float) -> tuple[str, bool]:
+    """The data set's own split, and whether its held-out part is meant.
+
+    Raises:
+        ValueError: a share outside [0, 1), or a held-out part of nothing.
+    """
+    if not 0 <= held_out < 1:
+        raise ValueError(f"held_out: got {held_out}, expected a share of the groups in [0, 1)")
+    base, _, part = split.rpartition(":") if split.endswith(f":{HELD_OUT}") else (split, "", "")
+    wanted = split == HELD_OUT or part == HELD_OUT
+    if wanted and not held_out:
+        raise ValueError(
+            f"split: got {split!r} with held_out=0, expected the share that training holds out too, e.g. held_out=0.1"
+        )
+    return ("train" if split == HELD_OUT else base), wanted
+
+
+# Opening --------------------------------------------------------------------------------------------------------------
+
+
+def _one_split(data: Any, split: str, name: str) -> Any:
+    if not isinstance(data, Mapping):
+        return data
+    if split not in data:
+        raise ValueError(f"split: got {split!r}, expected one of {', '.join(data)} of {name}")
+    return data[split]
+
+
+def _pie_bench(path: Path) -> Dataset:
+    """PIE-Bench's `mapping_file.json`: one object of rows, keyed by their number."""
+    rows = [{"key": key, **row} for key, row in json.loads(path.read_text()).items()]
+    for row in rows:
+        row["mask"] = [int(number) for number in row["mask"]]
+    return Dataset.from_list(rows)
+
+
+def _names_files(metadata: Path) -> bool:
+    """Whether a metadata file says which pictures its rows are about, as `imagefolder` wants it."""
+    if metadata.suffix == ".parquet":
+        columns = pq.read_schema(metadata).names
+    elif metadata.suffix in (".jsonl", ".csv"):
+        with metadata.open() as file:
+            line = file.readline()
+        columns = list(json.loads(line or "{}")) if metadata.suffix == ".jsonl" else line.strip().split(",")
+    else:
+        return False
+    return any(column == "file_name" or column.endswith("_file_name") for column in columns)
+
+
+def _open_folder(folder: Path, split: str, streaming: bool, kwargs: dict[str, Any]) -> tuple[Any, str]:
+    if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():
+        return _one_split(datasets.load_from_disk(str(folder)), split, str(folder)), str(folder)
+    if (folder / "mapping_file.json").exists():
+        return _open_file(folder / "mapping_file.json", split, streaming, kwargs)
+    if any(_names_files(path) for pattern in ("metadata.*", "*/metadata.*") for path in folder.glob(pattern)):
+        data = datasets.load_dataset("imagefolder", data_dir=str(folder), split=split, streaming=streaming, **kwargs)
+        return data, str(folder)
+    archives = sorted(map(str, folder.glob("*.tar")))
+    if archives:
+        return _open_tables(archives, split, streaming, kwargs)
+    tables = [path for path in sorted(folder.iterdir()) if path.suffix in BUILDERS]
+    table = next((path for path in tables if path.stem == split), tables[0] if len(tables) == 1 else None)
+    if table is not None:
+        return _open_file(table, split, streaming, kwargs)
+    return datasets.load_dataset(str(folder), split=split, streaming=streaming, **kwargs), str(folder)
+
+
+def _open_file(path: Path, split: str, streaming: bool, kwargs: dict[str, Any]) -> tuple[Any, str]:
+    if path.name == "mapping_file.json":
+        pictures = path.parent / "annotation_images"
+        return _pie_bench(path), str(pictures if pictures.is_dir() else path.parent)
+    if path.suffix not in BUILDERS:
+        raise ValueError(f"{path}: got a file ending in {path.suffix!r}, expected one of {', '.join(BUILDERS)}")
+    return _open_tables([str(path)], split, streaming, kwargs)
+
+
+def _open_tables(files: list[str], split: str, streaming: bool, kwargs: dict[str, Any]) -> tuple[Any, str]:
+    first = Path(files[0])
+    data_files = {split.split("[")[0]: files}  # whatever split is asked for, without a slice of it, is these files
+    data = datasets.load_dataset(
+        BUILDERS[first.suffix], data_files=data_files, split=split, streaming=streaming, **kwargs
+    )
+    return data, str(first.parent)
+
+
+def open_rows(source: Any, split: str, streaming: bool, **kwargs: Any) -> tuple[Dataset | IterableDataset, str | None]:
+    """The rows as they are stored, and where relative paths in them start.
+
+    Args:
+        source: a Hub id; a folder (saved by `datasets`, `imagefolder` with metadata, PIE-Bench, WebDataset archives,
+            one table for the split, or whatever `load_dataset` makes of it); a JSONL, JSON, CSV, Parquet or tar file,
+            or a pattern of such; or rows that are in memory.
+        split: the data set's own.
+        streaming: open a stream.
+        kwargs: for `datasets.load_dataset`.
+    """
+    root: str | None = None
+    if isinstance(source, Dataset | IterableDataset | Mapping):
+        data = _one_split(source, split, "the data set")
+    elif not isinstance(source, str | Path):
+        data = Dataset.from_list(list(source))
+    elif Path(source).is_dir():
+        data, root = _open_folder(Path(source), split, streaming, kwargs)
+    elif Path(source).is_file():
+        data, root = _open_file(Path(source), split, streaming, kwargs)
+    elif glob.has_magic(str(source)):
+        files = sorted(glob.glob(str(source)))
+        suffix = Path(source).suffix
+        if not files or suffix not in BUILDERS:
+            raise ValueError(
+                f"name_or_path: got {str(source)!r}, {len(files)} files, expected some of {', '.join(BUILDERS)}"
+            )
+        data, root = _open_tables(files, split, streaming, kwargs)
+    else:
+        data = datasets.load_dataset(str(source), split=split, streaming=streaming, **kwargs)
+    if streaming and isinstance(data, Dataset):
+        data = data.to_iterable_dataset()
+    return data, root
+
+
+# Loading --------------------------------------------------------------------------------------------------------------
+
+
+def read_stored_masks(folder: str | Path) -> dict[str, str]:
+    """`id` to picture file, of a folder that `rcgrpo data masks` made.
+
+    Raises:
+        FileNotFoundError: there is no `metadata.jsonl`.
+    """
+    path = Path(folder) / METADATA
+    if not path.exists():
+        raise FileNotFoundError(
+            f"masks: got {str(folder)!r} without {METADATA}, expected a folder of `rcgrpo data masks`"
+        )
+    lines = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    return {line["id"]: str(Path(folder) / line["file_name"]) for line in lines}
+
+
+def load_edit_dataset(
+    name_or_path: Any,
+    preset: str | Preset | None = None,
+    split: str = "train",
+    *,
+    columns: Mapping[str, str | Sequence[str]] | None = None,
+    held_out: float = 0.0,
+    on_missing: str | Sequence[str] = LADDER,
+    streaming: bool = False,
+    mask_encoding: str | None = None,
+    masks: str | Path | None = None,
+    mask_growth: float = 0.0,
+    mask_feather: float = 0.0,
+    root: str | Path | None = None,
+    **kwargs: Any,
+) -> Dataset | IterableDataset:
+    """An editing data set with the canonical columns.
+
+    These are `input_image, instruction, mask`, where the data set has them `edited_image, caption, task, image_path`,
+    and always `id` and `group`. Pictures are RGB, upright and at their own size, masks "L" at the source's size with
+    255 = edit.
+
+    Args:
+        name_or_path: a Hub id; a folder; a JSONL, JSON, CSV, Parquet or tar file, or a pattern of such; or rows in
+            memory (a `datasets.Dataset`, a list of mappings).
+        preset: the name of a known data set (see `PRESETS`) or a `Preset`; recognised by the Hub id if not given.
+        split: the data set's own split, here without what `held_out` takes away; `"held_out"` for that part of `train`;
+            `"multi_turn:held_out"` for that of another.
+        columns: canonical name to the data set's own, over the preset's, e.g. `{"input_image": "src", "instruction":
+            "json.text", "group": "video"}`; a dot reaches into a column of mappings.
+        held_out: the share of groups (CompBench's videos) that training must not see, in [0, 1).
+        on_missing: for rows without a mask, or with an empty one: `"difference"` with the ground truth, `"full"` for
+            the whole picture, `"drop"`, `"error"`, or several, tried in turn. What was used is in the column
+            `mask_source`.
+        streaming: a `datasets.IterableDataset`, nothing downloaded beforehand.
+        mask_encoding: one of `masks.ENCODINGS`, over the preset's.
+        masks: a folder of `rcgrpo data masks`, used for rows without a mask before `on_missing` is asked.
+        mask_growth, mask_feather: grow every mask and soften its edge, shares of the short side. Leave them at 0 for
+            evaluation, and for training too, as the trainer grows masks itself (`RCGRPOConfig.mask_growth`).
+        root: where relative paths of pictures start; the folder of the file by default.
+        kwargs: for `datasets.load_dataset`, e.g. `revision`, `cache_dir`, `token`.
+
+    Raises:
+        ValueError: an unknown preset, column, encoding or policy; columns that cannot be found; nothing left.
+    """
+    name = str(name_or_path) if isinstance(name_or_path, str | Path) else "data set"
+    chosen = find_preset(preset, name)
+    steps = (on_missing,) if isinstance(on_missing, str) else tuple(on_missing)
+    for step in steps:
+        if step not in ON_MISSING:
+            raise ValueError(f"on_missing: got {step!r}, expected one or several of {', '.join(ON_MISSING)}")
+    encoding = mask_encoding or chosen.mask
+    if encoding not in ENCODINGS:
+        raise ValueError(f"mask_encoding: got {encoding!r}, expected one of {', '.join(ENCODINGS)}")
+    base, wants_held_out = parse_split(split, held_out)
+    rows, found_root = open_rows(name_or_path, base, streaming, **kwargs)
+    streaming = isinstance(rows, IterableDataset)
+    transform = CanonicalRows(
+        name=f"{name} {split}",
+        encoding=encoding,
+        on_missing=steps,
+        root=str(root) if root is not None else found_root,
+        stored=read_stored_masks(masks) if masks is not None else {},
+        growth=mask_growth,
+        feather=mask_feather,
+    )
+    available = rows.column_names or list(next(iter(rows), {}))
+    settled = map_columns(chosen, available, columns, name)
+    if held_out and not settled.group:
+        if streaming and not settled.id:
+            raise ValueError(
+                f"held_out: got {held_out} for a stream whose rows have neither a group nor an id, expected one to "
+                "split by; name it with columns={'group': ...}"
+            )
+        logger.warning("%s: no column says which rows belong together; each row is held out or not on its own", name)
+    if not held_out and base == "train" and chosen is PRESETS["compbench"] and isinstance(name_or_path, str | Path):
+        logger.warning(
+            "%s: CompBench is a benchmark and its frames are near-duplicates; to train on it and report on it, pass "
+            "held_out=0.1 for training and split='held_out' with the same share for the report",
+            name,
+        )
+    part = partial(_in_part, share=held_out, wanted=wants_held_out)
+    if streaming:
+        return _stream(rows, settled, transform, base, part if held_out else None)
+    return _addressed(rows, settled, transform, base, part if held_out else None)
+
+
+def _in_part(group: str, share: float, wanted: bool) -> bool:
+    return is_held_out(group, share) is wanted
+
+
+def _addressed(
+    rows: Dataset, settled: ColumnMap, transform: CanonicalRows, split: str, part: Callable[[str], bool] | None
+) -> Dataset:
+    """The rows of a `datasets.Dataset`: renamed, keyed, split, and decoded when they are looked at."""
+    rows = rows.with_format(None)
+    wanted = {*settled.fields.values(), *settled.id, *settled.group}
+    for column in sorted(wanted - set(rows.column_names)):
+        outer = column.split(".")[0]
+        values = rows.select_columns([outer])[:][outer]
+        rows = rows.add_column(column, [read({outer: value}, column) for value in values])
+    sources = rows.select_columns(sorted({*settled.id, *settled.group}))[:] if settled.id or settled.group else {}
+    count = len(rows)
+    keys = [settled.keys({key: values[i] for key, values in sources.items()}, f"{split}/{i}") for i in range(count)]
+    if transform.stored and len({key for key, _ in keys}) < len(keys):
+        raise ValueError(
+            f"masks: the ids of {transform.name} repeat, expected another one for each row; name the columns that tell "
+            "rows apart with columns={'id': [...]}"
+        )
+    renamed = {own: canonical for canonical, own in settled.fields.items() if own != canonical}
+    in_the_way = {*renamed.values(), "id", "group"} & set(rows.column_names) - set(renamed)
+    rows = rows.remove_columns(sorted(in_the_way)).rename_columns(renamed)
+    for column, values in (("id", [key for key, _ in keys]), ("group", [group for _, group in keys])):
+        rows = rows.add_column(column, values, feature=datasets.Value("string"))
+    if "mask" not in rows.column_names:
+        rows = rows.add_column("mask", [None] * len(rows), feature=datasets.Image())
+    first = [column for column in CANONICAL if column in rows.column_names]
+    rows = rows.select_columns([*first, *(column for column in rows.column_names if column not in first)])
+    missing = rows.data.column("mask").is_null().to_numpy()  # touches nothing of what the other rows hold
+    if part is not None:
+        chosen = [i for i, (_, group) in enumerate(keys) if part(group)]
+        rows, missing = rows.select(chosen), missing[chosen]
+    transform.missing = int(missing.sum())
+    if transform.missing:
+        instead = [*(["stored"] if transform.stored else []), *transform.on_missing]
+        logger.warning(
+            "%s: %d of %d rows have no mask; instead: %s",
+            transform.name,
+            transform.missing,
+            len(rows),
+            ", else ".join(instead),
+        )
+    if "drop" in transform.on_missing and len(rows):
+        features = rows.features
+        pictures = [key for key, feature in features.items() if isinstance(feature, datasets.Image)]
+        for key in pictures:
+            rows = rows.cast_column(key, datasets.Image(decode=False))
+        rows = rows.filter(transform.has_mask, desc="rows with a mask")
+        for key in pictures:
+            rows = rows.cast_column(key, features[key])
+    if not len(rows):
+        raise ValueError(
+            f"{transform.name}: no rows are left, expected at least one; look at `held_out` and `on_missing`"
+        )
+    return rows.with_transform(transform)
+
+
+def _stream(
+    rows: IterableDataset, settled: ColumnMap, transform: CanonicalRows, split: str, part: Callable[[str], bool] | None
+) -> IterableDataset:
+    """The same for a stream; rows of another part leave it before a picture is decoded."""
+    if rows.features:
+        rows = rows.decode(False)
+    renamed = [own for canonical, own in settled.fields.items() if own != canonical]
+    rows = rows.map(partial(_prepare, settled=settled, split=split), with_indices=True, remove_columns=renamed)
+    if part is not None:
+        rows = rows.filter(part, input_columns=["group"])
+    return rows.map(transform.row).filter(_is_kept)
+
+
+def _prepare(row: Mapping[str, Any], index: int, settled: ColumnMap, split: str) -> dict[str, Any]:
+    name, group = settled.keys(row, f"{split}/{index}")
+    return {"mask": None, **{key: read(row, own) for key, own in settled.fields.items()}, "id": name, "group": group}
+
+
+def _is_kept(row: Mapping[str, Any]) -> bool:
+    return row["mask"] is not None

@@ -1,0 +1,198 @@
+"""CLIP rewards: does the region show the caption or look like the ground truth, did it move the way the words did.
+
+Where it fits: local rewards for any data set with captions or ground truth, on CompBench's crop (the mask's bounding
+box, no margin). Why it exists: CompBench measures LC-T and LC-I with the same model, so these are the proxies nearest
+to what is reported. Weights are loaded by the first call, from the Hub or a folder, and shared between the rewards.
+
+Gotchas: a reward that is also the metric is optimised beyond what it means: report another metric as well. Captions
+longer than CLIP's 77 tokens are cut. A crop is squeezed to CLIP's square by its own processor, which keeps the aspect
+ratio and cuts the longer side's ends.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from .pictures import crop_to_region
+from .registry import register_reward
+
+DEFAULT_CLIP = "openai/clip-vit-large-patch14"
+BATCH_SIZE = 32
+
+
+class ClipEncoder:
+    """CLIP's two towers with unit-norm outputs. Use the shared one, `load_clip`.
+
+    Args:
+        model: Hub id or folder of a CLIP model with its processor.
+        device: where it runs.
+    """
+
+    def __init__(self, model: str, device: str) -> None:
+        from transformers import AutoProcessor, CLIPModel
+
+        self.model = CLIPModel.from_pretrained(model).to(device).eval().requires_grad_(False)
+        self.processor = AutoProcessor.from_pretrained(model)
+        self.device = device
+
+    @torch.no_grad()
+    def images(self, pictures: Sequence[Image.Image]) -> Tensor:
+        """fp32 `[n, width]` on the CPU, unit norm."""
+        rows = []
+        for start in range(0, len(pictures), BATCH_SIZE):
+            batch = [picture.convert("RGB") for picture in pictures[start : start + BATCH_SIZE]]
+            pixels = self.processor(images=batch, return_tensors="pt")["pixel_values"].to(self.device)
+            pooled = self.model.vision_model(pixel_values=pixels).pooler_output
+            rows.append(self.model.visual_projection(pooled).float().cpu())
+        return normalize(torch.cat(rows), dim=-1)
+
+    @torch.no_grad()
+    def texts(self, captions: Sequence[str]) -> Tensor:
+        """fp32 `[n, width]` on the CPU, unit norm; equal captions are encoded once."""
+        unique = list(dict.fromkeys(captions))
+        limit = self.model.config.text_config.max_position_embeddings
+        tokens = self.processor(text=unique, padding=True, truncation=True, max_length=limit, return_tensors="pt").to(
+            self.device
+        )
+        pooled = self.model.text_model(
+            input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]
+        ).pooler_output
+        rows = normalize(self.model.text_projection(pooled).float().cpu(), dim=-1)
+        return rows[[unique.index(caption) for caption in captions]]
+
+
+@lru_cache(maxsize=4)
+def load_clip(model: str, device: str) -> ClipEncoder:
+    """The shared encoder of a model on a device; loaded on first use."""
+    return ClipEncoder(model, device)
+
+
+class _ClipReward:
+    """A model id, a device, and how many candidates can be judged at all.
+
+    Args:
+        model: Hub id or folder; by default the model of CompBench's metrics.
+        device: "cuda", "cpu", …; by default the current GPU if there is one.
+    """
+
+    def __init__(self, model: str = DEFAULT_CLIP, device: str | None = None) -> None:
+        self.model, self.device = model, device
+
+    @property
+    def encoder(self) -> ClipEncoder:
+        # With its number, because several processes or threads may each have a GPU of their own.
+        current = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
+        return load_clip(self.model, self.device or current)
+
+
+def split_caption(caption: str | None) -> list[str]:
+    """CompBench joins the captions of several objects with `|`; an empty list if there is none."""
+    return [part.strip() for part in (caption or "").split("|") if part.strip()]
+
+
+@register_reward("clip_text", columns=("caption",), value_range=(0.0, 1.0))
+class ClipTextReward(_ClipReward):
+    """Cosine of the region's crop with its caption, at least 0; a hundredth of CompBench's LC-T (arXiv 2505.12200).
+
+    The mean over the captions of several objects. `None` without a caption, and for a degenerate mask.
+    """
+
+    def __call__(
+        self, images: list[Image.Image], masks: list[Image.Image], caption: list[str | None], **columns: Any
+    ) -> list[float | None]:
+        crops = [crop_to_region(image, mask) for image, mask in zip(images, masks, strict=True)]
+        pairs = [
+            (row, crop, text)
+            for row, (crop, given) in enumerate(zip(crops, caption, strict=True))
+            if crop is not None
+            for text in split_caption(given)
+        ]
+        scores: list[float | None] = [None] * len(images)
+        if not pairs:
+            return scores
+        shown = {row: crop for row, crop, _ in pairs}
+        features = dict(zip(shown, self.encoder.images(list(shown.values())), strict=True))
+        words = self.encoder.texts([text for *_, text in pairs])
+        cosines: dict[int, list[float]] = {}
+        for (row, *_), text in zip(pairs, words, strict=True):
+            cosines.setdefault(row, []).append(max(0.0, float(features[row] @ text)))
+        for row, values in cosines.items():
+            scores[row] = min(1.0, sum(values) / len(values))
+        return scores
+
+
+@register_reward("clip_image", columns=("edited_image",), value_range=(-1.0, 1.0))
+class ClipImageReward(_ClipReward):
+    """Cosine of the region's crop with the ground truth's, CompBench's LC-I (arXiv 2505.12200), in [-1, 1].
+
+    `None` without a ground truth, and for a degenerate mask.
+    """
+
+    def __call__(
+        self,
+        images: list[Image.Image],
+        masks: list[Image.Image],
+        edited_image: list[Image.Image | None],
+        **columns: Any,
+    ) -> list[float | None]:
+        pairs: dict[int, tuple[Image.Image, Image.Image]] = {}
+        for row, (image, mask, target) in enumerate(zip(images, masks, edited_image, strict=True)):
+            shown = crop_to_region(image, mask)
+            wanted = None if target is None else crop_to_region(target, mask)
+            if shown is not None and wanted is not None:
+                pairs[row] = shown, wanted
+        scores: list[float | None] = [None] * len(images)
+        if pairs:
+            both = self.encoder.images([crop for side in zip(*pairs.values(), strict=True) for crop in side])
+            shown_rows, wanted_rows = both.chunk(2)
+            for row, cosine in zip(pairs, (shown_rows * wanted_rows).sum(-1).clamp(-1, 1).tolist(), strict=True):
+                scores[row] = cosine
+        return scores
+
+
+@register_reward("clip_direction", columns=("source_caption", "target_caption"), value_range=(-1.0, 1.0))
+class ClipDirectionReward(_ClipReward):
+    """Directional similarity (StyleGAN-NADA, arXiv 2108.00946): cosine of the change of picture and of words, -1..1.
+
+    `cos(I(edited) - I(source), T(target caption) - T(source caption))`, on whole pictures.
+
+    `None` where a caption is missing or both are the same, and where the picture did not change at all.
+
+    Args:
+        model, device: as in the other CLIP rewards.
+        source_caption, target_caption: the columns with captions of the picture before and after the edit.
+    """
+
+    def __init__(
+        self,
+        model: str = DEFAULT_CLIP,
+        device: str | None = None,
+        source_caption: str = "source_caption",
+        target_caption: str = "target_caption",
+    ) -> None:
+        super().__init__(model, device)
+        self.columns = (source_caption, target_caption)
+
+    def __call__(
+        self, images: list[Image.Image], source_images: list[Image.Image], **columns: Any
+    ) -> list[float | None]:
+        before, after = (columns[name] for name in self.columns)
+        rows = [row for row, pair in enumerate(zip(before, after, strict=True)) if all(pair) and pair[0] != pair[1]]
+        scores: list[float | None] = [None] * len(images)
+        if not rows:
+            return scores
+        sources = {id(source_images[row]): source_images[row] for row in rows}  # a group shares its source
+        position = {key: index for index, key in enumerate(sources)}
+        features = self.encoder.images([*sources.values(), *(images[row] for row in rows)])
+        source_rows = features[[position[id(source_images[row])] for row in rows]]
+        moved = features[len(sources) :] - source_rows
+        words = self.encoder.texts([after[row] for row in rows]) - self.encoder.texts([before[row] for row in rows])
+        cosines = (normalize(moved, dim=-1) * normalize(words, dim=-1)).sum(-1).clamp(-1, 1)
+        for row, distance, cosine in zip(rows, moved.norm(dim=-1).tolist(), cosines.tolist(), strict=True):
+            scores[row] = cosine if distance > 1e-4 else None
+        return scores

@@ -1,0 +1,272 @@
+"""JSON to servers that may fail: one deadline, bounded retries, fail-over, a circuit breaker, a count of each fault.
+
+Where it fits: `RemoteReward` and the judges behind a server send every request through one `Transport`. Why it exists:
+a judge is the part of a run that breaks most often, and retries without an end, or a hang, cost the whole run.
+
+What happens to a request:
+- it waits for one of `concurrency` slots; its time counts from the start of the *batch* (`until`), waiting included;
+- it goes to the server that is ready soonest, taking turns among equals;
+- 408, 429, 5xx and connection errors are tried again: at once on another server if there is one, else after an
+  exponential back-off with jitter, or after the server's `Retry-After`; never beyond the deadline;
+- a server that does not answer within `attempt_timeout`, or refuses (any other status), is not asked again for this
+  request; another one is;
+- `breaker_failures` connection errors, timeouts or 5xx in a row open a server's circuit: it is left alone for
+  `breaker_seconds`, then one request may try it. When every circuit is open, requests fail at once.
+
+Gotchas: an answer that is no JSON is not asked for again, it would come out the same. Redirects are not followed, so
+a token never travels to another host. Jitter comes from a generator of its own and touches no seed of the run.
+"""
+
+import asyncio
+import json
+import random
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from ipaddress import ip_address
+from time import monotonic, time
+from typing import Any
+from urllib.parse import urlsplit
+from weakref import WeakKeyDictionary
+
+RETRIED = frozenset({408, 429})
+
+
+class Fault(Exception):
+    """A request that brought no usable answer.
+
+    Args:
+        kind: a short name to count by: "connect", "timeout", "deadline", "circuit_open", "http_429", "malformed", …
+        detail: what happened, for people.
+        refused: the server understood and said no (a 4xx that no retry cures), so the set-up may be wrong.
+    """
+
+    def __init__(self, kind: str, detail: str, refused: bool = False) -> None:
+        super().__init__(f"{kind}: {detail}")
+        self.kind, self.refused = kind, refused
+
+
+@dataclass
+class _Server:
+    url: str
+    failures: int = 0
+    open_until: float = 0.0
+    ready_at: float = 0.0
+
+
+class Transport:
+    """POSTs JSON to one of several equal servers.
+
+    Args:
+        urls: base addresses, `http(s)://host:port[/path]`; the first one is not preferred.
+        token: sent as `Authorization: Bearer …`; it is shown nowhere.
+        timeout: seconds for a whole batch of requests, waiting and retries included.
+        attempt_timeout: seconds for one attempt; by default `timeout` shared out among the servers.
+        retries: attempts after the first one and beyond one for each further server.
+        concurrency: requests under way at the same time.
+        backoff, max_backoff: seconds before the first retry, doubled each time, and their bound; jitter takes off up to
+            a half.
+        breaker_failures, breaker_seconds: when a server is left alone, and for how long.
+
+    Attributes:
+        faults: how often each kind of fault was met, attempts that a retry made good included.
+        answered: whether any server ever gave a good answer.
+
+    Raises:
+        ValueError: no URL, one that is not http(s), or a number out of its range.
+    """
+
+    def __init__(
+        self,
+        urls: str | Sequence[str],
+        *,
+        token: str | None = None,
+        timeout: float = 120.0,
+        attempt_timeout: float | None = None,
+        retries: int = 3,
+        concurrency: int = 8,
+        backoff: float = 0.5,
+        max_backoff: float = 10.0,
+        breaker_failures: int = 5,
+        breaker_seconds: float = 30.0,
+    ) -> None:
+        urls = [urls] if isinstance(urls, str) else list(urls)
+        if not urls:
+            raise ValueError("url: got none, expected at least one http(s)://host:port")
+        for url in urls:
+            if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname:
+                raise ValueError(f"url: got {url!r}, expected http(s)://host:port")
+        for name, value, least in (
+            ("timeout", timeout, 0.0),
+            ("attempt_timeout", timeout if attempt_timeout is None else attempt_timeout, 0.0),
+            ("concurrency", concurrency, 0),
+            ("breaker_failures", breaker_failures, 0),
+        ):
+            if not value > least:
+                raise ValueError(f"{name}: got {value}, expected more than 0")
+        if retries < 0:
+            raise ValueError(f"retries: got {retries}, expected 0 or more")
+        self.urls = tuple(url.rstrip("/") for url in urls)
+        self.timeout = timeout
+        self.attempt_timeout = timeout / len(urls) if attempt_timeout is None else attempt_timeout
+        self.retries, self.concurrency = retries, concurrency
+        self.backoff, self.max_backoff = backoff, max_backoff
+        self.breaker_failures, self.breaker_seconds = breaker_failures, breaker_seconds
+        self.faults: Counter[str] = Counter()
+        self.answered = False
+        self._headers = {"Content-Type": "application/json", "Accept": "application/json"}
+        if token:
+            self._headers["Authorization"] = f"Bearer {token}"
+        self._servers = [_Server(url) for url in self.urls]
+        self._jitter = random.Random()
+        self._turn = 0
+        # Connections belong to the event loop that opened them.
+        self._sessions: WeakKeyDictionary[Any, tuple[Any, asyncio.Semaphore]] = WeakKeyDictionary()
+
+    def until(self) -> float:
+        """The deadline of a batch that starts now, on `time.monotonic`."""
+        return monotonic() + self.timeout
+
+    async def post(self, path: str, body: bytes, until: float) -> Any:
+        """One request.
+
+        Args:
+            path: appended to a server's URL, e.g. "/compute".
+            body: JSON.
+            until: from `until()`, once for the whole batch.
+
+        Returns:
+            The decoded answer.
+
+        Raises:
+            Fault: no usable answer in time; counted in `faults` already.
+        """
+        client, slots = self._session()
+        try:
+            async with asyncio.timeout(max(0.0, until - monotonic())), slots:
+                return await self._attempts(client, path, body, until)
+        except TimeoutError:
+            raise self._count(Fault("deadline", f"no answer within the batch's {self.timeout:g} s")) from None
+
+    def _session(self) -> tuple[Any, asyncio.Semaphore]:
+        import httpx2
+
+        loop = asyncio.get_running_loop()
+        if loop not in self._sessions:
+            # A proxy of the environment has no business between a process and its own machine.
+            local = all(is_loopback(urlsplit(url).hostname or "") for url in self.urls)
+            # Reading the system's certificates takes a while; without https nobody would look at them.
+            secure = any(urlsplit(url).scheme == "https" for url in self.urls)
+            client = httpx2.AsyncClient(headers=self._headers, trust_env=not local, timeout=None, verify=secure)
+            self._sessions[loop] = (client, asyncio.Semaphore(self.concurrency))
+        return self._sessions[loop]
+
+    async def _attempts(self, client: Any, path: str, body: bytes, until: float) -> Any:
+        given_up: set[int] = set()
+        last: Fault | None = None
+        for attempt in range(self.retries + len(self._servers)):
+            server = self._choose(given_up)
+            if server is None:
+                break
+            wait = server.ready_at - monotonic()
+            if wait > 0:
+                if monotonic() + wait >= until:
+                    raise self._count(Fault("deadline", f"the next retry would come too late ({last})"))
+                await asyncio.sleep(wait)
+            try:
+                answer = await self._attempt(client, server, path, body)
+            except Fault as fault:
+                last = fault
+                if fault.kind == "malformed":
+                    raise
+                if fault.kind == "timeout" or fault.refused:
+                    given_up.add(id(server))
+                if server.ready_at <= monotonic():
+                    pause = min(self.max_backoff, self.backoff * 2**attempt)
+                    server.ready_at = monotonic() + pause * self._jitter.uniform(0.5, 1.0)
+            else:
+                self.answered = True
+                return answer
+        raise last or self._count(Fault("circuit_open", f"{', '.join(self.urls)} failed too often just now"))
+
+    def _choose(self, given_up: set[int]) -> _Server | None:
+        now = monotonic()
+        self._turn += 1
+        turned = [self._servers[(self._turn + i) % len(self._servers)] for i in range(len(self._servers))]
+        usable = [server for server in turned if id(server) not in given_up and server.open_until <= now]
+        if not usable:
+            return None
+        server = min(usable, key=lambda server: max(server.ready_at, now))
+        if server.failures >= self.breaker_failures:  # half-open: this request tries it, the others keep away
+            server.open_until = now + self.breaker_seconds
+        return server
+
+    async def _attempt(self, client: Any, server: _Server, path: str, body: bytes) -> Any:
+        import httpx2
+
+        try:
+            async with asyncio.timeout(self.attempt_timeout):
+                response = await client.post(server.url + path, content=body)
+        except TimeoutError:
+            raise self._failed(server, Fault("timeout", f"{server.url} took over {self.attempt_timeout:g} s")) from None
+        except httpx2.TransportError as error:
+            text = f"{server.url}: {type(error).__name__} {error}".rstrip()
+            raise self._failed(server, Fault("connect", text)) from error
+        status = response.status_code
+        if 200 <= status < 300:
+            server.failures, server.open_until = 0, 0.0
+            try:
+                return json.loads(response.content)
+            except ValueError as error:
+                raise self._count(Fault("malformed", f"{server.url} answered what is no JSON ({error})")) from error
+        detail = f"{server.url}{path} answered {status}: {_message(response)}"
+        if status >= 500:
+            fault = self._failed(server, Fault(f"http_{status}", detail))
+        else:
+            server.failures, server.open_until = 0, 0.0  # it is alive
+            fault = self._count(Fault(f"http_{status}", detail, refused=status not in RETRIED))
+        if (pause := _retry_after(response.headers.get("retry-after"))) is not None and not fault.refused:
+            server.ready_at = monotonic() + pause
+        raise fault
+
+    def _failed(self, server: _Server, fault: Fault) -> Fault:
+        server.failures += 1
+        if server.failures >= self.breaker_failures:
+            server.open_until = monotonic() + self.breaker_seconds
+        return self._count(fault)
+
+    def _count(self, fault: Fault) -> Fault:
+        self.faults[fault.kind] += 1
+        return fault
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host name or address never leaves this machine; names other than "localhost" are not looked up."""
+    try:
+        return ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
+
+
+def _message(response: Any) -> str:
+    try:
+        decoded = response.json()
+        text = decoded["error"] if isinstance(decoded, dict) and "error" in decoded else response.text
+    except ValueError:
+        text = response.text
+    return " ".join(str(text).split())[:300]
+
+
+def _retry_after(value: str | None) -> float | None:
+    """Seconds from a `Retry-After` header, which holds seconds or a date; `None` for anything else."""
+    if value is None:
+        return None
+    try:
+        seconds = float(value)
+    except ValueError:
+        try:
+            seconds = parsedate_to_datetime(value).timestamp() - time()
+        except ValueError:
+            return None
+    return max(0.0, seconds) if seconds == seconds else None

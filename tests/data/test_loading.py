@@ -1,0 +1,584 @@
+"""`data/loading.py`: every preset on rows as its owner stores them, streams, splits, missing masks, files."""
+
+import io
+import json
+import logging
+import pickle
+import tarfile
+
+import numpy as np
+import pytest
+from datasets import Dataset, Features, IterableDataset, List, Value, load_dataset
+from datasets import Image as ImageFeature
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from rcgrpo.data.edits import EditRows
+from rcgrpo.data.loading import is_held_out, load_edit_dataset, parse_split
+from rcgrpo.data.presets import CANONICAL
+
+SIZE = (16, 12)
+BOX = (3, 2, 9, 8)
+REGION = np.zeros(SIZE[::-1], dtype=bool)
+REGION[BOX[1] : BOX[3], BOX[0] : BOX[2]] = True
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def photo(seed=0, size=SIZE):
+    pixels = np.random.default_rng(seed).integers(80, 120, (size[1], size[0], 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def edited(seed=0, size=SIZE):
+    image = photo(seed, size)
+    image.paste((255, 0, 0), tuple(v * size[0] // SIZE[0] for v in BOX))
+    return image
+
+
+def white_mask():
+    return Image.fromarray(REGION.astype(np.uint8) * 255)
+
+
+def painted():
+    """MagicBrush: the picture with white paint on it."""
+    pixels = np.asarray(photo()).copy()
+    pixels[REGION] = 255
+    return Image.fromarray(pixels)
+
+
+def cut_out():
+    """HumanEdit: black and transparent where the edit is."""
+    rgba = np.dstack([np.asarray(photo()), np.full(SIZE[::-1], 255, np.uint8)])
+    rgba[REGION] = 0
+    return Image.fromarray(rgba, "RGBA")
+
+
+def compbench(i=0, **changes):
+    row = {"task": "replace", "image_path": f"{i // 2:08x}/0/{i:05d}.png", "input_image": photo(i)}
+    row |= {"edited_image": edited(i), "instruction": f"edit {i}", "caption": "a cat", "mask": white_mask()}
+    return {**row, **changes}
+
+
+OWNERS = {
+    "compbench": compbench(),
+    "magicbrush": {
+        "img_id": "139",
+        "turn_index": 2,
+        "source_img": photo(),
+        "mask_img": painted(),
+        "instruction": "edit 0",
+        "target_img": edited(),
+    },
+    "ultraedit": {
+        "source_image": photo(),
+        "edited_image": edited(),
+        "mask_image": white_mask(),
+        "edit_prompt": "edit 0",
+        "source_caption": "a room",
+    },
+    "humanedit": {
+        "IMAGE_ID": "7",
+        "EDITING_TYPE": "Remove",
+        "CORE": 1,
+        "MASK": 1,
+        "EDITING_INSTRUCTION": "edit 0",
+        "OUTPUT_DESCRIPTION": "a room",
+        "INPUT_IMG": photo(),
+        "MASK_IMG": cut_out(),
+        "OUTPUT_IMG": edited(),
+    },
+    "omniedit": {
+        "omni_edit_id": "task_obj_swap_1",
+        "task": "swap",
+        "src_img": photo(),
+        "edited_img": edited(),
+        "edited_prompt_list": ["edit 0", "edit nought"],
+        "width": 16,
+    },
+    "anyedit": {
+        "image_id": "c_1",
+        "edit_instruction": "edit 0",
+        "edit_type": "remove",
+        "image_file": photo(),
+        "edited_file": edited(),
+        "visual_input": None,
+        "input": "a room",
+        "output": "an empty room",
+    },
+    "gedit": {
+        "task_type": "ps_human",
+        "key": "k1",
+        "instruction": "edit 0",
+        "instruction_language": "en",
+        "input_image": photo(),
+    },
+    "editscore-rl": {"input_images": [photo(), photo(1)], "instruction": "edit 0"},
+    "edit-r1": {"image": photo(), "prompt": "edit 0"},
+}
+KEYS = {
+    "compbench": ("replace/00000000/0/00000.png", "00000000"),
+    "magicbrush": ("139/2", "139"),
+    "ultraedit": ("train/0", "train/0"),
+    "humanedit": ("7/Remove", "7"),
+    "omniedit": ("task_obj_swap_1",) * 2,
+    "anyedit": ("c_1/remove", "c_1"),
+    "gedit": ("k1/en", "k1"),
+    "editscore-rl": ("train/0", "train/0"),
+    "edit-r1": ("train/0", "train/0"),
+}
+SOURCES = dict.fromkeys(("compbench", "magicbrush", "ultraedit", "humanedit"), "own")
+SOURCES |= dict.fromkeys(("omniedit", "anyedit"), "difference") | dict.fromkeys(
+    ("gedit", "editscore-rl", "edit-r1"), "full"
+)
+
+
+def stored(row):
+    """As `datasets` stores it: pictures as PNG bytes."""
+
+    def feature(value):
+        if isinstance(value, Image.Image):
+            return ImageFeature()
+        if isinstance(value, list):
+            return List(feature(value[0]))
+        return ImageFeature() if value is None else Value("int32" if isinstance(value, int) else "string")
+
+    return Dataset.from_list([row], features=Features({key: feature(value) for key, value in row.items()}))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("preset", OWNERS)
+def test_every_preset_on_its_owners_columns(preset, streaming):
+    data = load_edit_dataset(stored(OWNERS[preset]), preset, streaming=streaming)
+    assert isinstance(data, IterableDataset if streaming else Dataset)
+    row = next(iter(data))
+    assert row["input_image"].mode == "RGB" and row["input_image"].tobytes() == photo().tobytes()
+    assert row["instruction"] in ("edit 0", "edit nought")
+    assert (row["id"], row["group"]) == KEYS[preset]
+    assert row["mask"].mode == "L" and row["mask"].size == SIZE and row["mask_source"] == SOURCES[preset]
+    inside = np.asarray(row["mask"]) == 255
+    if SOURCES[preset] == "own":
+        assert np.array_equal(inside, REGION)
+    elif SOURCES[preset] == "difference":
+        assert inside[3:7, 4:8].all() and inside.mean() < 0.5
+    else:
+        assert inside.all()
+    assert ("edited_image" in row) == (SOURCES[preset] != "full")
+    if "edited_image" in row:
+        assert row["edited_image"].tobytes() == edited().tobytes()
+    owner = {"source_img", "INPUT_IMG", "src_img", "image_file", "edit_prompt", "edited_prompt_list", "prompt"}
+    assert not owner & row.keys()
+    if not streaming:
+        assert data.column_names[:2] == ["input_image", "instruction"]
+        edit = EditRows(data, "train").edit(0)
+        assert np.array_equal(edit.mask.numpy() == 1, inside) and edit.source.tobytes() == photo().tobytes()
+
+
+def pie_bench(folder):
+    runs = [value for y in range(100, 200) for value in (y * 512 + 50, 40)]
+    picture = folder / "annotation_images" / "1_change_object_80" / "x.jpg"
+    picture.parent.mkdir(parents=True)
+    photo(3, (512, 512)).save(picture)
+    row = {"image_path": "1_change_object_80/x.jpg", "editing_instruction": "edit it", "mask": runs}
+    rows = {
+        "000000000000": {
+            **row,
+            "original_prompt": "a",
+            "editing_prompt": "b",
+            "editing_type_id": "1",
+            "blended_word": "",
+        },
+        "111000000001": {
+            **row,
+            "original_prompt": "a",
+            "editing_prompt": "b",
+            "editing_type_id": "8",
+            "blended_word": "",
+        },
+    }
+    (folder / "mapping_file.json").write_text(json.dumps(rows))
+    region = np.zeros((512, 512), dtype=bool)
+    region[100:200, 50:90] = True
+    return region
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_pie_bench_from_its_mapping_file(tmp_path, streaming):
+    region = pie_bench(tmp_path)
+    rows = list(load_edit_dataset(tmp_path, "piebench", streaming=streaming))
+    assert [row["id"] for row in rows] == ["000000000000", "111000000001"]
+    assert [row["task"] for row in rows] == ["1", "8"] and rows[0]["instruction"] == "edit it"
+    assert rows[0]["input_image"].size == (512, 512) and "image_path" not in rows[0]
+    assert np.array_equal(np.asarray(rows[1]["mask"]) == 255, region)
+    bordered = load_edit_dataset(tmp_path / "mapping_file.json", "piebench", mask_encoding="runs-border")
+    with_border = np.asarray(bordered[0]["mask"]) == 255
+    assert with_border[0].all() and np.array_equal(with_border[1:-1, 1:-1], region[1:-1, 1:-1])
+
+
+def test_a_list_of_instructions_gives_the_same_one_every_time_and_all_of_them_over_rows():
+    rows = [{**OWNERS["omniedit"], "omni_edit_id": f"x{i}", "edited_prompt_list": ["a", "b", "c"]} for i in range(30)]
+    first, second = ([row["instruction"] for row in load_edit_dataset(rows, "omniedit")] for _ in range(2))
+    assert first == second and set(first) == {"a", "b", "c"}
+
+
+# Splits
+
+
+@given(
+    st.dictionaries(st.text("0123456789abcdef", min_size=8, max_size=8), st.integers(1, 4), min_size=1),
+    st.floats(0, 0.99),
+)
+@settings(max_examples=50, deadline=None)
+def test_a_video_is_on_one_side_whatever_the_share(videos, share):
+    sides = {(video, is_held_out(video, share)) for video, frames in videos.items() for _ in range(frames)}
+    assert len(sides) == len(videos)
+    assert all(
+        is_held_out(video, 0.99) for video, held in sides if held
+    )  # a larger share keeps what a smaller one held
+
+
+def test_the_share_of_groups_is_about_what_was_asked_for():
+    held = sum(is_held_out(f"{i:08x}", 0.2) for i in range(4000))
+    assert 0.18 < held / 4000 < 0.22
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_train_and_held_out_share_no_video_and_lose_no_row(streaming):
+    videos = [f"{7919 * i:08x}" for i in range(12)]
+    paths = [f"{v}/0/{k}.png" for v in videos for k in "01"] + [f"turn1_add/{v}_00002_t1.png" for v in videos]
+    paths += [f"{v}_2_00016.png" for v in videos]
+    rows = [
+        {"task": "add", "image_path": path, "input_image": photo(), "instruction": "go", "mask": white_mask()}
+        for path in paths
+    ]
+    parts = {
+        split: list(load_edit_dataset(rows, "compbench", split, held_out=0.4, streaming=streaming))
+        for split in ("train", "held_out")
+    }
+    groups = {split: {row["group"] for row in part} for split, part in parts.items()}
+    assert groups["train"] and groups["held_out"] and not groups["train"] & groups["held_out"]
+    assert sorted(row["image_path"] for part in parts.values() for row in part) == sorted(paths)
+    shuffled = load_edit_dataset(rows[::-1], "compbench", "held_out", held_out=0.4)
+    assert set(shuffled["group"]) == groups["held_out"]
+
+
+def test_the_held_out_part_of_another_split():
+    assert parse_split("multi_turn:held_out", 0.1) == ("multi_turn", True)
+    assert parse_split("held_out", 0.1) == ("train", True)
+    assert parse_split("multi_turn", 0.1) == ("multi_turn", False)
+    rows = {
+        "train": Dataset.from_list([compbench(0)]),
+        "multi_turn": Dataset.from_list([compbench(i) for i in range(40)]),
+    }
+    held = load_edit_dataset(rows, "compbench", "multi_turn:held_out", held_out=0.3)
+    kept = load_edit_dataset(rows, "compbench", "multi_turn", held_out=0.3)
+    assert len(held) + len(kept) == 40 and not set(held["group"]) & set(kept["group"])
+    assert {is_held_out(group, 0.3) for group in held["group"]} == {True}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"split": "held_out"}, "split: got 'held_out' with held_out=0, expected the share"),
+        ({"held_out": 1.0}, r"held_out: got 1.0, expected a share of the groups in \[0, 1\)"),
+        ({"on_missing": "ful"}, "on_missing: got 'ful', expected one or several of difference, full, drop, error"),
+        ({"mask_encoding": "png"}, "mask_encoding: got 'png', expected one of luma"),
+        ({"preset": "compbnch"}, "preset: got 'compbnch'"),
+        ({"columns": {"input_image": "nope"}}, r"columns\['input_image'\]: got 'nope'"),
+        ({"mask_growth": 2}, "mask_growth: got 2, expected a share"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments, said):
+    with pytest.raises(ValueError, match=said):
+        load_edit_dataset([compbench()], **arguments)[0]
+
+
+def test_rows_that_nothing_groups_are_split_one_by_one_and_it_is_said(caplog):
+    rows = [{"image": photo(), "prompt": "go"} for _ in range(30)]
+    data = load_edit_dataset(rows, "edit-r1", held_out=0.5)
+    assert 0 < len(data) < 30 and "no column says which rows belong together" in caplog.text
+    with pytest.raises(ValueError, match="a stream whose rows have neither a group nor an id"):
+        load_edit_dataset(rows, "edit-r1", held_out=0.5, streaming=True)
+
+
+def test_training_on_a_benchmark_is_remarked_on(caplog, tmp_path):
+    Dataset.from_list([compbench()]).save_to_disk(str(tmp_path / "set"))
+    load_edit_dataset(tmp_path / "set", "compbench")
+    assert "pass held_out=0.1 for training" in caplog.text
+    caplog.clear()
+    load_edit_dataset(tmp_path / "set", "compbench", split="multi_turn")
+    assert "benchmark" not in caplog.text
+
+
+# Missing masks
+
+
+def with_and_without():
+    empty = Image.new("L", SIZE)
+    features = Features(
+        {
+            key: ImageFeature() if key in ("input_image", "edited_image", "mask") else Value("string")
+            for key in compbench()
+        }
+    )
+    rows = [
+        compbench(0),
+        compbench(1, mask=None),
+        compbench(2, mask=empty),
+        compbench(3, mask=None, edited_image=None),
+    ]
+    return Dataset.from_list(rows, features=features)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("policy", "sources"),
+    [
+        (None, ["own", "difference", "difference", "full"]),
+        ("full", ["own", "full", "full", "full"]),
+        ("drop", ["own"]),
+        (("difference", "drop"), ["own", "difference", "difference"]),
+    ],
+)
+def test_what_stands_in_for_a_missing_or_empty_mask(policy, sources, streaming):
+    settings = {} if policy is None else {"on_missing": policy}
+    data = load_edit_dataset(with_and_without(), "compbench", streaming=streaming, **settings)
+    rows = list(data)
+    assert [row["mask_source"] for row in rows] == sources
+    for row in rows:
+        inside = np.asarray(row["mask"]) == 255
+        assert inside.all() if row["mask_source"] == "full" else inside[3:7, 4:8].all() and inside.mean() < 0.5
+    if not streaming:
+        assert len(data) == len(sources) and data.format["format_kwargs"]["transform"].missing == 2
+
+
+@pytest.mark.parametrize("policy", ["error", "difference"])
+def test_a_mask_that_nothing_stands_in_for_names_the_row_and_the_ways_out(policy):
+    data = load_edit_dataset(with_and_without(), "compbench", on_missing=policy)
+    rows = EditRows(data, "train")
+    with pytest.raises(ValueError, match=r"train row 3, column 'mask': there is no mask.*rcgrpo data masks.*`masks`"):
+        rows.edit(3)
+    with pytest.raises(ValueError, match=r"data set train, row replace/00000001/0/00003.png, column 'mask'"):
+        data[3]
+
+
+def test_each_fallback_is_counted_by_row_and_said_once(caplog):
+    with caplog.at_level(logging.WARNING):
+        data = load_edit_dataset(with_and_without(), "compbench")
+        assert "2 of 4 rows have no mask; instead: difference, else full" in caplog.text
+        caplog.clear()
+        for _ in range(2):
+            list(data)
+    said = [record.getMessage() for record in caplog.records]
+    assert (
+        len(said) == 2 and "difference between source and target" in said[0] and "region constraint is off" in said[1]
+    )
+    transform = data.format["format_kwargs"]["transform"]
+    assert transform.fallbacks.counts == {"difference": 2, "full": 1}
+    again = pickle.loads(pickle.dumps(transform))  # what was seen must not change the names of caches
+    assert again == transform and again.fallbacks.counts == {}
+
+
+def test_nothing_left_is_an_error():
+    with pytest.raises(ValueError, match="no rows are left, expected at least one"):
+        load_edit_dataset([compbench(0, mask=None)], "compbench", on_missing="drop")
+
+
+def test_growth_and_feather_apply_to_every_mask():
+    data = load_edit_dataset([compbench(0)], "compbench", mask_growth=0.1, mask_feather=0.2)
+    mask = np.asarray(data[0]["mask"])
+    assert (mask[1:9, 2:10] == 255).all() and 0 < mask[9, 5] < 255 and not mask[11:, :].any()
+
+
+def test_one_column_alone_is_decoded_as_far_as_it_goes():
+    data = load_edit_dataset(with_and_without(), "compbench")
+    assert data["instruction"][1] == "edit 1" and data["mask"][1].mode == "L"
+    alone = data.select_columns(["mask"])
+    assert alone[1]["mask"] is None and np.array_equal(np.asarray(alone[0]["mask"]) == 255, REGION)
+
+
+def test_it_survives_what_users_do_with_a_dataset():
+    data = load_edit_dataset([compbench(i) for i in range(6)], "compbench")
+    changed = (
+        data.shuffle(seed=1).select(range(4)).filter(lambda name: not name.endswith("0.png"), input_columns=["id"])
+    )
+    assert 0 < len(changed) <= 4 and all(row["mask_source"] == "own" for row in changed)
+    assert EditRows(changed, "train").edit(0).columns["mask_source"] == "own"
+
+
+# Files and folders
+
+
+def png(image):
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_pictures(folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(3):
+        photo(i).save(folder / f"src{i}.png")
+        white_mask().save(folder / f"mask{i}.png")
+
+
+def check(data, group=None):
+    rows = list(data)
+    assert len(rows) == 3
+    for i, row in enumerate(rows):
+        assert row["input_image"].tobytes() == photo(i).tobytes() and row["instruction"] == f"edit {i}"
+        assert np.array_equal(np.asarray(row["mask"]) == 255, REGION) and row["mask_source"] == "own"
+        assert group is None or row["group"] == f"{group}{i}"
+
+
+COLUMNS = {"input_image": "src", "instruction": "say", "mask": "region", "group": "video"}
+
+
+def table():
+    return [
+        {"src": f"p/src{i}.png", "region": f"p/mask{i}.png", "say": f"edit {i}", "video": f"v{i}"} for i in range(3)
+    ]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "parquet"])
+def test_a_table_with_paths_relative_to_it(tmp_path, suffix, streaming):
+    write_pictures(tmp_path / "p")
+    path = tmp_path / f"edits.{suffix}"
+    rows = Dataset.from_list(table())
+    if suffix == "parquet":
+        rows.to_parquet(str(path))
+    elif suffix == "csv":
+        rows.to_csv(str(path))
+    else:
+        rows.to_json(str(path), lines=suffix == "jsonl")
+    check(load_edit_dataset(path, columns=COLUMNS, streaming=streaming), "v")
+    check(load_edit_dataset(tmp_path, columns=COLUMNS, streaming=streaming), "v")  # the only table of its folder
+    check(load_edit_dataset(str(tmp_path / f"*.{suffix}"), columns=COLUMNS, streaming=streaming), "v")
+    sliced = load_edit_dataset(path, columns=COLUMNS, split="train[1:]") if not streaming else None
+    assert sliced is None or sliced["instruction"][:] == ["edit 1", "edit 2"]
+
+
+def test_parquet_with_pictures_in_it(tmp_path):
+    rows = [{"src": photo(i), "region": white_mask(), "say": f"edit {i}", "video": f"v{i}"} for i in range(3)]
+    Dataset.from_list(rows).to_parquet(str(tmp_path / "a.parquet"))
+    check(load_edit_dataset(tmp_path / "a.parquet", columns=COLUMNS), "v")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_an_imagefolder_with_metadata(tmp_path, streaming):
+    write_pictures(tmp_path / "set" / "train")
+    lines = [
+        {"input_image_file_name": f"src{i}.png", "mask_file_name": f"mask{i}.png", "instruction": f"edit {i}"}
+        for i in range(3)
+    ]
+    (tmp_path / "set" / "train" / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    check(load_edit_dataset(tmp_path / "set", streaming=streaming))
+
+
+def test_a_metadata_file_that_names_no_files_is_a_table(tmp_path):
+    write_pictures(tmp_path / "p")
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, table())))
+    check(load_edit_dataset(tmp_path, columns=COLUMNS))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_webdataset_archives(tmp_path, streaming):
+    for shard in range(3):
+        with tarfile.open(tmp_path / f"edits-{shard:03d}.tar", "w") as tar:
+            record = json.dumps({"say": f"edit {shard}", "video": f"v{shard}"}).encode()
+            for end, content in (("src.png", png(photo(shard))), ("region.png", png(white_mask())), ("json", record)):
+                info = tarfile.TarInfo(f"{shard:05d}.{end}")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    columns = {
+        "input_image": "src.png",
+        "mask": "region.png",
+        "instruction": "json.say",
+        "group": "json.video",
+        "id": "__key__",
+    }
+    data = load_edit_dataset(tmp_path, columns=columns, streaming=streaming)
+    check(data, "v")
+    assert [row["id"] for row in data] == ["00000", "00001", "00002"]
+
+
+def test_a_dot_reaches_into_one_mapping_and_leaves_others_whole():
+    inside = REGION.T.ravel().view(np.int8)
+    counts = np.diff([0, *(np.flatnonzero(np.diff(inside)) + 1), inside.size]).tolist()
+    mask = {"size": list(REGION.shape), "counts": counts}
+    rows = [{"src": photo(i), "meta": {"say": {"en": f"edit {i}"}}, "region": mask} for i in range(3)]
+    columns = {"input_image": "src", "instruction": "meta.say.en", "mask": "region"}
+    for streaming in (False, True):
+        check(load_edit_dataset(rows, columns=columns, mask_encoding="rle", streaming=streaming))
+
+
+def test_rows_taken_from_a_stream_can_be_trained_on():
+    stream = load_edit_dataset(with_and_without(), "compbench", streaming=True)
+    taken = EditRows(Dataset.from_list(list(stream.take(2))), "train")
+    assert taken.edit(0).mask.sum() == REGION.sum() and taken.edit(1).columns["mask_source"] == "difference"
+
+
+def test_what_datasets_saved(tmp_path):
+    rows = [{"src": photo(i), "region": white_mask(), "say": f"edit {i}", "video": f"v{i}"} for i in range(3)]
+    Dataset.from_list(rows).save_to_disk(str(tmp_path / "one"))
+    check(load_edit_dataset(tmp_path / "one", columns=COLUMNS), "v")
+
+
+def test_boxes_and_coco_masks_through_a_column_map(tmp_path):
+    write_pictures(tmp_path / "p")
+    lines = [{**line, "region": [[BOX[0], BOX[1], BOX[2] - BOX[0], BOX[3] - BOX[1]]]} for line in table()]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    check(load_edit_dataset(tmp_path / "a.jsonl", columns=COLUMNS, mask_encoding="boxes-xywh"), "v")
+    inside = REGION.T.ravel().view(np.int8)
+    counts = np.diff([0, *(np.flatnonzero(np.diff(inside)) + 1), inside.size]).tolist()
+    lines = [{**line, "region": {"size": list(REGION.shape), "counts": counts}} for line in table()]
+    (tmp_path / "b.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    check(load_edit_dataset(tmp_path / "b.jsonl", columns=COLUMNS, mask_encoding="rle"), "v")
+
+
+def test_a_column_in_the_way_gives_way_to_the_one_that_is_asked_for():
+    rows = [{"src": photo(0), "instruction": "global words", "say": "edit 0", "mask": white_mask(), "id": 5}]
+    data = load_edit_dataset(rows, columns={"input_image": "src", "instruction": "say"})
+    assert data[0]["instruction"] == "edit 0" and data[0]["id"] == "5"
+    assert set(data.column_names) <= set(CANONICAL)
+
+
+def test_a_picture_that_cannot_be_read_is_named_by_row_and_column(tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps(table()[0]))
+    data = load_edit_dataset(tmp_path / "a.jsonl", columns=COLUMNS)
+    with pytest.raises(ValueError, match=r"train row 0, column 'input_image': got .*p/src0.png', expected a picture"):
+        EditRows(data, "train").edit(0)
+    write_pictures(tmp_path / "elsewhere" / "p")
+    elsewhere = load_edit_dataset(tmp_path / "a.jsonl", columns=COLUMNS, root=tmp_path / "elsewhere")
+    assert elsewhere[0]["input_image"].size == SIZE
+
+
+def test_unknown_files_and_splits_are_refused(tmp_path):
+    (tmp_path / "a.txt").write_text("x")
+    with pytest.raises(ValueError, match=r"ending in '.txt', expected one of .jsonl, .json"):
+        load_edit_dataset(tmp_path / "a.txt")
+    with pytest.raises(ValueError, match=r"name_or_path: got .*0 files"):
+        load_edit_dataset(str(tmp_path / "*.jsonl"))
+    with pytest.raises(ValueError, match="split: got 'dev', expected one of train"):
+        load_edit_dataset({"train": Dataset.from_list([compbench()])}, "compbench", "dev")
+
+
+def test_stored_masks_come_before_the_fallbacks(tmp_path):
+    stored_mask = Image.new("L", SIZE)
+    stored_mask.paste(255, (0, 0, 2, 2))
+    stored_mask.save(tmp_path / "x.png")
+    line = {"file_name": "x.png", "id": "replace/00000000/0/00001.png", "method": "velocity"}
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(line))
+    data = load_edit_dataset(with_and_without(), "compbench", masks=tmp_path)
+    assert [row["mask_source"] for row in data] == ["own", "stored", "difference", "full"]
+    assert (np.asarray(data[1]["mask"]) == 255).sum() == 4
+    with pytest.raises(FileNotFoundError, match=r"without metadata.jsonl, expected a folder of `rcgrpo data masks`"):
+        load_edit_dataset(with_and_without(), "compbench", masks=tmp_path / "none")
+    with pytest.raises(ValueError, match=r"the ids of .* repeat"):
+        load_edit_dataset([compbench(0), compbench(0)], "compbench", masks=tmp_path)
+    assert load_dataset("imagefolder", data_dir=str(tmp_path), split="train")[0]["id"] == line["id"]

@@ -1,0 +1,117 @@
+import asyncio
+import threading
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from PIL import Image
+
+from rcgrpo.rewards import EditScoreReward, LocalJudge, LogitScoreReward
+from rcgrpo.rewards.judges import DIGITS, Question, expected_score
+from rcgrpo.rewards.local_judge import GumbelNoise
+from rcgrpo.rewards.transport import Fault
+from tiny_judge import build_tiny_judge
+
+RED, BLUE = Image.new("RGB", (40, 40), "red"), Image.new("RGB", (40, 40), "blue")
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return build_tiny_judge()
+
+
+@pytest.fixture
+def judge(tiny):
+    model, processor = tiny
+    return LocalJudge(model, processor=processor, device="cpu", max_new_tokens=8)
+
+
+def test_logits_are_those_of_the_first_token(judge, tiny):
+    model, processor = tiny
+    question = Question((RED, BLUE), "how good?")
+    (log_probs,) = asyncio.run(judge.log_probs([question], DIGITS))
+    turn = {"role": "user", "content": [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "how good?"}]}
+    prompt = processor.apply_chat_template([turn], add_generation_prompt=True)
+    inputs = processor(text=[prompt], images=[RED, BLUE], return_tensors="pt")
+    with torch.no_grad():
+        logits = model(**inputs).logits[0, -1]
+    ids = processor.tokenizer.convert_tokens_to_ids(list(DIGITS))
+    expected = float((logits[ids].softmax(-1) * torch.arange(6)).sum() / 5)
+    assert log_probs == pytest.approx(logits.log_softmax(-1)[ids].tolist(), abs=1e-5)
+    assert expected_score(log_probs) == pytest.approx(expected, abs=1e-6)
+    pictures = dict(source_images=[RED], images=[BLUE])
+    scores = asyncio.run(LogitScoreReward(judge, prompt="how good?")(prompts=["unused"], **pictures))
+    assert scores == [pytest.approx(expected, abs=1e-6)]
+    with pytest.raises(ValueError, match=r"got \['10'\]"):
+        asyncio.run(judge.log_probs([question], ["1", "10"]))
+
+
+def test_answers_depend_on_question_pass_and_seed_alone(judge, tiny):
+    one, two = Question((RED,), "a"), Question((RED, BLUE), "bb")
+    state = torch.get_rng_state()
+    (first,) = asyncio.run(judge.answers([one], 3))
+    assert len(set(first)) == 3, "passes are samples"
+    assert asyncio.run(judge.answers([two, one], 3))[1] == first
+    assert asyncio.run(judge.answers([one], 2))[0] == first[:2]
+    other = LocalJudge(tiny[0], processor=tiny[1], device="cpu", max_new_tokens=8, seed=1)
+    assert asyncio.run(other.answers([one], 3))[0] != first
+    assert asyncio.run(judge.answers([Question((BLUE,), "a")], 3))[0] != first
+    assert torch.equal(torch.get_rng_state(), state), "the global generator belongs to the run"
+
+
+def test_gumbel_noise_samples_the_softmax():
+    logits = torch.log(torch.tensor([[0.6, 0.3, 0.1, 0.0]]))
+    noise = GumbelNoise(1.0, [torch.Generator().manual_seed(0)])
+    counts = torch.zeros(4)
+    for _ in range(4000):
+        counts[noise(torch.empty(1, 0), logits).argmax()] += 1
+    assert (counts / 4000 - torch.tensor([0.6, 0.3, 0.1, 0.0])).abs().max() < 0.03 and counts[3] == 0
+    cold = GumbelNoise(0.01, [torch.Generator().manual_seed(0)])
+    assert all(cold(torch.empty(1, 0), logits).argmax() == 0 for _ in range(50))
+
+
+def test_folder_with_adapter(tiny, tmp_path):
+    model, processor = build_tiny_judge()
+    model.save_pretrained(tmp_path / "base"), processor.save_pretrained(tmp_path / "base")
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    adapted.save_pretrained(tmp_path / "lora")
+    question = Question((RED,), "?")
+
+    def ask(judge):
+        return asyncio.run(judge.log_probs([question], DIGITS))[0]
+
+    base = ask(LocalJudge(str(tmp_path / "base"), device="cpu"))
+    assert base == pytest.approx(ask(LocalJudge(tiny[0], processor=tiny[1], device="cpu")), abs=1e-5)
+    lora = ask(LocalJudge(str(tmp_path / "base"), str(tmp_path / "lora"), device="cpu"))
+    assert lora == pytest.approx(ask(LocalJudge(adapted, processor=processor, device="cpu")), abs=1e-5)
+    assert lora != pytest.approx(base, abs=1e-5)
+
+
+def test_random_babble_is_a_failure_not_a_number(judge):
+    failures = {}
+    call = EditScoreReward(judge, passes=2)(["x"], [RED], [BLUE], log_failure=failures.__setitem__)
+    assert asyncio.run(call) == [None] and failures[0].startswith("unparsable: the judge said ")
+
+
+def test_judge_works_off_the_event_loop_and_out_of_memory_is_one_questions_fault(judge, monkeypatch):
+    threads = []
+
+    def sample(question, passes):
+        threads.append(threading.current_thread())
+        if question.text == "huge":
+            raise torch.OutOfMemoryError("CUDA out of memory\ndetails")
+        return [question.text] * passes
+
+    monkeypatch.setattr(judge, "_sample", sample)
+    questions = [Question((RED,), "a"), Question((RED,), "huge"), Question((RED,), "b")]
+    answers = asyncio.run(judge.answers(questions, 1))
+    assert answers[0] == ["a"] and answers[2] == ["b"]
+    assert isinstance(answers[1], Fault) and judge.faults == {"out_of_memory": 1}
+    assert threading.current_thread() not in threads
+
+
+def test_set_up_mistakes(tiny):
+    with pytest.raises(ValueError, match="processor: got None"):
+        LocalJudge(tiny[0])
+    with pytest.raises(ValueError, match="temperature: got 0"):
+        LocalJudge("x", temperature=0)

@@ -1,0 +1,199 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import httpx2
+import pytest
+from PIL import Image
+
+from rcgrpo.cli.parsing import UsageError
+from rcgrpo.rewards import RemoteReward, RewardError, resolve_rewards, score, server
+from rcgrpo.rewards.pictures import to_png
+
+TOKEN = "let me in"
+IMAGE, MASK, TARGET = (
+    Image.new("RGB", (4, 4), (1, 2, 3)),
+    Image.new("L", (4, 4), 255),
+    Image.new("RGB", (4, 4), (4, 5, 6)),
+)
+SERVED = ["compbench_mini", "served_rewards.picky", "served_rewards.slow", "served_rewards.strict"]
+
+
+def start(*arguments):
+    """The command itself; its process and address."""
+    source = Path(server.__file__).parents[2]
+    path = os.pathsep.join((str(source), str(Path(__file__).parent)))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "rcgrpo.cli", "rewards", "serve", "--port", "0", *arguments],
+        env={**os.environ, "PYTHONPATH": path, "RCGRPO_REWARD_TOKEN": TOKEN},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    line = process.stdout.readline()
+    assert line.startswith("serving "), line
+    return process, line.split()[-1]
+
+
+@pytest.fixture(scope="module")
+def running():
+    process, url = start("--reward_funcs", *SERVED, "--max_request_mb", "1", "--max_waiting", "2")
+    yield process, url
+    process.kill()
+    process.communicate()
+
+
+@pytest.fixture
+def url(running):
+    return running[1]
+
+
+def post(url, body, token=TOKEN, content_type="application/json", **options):
+    headers = {"Content-Type": content_type, **({"Authorization": f"Bearer {token}"} if token else {})}
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    with httpx2.Client(trust_env=False, verify=False) as client:
+        return client.post(url + "/compute", content=content, headers=headers, timeout=10, **options)
+
+
+def request(reward="slow", count=1, **changes):
+    pictures = {"images": [to_png(IMAGE)] * count, "source_images": [to_png(IMAGE)] * count}
+    return {"reward": reward, "prompts": ["x"] * count, **pictures, "masks": [to_png(MASK)] * count, **changes}
+
+
+def run(reward, number, target=TARGET):
+    count = len(number)
+    columns = {"number": number, "edited_image": [target] * count}
+    labels = [f"candidate {index}" for index in range(count)]
+    return score(
+        resolve_rewards(reward), ["x"] * count, [IMAGE] * count, [IMAGE] * count, [MASK] * count, columns, labels
+    )
+
+
+def remote(url, reward, **options):
+    return RemoteReward(url, reward=reward, token=TOKEN, timeout=10, batch_size=4, **options)
+
+
+def test_there_and_back(url):
+    reward = remote(url, "picky", columns=("number", "edited_image"), value_range=(0, 9))
+    scored = run(reward, [0.5, None, 1.5, 2.5, 3.5, "fail"])
+    assert scored.values[[0, 2, 3, 4], 0].tolist() == [0.5, 1.5, 2.5, 3.5]
+    assert scored.values[[1, 5], 0].isnan().all()
+    assert [(f.sample_label, f.reason) for f in scored.failures] == [("candidate 5", "raised KeyError: 'fail'")]
+    assert reward.faults == {"judge": 1}
+
+
+def test_health(url):
+    with httpx2.Client(trust_env=False, verify=False) as client:
+        assert client.get(url + "/health").json() == {"status": "ok"}
+        told = client.get(url + "/health", headers={"Authorization": f"Bearer {TOKEN}"}).json()
+    assert told["rewards"]["picky"] == {"columns": ["number", "edited_image"], "range": [0, 9]}
+    assert told["rewards"].keys() == {"compbench_mini", "picky", "slow", "strict"}
+
+
+@pytest.mark.parametrize("token", [None, "", "let me", TOKEN + "!", "é"])
+def test_token_is_demanded(url, token):
+    if token == "é":
+        headers = {"Content-Type": "application/json", "Authorization": "Bearer é".encode()}
+        with httpx2.Client(trust_env=False, verify=False) as client:
+            answer = client.post(url + "/compute", content=b"{}", headers=headers)
+    else:
+        answer = post(url, request(), token=token)
+    assert answer.status_code == 401 and "Bearer" in answer.json()["error"]
+
+
+def test_token_of_the_client_is_a_set_up_mistake(url):
+    with pytest.raises(RewardError, match="is refused, check its set-up: http_401"):
+        run(RemoteReward(url, reward="slow", token="wrong"), [1])
+
+
+BROKEN = {
+    "no JSON": (b"{", "the request is no JSON"),
+    "deep JSON": (b"[" * 100_000, "the request is no JSON"),
+    "no object": ([], "got list, expected an object"),
+    "no reward": (request(None), "reward: got None, expected one of compbench_mini, picky"),
+    "unknown reward": (request("nobody"), "reward: got 'nobody'"),
+    "no prompts": (request(prompts=[]), "prompts: expected a list of 1 to 1024"),
+    "too many": (request(prompts=["x"] * 1025), "prompts: expected a list of 1 to 1024"),
+    "wrong length": (request(masks=[]), "masks: expected a list of 1 entries"),
+    "prompt of another kind": (request(prompts=[1]), "prompts: expected strings"),
+    "no picture": (request(images=["AAAA"]), r"images[0]: got 4 characters, expected a base64 PNG"),
+    "no picture in a column": (request(columns={"target": [{"png": 3}]}), "target[0]: got int, expected a base64 PNG"),
+    "columns of another kind": (request(columns=[1]), "columns: got list"),
+    "column that hides a field": (request(columns={"prompts": ["y"]}), "columns: got prompts"),
+    "missing column": (request("picky"), "needs the column(s) number, edited_image"),
+    "the reward says so": (request("strict", 2), "one at a time"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_mistakes_are_named(url, case):
+    body, text = BROKEN[case]
+    answer = post(url, body)
+    assert answer.status_code == 400 and text in answer.json()["error"]
+
+
+def test_size_and_type_of_requests_are_bounded(url):
+    large = request(columns={"text": ["x" * (1 << 20)]})
+    assert post(url, large).status_code == 413
+
+    def chunks():  # without Content-Length
+        for _ in range(32):
+            yield b"x" * (1 << 16)
+
+    with httpx2.Client(trust_env=False, verify=False) as client:
+        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {TOKEN}"}
+        assert client.post(url + "/compute", content=chunks(), headers=headers).status_code == 413
+    assert post(url, request(), content_type="text/plain").status_code == 415
+    assert post(url, request("strict")).json() == {"rewards": [0.5], "failures": {}}
+
+
+def test_waiting_requests_are_bounded_and_told_when_to_come_again(url):
+    answers = []
+    threads = [threading.Thread(target=lambda: answers.append(post(url, request()))) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    codes = sorted(answer.status_code for answer in answers)
+    assert codes == [200, 200, 503]
+    (busy,) = (answer for answer in answers if answer.status_code == 503)
+    assert busy.headers["Retry-After"] == "1" and "2 requests are waiting" in busy.json()["error"]
+
+
+def test_zz_sigterm_lets_requests_finish(running):
+    process, url = running
+    answers = []
+    thread = threading.Thread(target=lambda: answers.append(post(url, request())))
+    thread.start()
+    time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    thread.join()
+    assert answers[0].json() == {"rewards": [1.0], "failures": {}}
+    assert process.wait(10) in (0, -signal.SIGTERM)
+
+
+def test_other_machines_only_with_a_token():
+    for host in ("0.0.0.0", "::", "192.168.1.7", "example.org"):
+        with pytest.raises(ValueError, match="which other machines can reach, without a token"):
+            server.serve(resolve_rewards("background_keep"), host, 0)
+
+
+def test_command_line(monkeypatch, capsys):
+    from rcgrpo.cli import rewards as command
+
+    seen = []
+    monkeypatch.setattr(server, "serve", lambda *given, **limits: seen.append((given, limits)))
+    monkeypatch.delenv("RCGRPO_REWARD_TOKEN", raising=False)
+    command.run(["serve", "--reward_funcs", "background_keep", "--port", "9"])
+    ((rewards, host, port, token), limits) = seen[0]
+    assert [reward.name for reward in rewards] == ["background_keep"] and (host, port, token) == ("127.0.0.1", 9, None)
+    assert limits == {"max_request_bytes": 256 << 20, "max_waiting": 32}
+    with pytest.raises(UsageError, match="unknown flag '--prot'; the nearest known one is --port"):
+        command.run(["serve", "--prot", "9"])
+    command.run([])
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("clip_image"))
+    assert "-1 to 1" in line and "columns: edited_image" in line and "LC-I" in line
