@@ -64,6 +64,11 @@ def test_policy_steps(tmp_path, share, steps):
     assert args.policy_step_indices == steps
 
 
+def test_trl_spellings_of_scale_rewards(tmp_path):
+    found = [RCGRPOConfig(str(tmp_path), use_cpu=True, scale_rewards=given).scale_rewards for given in (True, False)]
+    assert found == ["group", "none"]
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -90,6 +95,56 @@ def test_policy_steps(tmp_path, share, steps):
         ({"num_policy_steps": 8}, "num_policy_steps: got 8, expected at most the 7 steps.*num_inference_steps=8"),
         ({"num_policy_steps": 1, "policy_steps_range": [0, 0.01]}, "num_policy_steps: got 1, expected at most the 0"),
         ({"num_iterations": 2, "save_steps": 5}, r"save_steps: got 5, expected a multiple of num_iterations \(2\)"),
+        ({"exploration": "local"}, "exploration: got 'local', expected one of region, global"),
+        ({"policy": "ppo"}, "policy: got 'ppo', expected one of neighbor, flow_grpo, nft"),
+        ({"solver": "rk4"}, "solver: got 'rk4', expected one of none, euler, heun, dpmpp_2m, unipc"),
+        ({"scale_rewards": "token"}, "scale_rewards: got 'token', expected one of group, batch, none"),
+        (
+            {"scale_rewards": "batch", "multi_objective_aggregation": "normalize_then_sum"},
+            "scale_rewards: got 'batch', expected group with normalize_then_sum",
+        ),
+        ({"independent_share": 1.1}, r"independent_share: got 1.1, expected a number in \[0, 1\]"),
+        ({"epsilon_high": 0.0}, "epsilon_high: got 0.0, expected a number above 0, or none"),
+        ({"true_cfg_scale": 0.5}, r"true_cfg_scale: got 0.5, expected 1 \(off\) or more"),
+        ({"keep_hinge_weight": -1.0}, "keep_hinge_weight: got -1.0, expected 0 or more"),
+        ({"nft_beta": 0.0}, "nft_beta: got 0.0, expected a number above 0"),
+        ({"region_strengths": [0.5]}, "region_strengths: got .*, expected none without regions_column"),
+        (
+            {"region_strengths": [0.5], "regions_column": "labels", "exploration": "global"},
+            "region_strengths: got .*, expected none with exploration=global",
+        ),
+        (
+            {"region_strengths": [0.5, 2.0], "regions_column": "labels"},
+            r"region_strengths: got .*, expected numbers in \[0, 1\]",
+        ),
+        ({"sde_window": 2}, "sde_window: got 2, expected none with policy=neighbor"),
+        (
+            {"sde_window": 3, "policy": "flow_grpo"},
+            r"sde_window: got 3, expected num_policy_steps \(4\) to the 7 steps",
+        ),
+        ({"policy": "flow_grpo", "solver": "heun"}, "solver: got 'heun', expected euler with policy=flow_grpo"),
+        (
+            {"policy": "flow_grpo", "policy_steps_range": [0, 1]},
+            "policy_steps_range: got .*, expected a range without the last step with policy=flow_grpo",
+        ),
+        (
+            {"policy": "flow_grpo", "edit_strength": 0.0},
+            "edit_strength: got 0.0, expected more than 0 with policy=flow",
+        ),
+        ({"reward_regions": ["edit"]}, "reward_regions: got .*, expected none without region_advantages=True"),
+        ({"region_advantages": True}, "reward_regions: got None, expected edit or keep for each reward"),
+        (
+            {"region_advantages": True, "reward_regions": ["region_1"]},
+            "reward_regions: got .*, expected edit or keep for each reward",
+        ),
+        (
+            {"region_advantages": True, "reward_regions": ["region_0"], "regions_column": "labels"},
+            "reward_regions: got .*, expected edit or keep, or region_1, region_2, ... for each reward",
+        ),
+        (
+            {"region_advantages": True, "reward_regions": ["edit", "keep"], "region_advantage_weights": [1.0]},
+            "region_advantage_weights: got .*, expected 2 numbers of 0 or more, for edit, keep",
+        ),
         ({"remove_unused_columns": True}, "remove_unused_columns: got True, expected False: the rewards read"),
     ],
 )

@@ -3,7 +3,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rcgrpo.noise import group_deltas, keyed_noise, perturb, region_strength
+from rcgrpo.noise import (
+    group_deltas,
+    independent_members,
+    keyed_noise,
+    perturb,
+    region_strength,
+    regions_strength,
+)
 
 STRENGTHS = st.floats(0, 1)
 SHAPE = (4096, 4)
@@ -108,3 +115,31 @@ def test_antithetic_halves_mirror_each_other():
 def test_antithetic_group_must_be_even():
     with pytest.raises(ValueError, match="num_generations: got 5, expected an even number"):
         group_deltas((6, 2), 5, "k", antithetic=True)
+
+
+def test_strength_of_several_regions_by_hand():
+    masks = torch.tensor([[1.0, 0.0, 1.0, 0.5, 0.0], [0.0, 1.0, 1.0, 0.0, 0.0]])
+    # its own, its own, the mean of both, half way to the background, the background
+    assert regions_strength(masks, [0.8, 0.4], 0.2).tolist() == pytest.approx([0.8, 0.4, 0.6, 0.5, 0.2])
+
+
+@given(STRENGTHS, STRENGTHS)
+@settings(max_examples=15, deadline=None)
+def test_one_region_of_several_is_the_region(edit_strength, keep_strength):
+    mask = torch.linspace(0, 1, 9)
+    expected = region_strength(mask, edit_strength, keep_strength)
+    torch.testing.assert_close(regions_strength(mask.unsqueeze(0), [edit_strength], keep_strength), expected)
+    both = regions_strength(torch.stack([mask, mask]), [edit_strength] * 2, keep_strength)
+    torch.testing.assert_close(both, expected)
+
+
+def test_a_strength_of_several_outside_0_to_1_is_refused():
+    with pytest.raises(ValueError, match=r"edit_strength: got 1.5, expected a strength in \[0, 1\]"):
+        regions_strength(torch.ones(2, 3), [0.5, 1.5], 0.0)
+
+
+def test_independent_members_are_the_last_and_keep_pairs_together():
+    assert independent_members(4, 0.0).tolist() == [False] * 4
+    assert independent_members(4, 0.3).tolist() == [False, False, False, True]
+    assert independent_members(6, 0.34, antithetic=True).tolist() == [False, False, True] * 2
+    assert independent_members(3, 1.0).tolist() == [True] * 3

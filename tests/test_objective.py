@@ -6,15 +6,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rcgrpo.objective import (
+    advantage_size,
     aggregate_rewards,
+    batch_advantages,
     euler_step,
+    gaussian_log_prob,
     group_advantages,
+    keep_hinge,
+    nft_loss,
     policy_loss,
     predict_clean,
     quasi_norm,
+    sde_std,
+    sde_step,
     spread,
     surrogate_log_probs,
     velocity_kl,
+    weighted_mean,
 )
 
 NAN = math.nan
@@ -163,6 +171,82 @@ def test_normalising_first_makes_units_irrelevant():
     assert (summed[0] - summed[1]).abs().max() > 0.1
 
 
+# ------------------------------------------------------------------------------------ sizes of advantages
+
+SCALES = ["group", "batch", "none"]
+
+
+def test_advantage_size_by_hand():
+    scores = torch.tensor([2.0, NAN, 6.0])  # std 2
+    assert advantage_size(scores, "group", 0.5) == 1
+    assert advantage_size(scores, "group", 8.0) == 0.25
+    assert advantage_size(scores, "batch", 0.5, batch_std=4.0) == 0.5
+    assert advantage_size(scores, "batch", 8.0, batch_std=4.0) == 0.25
+    assert advantage_size(scores, "none", 8.0) == 2
+    assert [advantage_size(torch.full((3,), NAN), scale, 0.1) for scale in SCALES] == [0, 0, 0]
+
+
+def test_power_2_gives_each_scale_its_plain_form():
+    rewards = [torch.tensor([[1.0], [3.0]]), torch.tensor([[2.0], [8.0]])]
+    found = {scale: batch_advantages(rewards, torch.ones(1), scale_rewards=scale, power=2.0) for scale in SCALES}
+    everybody = torch.tensor([1.0, 3, 2, 8]).std(correction=0)
+    for i, (values, deviations) in enumerate([([1, 3], [-1, 1]), ([2, 8], [-3, 3])]):
+        for scale, divisor in {"group": deviations[1], "batch": everybody, "none": 1.0}.items():
+            scores, advantages = found[scale][i]
+            assert scores.tolist() == values
+            torch.testing.assert_close(advantages, torch.tensor(deviations) / divisor)
+
+
+def test_floor_and_filter_tame_small_groups_alone():
+    rewards = [torch.tensor([[0.0], [0.02]]), torch.tensor([[0.0], [2.0]])]  # stds .01 and 1
+    plain = [a for _, a in batch_advantages(rewards, torch.ones(1))]
+    floored = [a for _, a in batch_advantages(rewards, torch.ones(1), std_floor=0.1)]
+    torch.testing.assert_close(floored[0], 0.1 * plain[0])
+    assert torch.equal(floored[1], plain[1])
+    filtered = [a for _, a in batch_advantages(rewards, torch.ones(1), min_std=0.1)]
+    assert not filtered[0].any() and torch.equal(filtered[1], plain[1])
+
+
+def test_the_default_is_the_quasi_norm_of_z_scores_to_the_bit():
+    rewards = randn(5, 8, 1)
+    for values, (_, advantages) in zip(rewards, batch_advantages(list(rewards), torch.ones(1)), strict=True):
+        assert torch.equal(advantages, quasi_norm(group_advantages(values[:, 0])))
+
+
+@given(
+    st.lists(REWARDS, min_size=1, max_size=3), st.integers(-8, 8), st.sampled_from([0.25, 3.0]), st.sampled_from(SCALES)
+)
+@settings(deadline=None, max_examples=50)
+def test_every_scale_forgets_shifts_and_each_its_own_units(groups, shift, factor, scale):
+    rewards = [torch.tensor(values).unsqueeze(1) for values in groups]
+
+    def advantages(values):
+        return torch.cat([a for _, a in batch_advantages(values, torch.ones(1), scale_rewards=scale)])
+
+    expected = advantages(rewards)
+    torch.testing.assert_close(advantages([r + shift for r in rewards]), expected, rtol=1e-3, atol=1e-3)
+    scaled = advantages([factor * r for r in rewards])
+    torch.testing.assert_close(scaled, expected * (factor if scale == "none" else 1), rtol=1e-3, atol=1e-3)
+    assert abs(float(expected.sum())) < 1e-3
+
+
+@given(REWARDS, st.randoms(use_true_random=False), st.sampled_from(SCALES), st.booleans())
+@settings(deadline=None, max_examples=50)
+def test_a_permutation_of_a_group_permutes_its_advantages(rewards, rng, scale, hole):
+    order = rng.sample(range(len(rewards)), len(rewards))
+    values = torch.tensor(rewards).unsqueeze(1)
+    if hole:
+        values[0] = NAN
+    other = torch.tensor([[0.0], [5.0]])
+
+    def advantages(values):
+        return batch_advantages([values, other], torch.ones(1), scale_rewards=scale)[0][1]
+
+    found = advantages(values)
+    torch.testing.assert_close(advantages(values[order]), found[order], rtol=1e-4, atol=1e-4)
+    assert not hole or found[0] == 0
+
+
 # ------------------------------------------------------------------------------------ policy
 
 
@@ -267,6 +351,18 @@ def test_clip_by_hand():
     assert log_probs.grad.flatten().tolist() == pytest.approx([-0.5, 0, -3, 0, 2, 0])
 
 
+def test_the_two_sides_of_the_clip_are_set_apart():
+    ratios = torch.tensor([[0.95, 0.85, 1.4, 1.6]])
+    advantages = torch.tensor([[-1.0, -1.0, 1.0, 1.0]])
+    result = policy_loss(ratios.log(), torch.zeros(1, 4), advantages, 0.1, 0.5)
+    # min(A ρ, A clip(ρ, .9, 1.5)): -.95, -.9, 1.4, 1.5
+    assert result.loss.item() == pytest.approx(-(-0.95 - 0.9 + 1.4 + 1.5))
+    assert result.clipped_low.tolist() == [[False, True, False, False]]
+    assert result.clipped_high.tolist() == [[False, False, False, True]]
+    same = (policy_loss(ratios.log(), torch.zeros(1, 4), advantages, 0.1, high).loss for high in (None, 0.1))
+    assert torch.equal(*same)
+
+
 def test_no_gradient_reaches_the_old_policy():
     old = torch.zeros(1, 2, requires_grad=True)
     assert not policy_loss(torch.zeros(1, 2), old, torch.ones(1, 2), 0.1).loss.requires_grad
@@ -278,3 +374,112 @@ def test_velocity_kl_by_hand():
     kl = velocity_kl(velocity, torch.zeros(1, 2, 2), torch.tensor([[1.0, 3.0]]))
     assert kl.tolist() == [11 / 4]
     assert velocity_kl(velocity, velocity, torch.ones(1, 2)).tolist() == [0]
+
+
+def test_weighted_mean_of_nothing_is_0():
+    values = torch.tensor([[1.0, 3.0], [5.0, 7.0]])
+    assert weighted_mean(values, torch.tensor([[1.0, 3.0], [0.0, 0.0]])).tolist() == [2.5, 0]
+
+
+def test_keep_hinge_by_hand():
+    # squared errors per token 1, 4, .25; the first is edited, the third half
+    predicted = torch.tensor([[[1.0, 1.0], [2.0, 2.0], [0.5, 0.5]]])
+    region, source = torch.tensor([[1.0, 0.0, 0.5]]), torch.zeros(1, 3, 2)
+    assert keep_hinge(predicted, source, region, 0.0).item() == pytest.approx((4 + 0.125) / 1.5)
+    assert keep_hinge(predicted, source, region, 1.0).item() == pytest.approx(3 / 1.5)
+    assert keep_hinge(predicted, source, region, 4.0).item() == 0
+    assert keep_hinge(predicted, source, torch.ones(1, 3), 0.0).item() == 0
+
+
+@pytest.mark.parametrize("space", ["kl", "hinge"])
+def test_gradients_of_the_anchors_to_base_and_source(space):
+    """A flow of two parameters, in float64."""
+    latents, other = randn(2, 4, 3, dtype=torch.float64), randn(2, 4, 3, seed=1, dtype=torch.float64)
+    region = torch.tensor([[1.0, 0.5, 0, 0.2]] * 2, dtype=torch.float64)
+    sigma = torch.tensor([0.9, 0.4], dtype=torch.float64)
+
+    def loss(a, b):
+        velocity = a * latents + b
+        if space == "kl":
+            return velocity_kl(velocity, other, region)
+        return keep_hinge(predict_clean(latents, velocity, sigma), other, region, 0.3)
+
+    start = [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (0.7, 0.1)]
+    assert torch.autograd.gradcheck(loss, start)
+
+
+# ------------------------------------------------------------------------------------ Flow-GRPO
+
+
+def test_sde_std_by_hand():
+    sigma, second = torch.tensor([1.0, 0.8, 0.5, 0.0]), torch.tensor(0.8)
+    assert sde_std(sigma, second, 0.7).tolist() == pytest.approx([0.7 * 5**0.5, 0.7 * 2, 0.7, 0])
+
+
+def test_sde_step_by_hand():
+    latents, velocity = torch.tensor([[[2.0], [2.0]]]), torch.tensor([[[1.0], [1.0]]])
+    mean, std = sde_step(latents, velocity, torch.tensor([0.5]), torch.tensor([0.25]), torch.tensor([[1.0, 0.0]]))
+    # 2 - .25 (1 + (2 + .5) / (2 · .5)) and the Euler step
+    assert mean.flatten().tolist() == pytest.approx([1.125, 1.75])
+    assert std.flatten().tolist() == pytest.approx([0.5, 0])
+
+
+@pytest.mark.parametrize("strength", [0.3, 1.0])
+def test_sde_keeps_the_marginals_of_the_ode(strength):
+    """On data N(0, .25), whose velocity is known, the variance after a step is right but for the step's square."""
+
+    def variance(sigma):
+        return (1 - sigma) ** 2 * 0.25 + sigma**2
+
+    sigma, errors = 0.6, []
+    slope = (sigma - (1 - sigma) * 0.25) / variance(sigma)
+    for size in (0.02, 0.01):
+        one = torch.ones(1, 1, 1, dtype=torch.float64)
+        std = strength * sde_std(torch.tensor([[sigma]]).double(), torch.tensor(0.9).double(), 0.7)
+        levels = torch.tensor([[sigma], [sigma - size]], dtype=torch.float64)
+        mean, kick = sde_step(one, slope * one, *levels, std)
+        errors.append(float(mean**2 * variance(sigma) + kick**2) - variance(sigma - size))
+    assert errors[0] / errors[1] == pytest.approx(4, rel=0.1)
+
+
+def test_gaussian_log_prob_by_hand():
+    values, mean = torch.tensor([[[1.0, 2.0], [9.0, 9.0], [3.0, 3.0]]]), torch.zeros(1, 3, 2)
+    std = torch.tensor([[[2.0], [0.0], [1.0]]])
+    # tokens: -½ (1/4 + 4/4) / 2 = -.3125, none, -½ · 9 = -4.5; weights 3, 1 and 1
+    log_prob = gaussian_log_prob(values, mean, std, torch.tensor([[3.0, 1.0, 1.0]]))
+    assert log_prob.item() == pytest.approx((3 * -0.3125 - 4.5) / 4)
+    assert gaussian_log_prob(values, mean, torch.zeros(1, 3, 1), torch.ones(1, 3)).tolist() == [0]
+
+
+def test_gaussian_log_prob_is_the_density_where_weights_are_even():
+    values, mean, std = randn(2, 3, 4), randn(2, 3, 4, seed=1), torch.rand(2, 3, 1) + 0.5
+
+    def density(mean):
+        return torch.distributions.Normal(mean, std).log_prob(values).mean((1, 2))
+
+    ratio = density(mean) - density(mean + 0.1)
+    ours = [gaussian_log_prob(values, m, std, torch.ones(2, 3)) for m in (mean, mean + 0.1)]
+    torch.testing.assert_close(ours[0] - ours[1], ratio, rtol=1e-4, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------ DiffusionNFT
+
+
+def test_nft_loss_by_hand():
+    new, old, target = (torch.full((1, 2, 1), x) for x in (2.0, 1.0, 0.0))
+    new[0, 1] = 1.0
+    # token 0: v+ = 1.5, v- = .5; token 1: both 1; weights 3 and 1
+    loss = nft_loss(new, old, target, torch.tensor([0.75]), torch.tensor([[3.0, 1.0]]), 0.5)
+    wanted, unwanted = (3 * 2.25 + 1) / 4, (3 * 0.25 + 1) / 4
+    assert loss.item() == pytest.approx(0.75 * wanted + 0.25 * unwanted)
+
+
+def test_nft_gradient_at_the_old_policy_is_the_advantage_times_the_error():
+    old, target, weights = randn(2, 3, 4), randn(2, 3, 4, seed=1), torch.rand(2, 3) + 0.1
+    velocity = old.clone().requires_grad_()
+    optimality = torch.tensor([0.9, 0.5])
+    loss = nft_loss(velocity, old, target, optimality, weights, 0.3)
+    (gradient,) = torch.autograd.grad(loss.sum(), velocity)
+    share = (weights / weights.sum(-1, keepdim=True) / 4).unsqueeze(-1)
+    expected = 2 * 0.3 * (2 * optimality - 1).view(-1, 1, 1) * share * (old - target)
+    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)

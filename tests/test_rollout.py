@@ -1,13 +1,18 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from rcgrpo import RCGRPOConfig
 from rcgrpo.data.edits import Edit
 from rcgrpo.editors import FluxKontextEditor
-from rcgrpo.objective import euler_step, surrogate_log_probs
+from rcgrpo.objective import euler_step, sde_std, sde_step, surrogate_log_probs
+from rcgrpo.policies import make_policy
 from rcgrpo.regions import to_tokens
 from rcgrpo.rollout import Exploration, Group, make_groups, rollout
+from rcgrpo.transitions import gather
 from tiny_kontext import build_tiny_kontext
 
 STEPS = 3
@@ -110,6 +115,160 @@ def test_antithetic_exploration_mirrors_about_the_base():
     torch.testing.assert_close((noise[:2] + noise[2:]) / 2, 0.8 * base.expand(2, -1, -1), rtol=0, atol=1e-6)
     # the evaluation's single picture needs no mirror image
     assert Exploration(0.6, antithetic=True).noise(region, 16, 1, ("seed", 0)).shape == (1, 64, 16)
+
+
+REGION = (torch.arange(64) < 10).float()
+PLAIN = Exploration(edit_strength=0.7)
+
+
+@pytest.mark.parametrize(
+    ("option", "inside", "outside", "members"),
+    [
+        ({"edit_strength": 0.3}, True, False, range(4)),
+        ({"keep_strength": 0.1}, False, True, range(4)),
+        ({"kind": "global"}, False, True, range(4)),
+        ({"antithetic": True}, True, False, [2, 3]),
+        ({"independent_share": 0.25}, True, True, [3]),
+        ({"mask_growth": 0.5}, False, False, []),  # grows masks, before they get here
+        ({"regions_column": "labels"}, False, False, []),
+        ({"region_strengths": [0.2]}, True, False, range(4)),
+        (
+            {"noise_level": 0.7, "sde_steps": [0], "sde_window": 1},
+            False,
+            False,
+            [],
+        ),  # acts on the way
+    ],
+)
+def test_each_option_changes_its_part_of_the_noise_and_nothing_else(option, inside, outside, members):
+    plain = PLAIN.noise(REGION, 16, 4, ("seed", 0))
+    changed = replace(PLAIN, **option).noise(REGION, 16, 4, ("seed", 0)) != plain
+    for member in range(4):
+        assert bool(changed[member, :10].any()) == (inside and member in members)
+        assert bool(changed[member, 10:].any()) == (outside and member in members)
+
+
+def test_global_exploration_is_a_region_of_ones():
+    everywhere = replace(PLAIN, kind="global").noise(REGION, 16, 4, ("seed", 0))
+    assert torch.equal(everywhere, PLAIN.noise(torch.ones(64), 16, 4, ("seed", 0)))
+
+
+def test_a_soft_mask_softens_the_perturbation():
+    region = torch.linspace(0, 1, 64)
+    noise = PLAIN.noise(region, 16, 2, ("seed", 0))
+    pair = (noise[0] - noise[1]).square().mean(-1)
+    assert pair[0] == 0 and pair[:20].mean() < pair[20:40].mean() < pair[40:].mean()
+    assert torch.equal(PLAIN.strength(region, 2), (0.7 * region).expand(2, -1))
+
+
+def test_an_independent_candidate_shares_nothing_with_its_group():
+    noise = replace(PLAIN, independent_share=0.25).noise(REGION, 16, 4, ("seed", 0))
+    assert (noise[:3, 10:] == noise[0, 10:]).all() and (noise[3] != noise[0]).all()
+    paired = replace(PLAIN, independent_share=0.5, antithetic=True).noise(REGION, 16, 4, ("seed", 0))
+    assert torch.equal(paired[1], -paired[3]) and (paired[0, 10:] == paired[2, 10:]).all()
+    # and evaluation draws its single picture as ever
+    alone = replace(PLAIN, independent_share=1.0).noise(REGION, 16, 1, ("seed", 0))
+    assert torch.equal(alone, PLAIN.noise(REGION, 16, 1, ("seed", 0)))
+
+
+def labelled(row, second=2):
+    """An edit with two regions, of tokens 0..1 × 0..1 and 4..7 × 4..7."""
+    labels = np.zeros((32, 32), np.uint8)
+    labels[:8, :8], labels[16:, 16:] = 1, second
+    edit = edit_of(row)
+    return replace(edit, columns={"labels": Image.fromarray(labels)})
+
+
+def test_several_regions_have_their_own_strengths(editor):
+    exploration = Exploration(regions_column="labels", region_strengths=[0.0, 0.9])
+    model = editor.pipeline.transformer
+    group, other = make_groups(editor, model, [labelled(0), labelled(1)], 2, exploration, ("key",))
+    assert group.regions.sum(-1).tolist() == [4, 16] and torch.equal(group.region, group.regions.amax(0))
+    start = group.trajectory[0]
+    differs = (start[0] != start[1]).all(-1)
+    assert torch.equal(differs, group.regions[1] > 0), "a strength of 0 leaves the first region as the background"
+    assert (other.trajectory[0] != start).all()
+    with pytest.raises(
+        ValueError, match="region_strengths: got 2 of them, expected 3 for train row 5, column 'labels'"
+    ):
+        exploration.masks(labelled(5, second=3))
+    with pytest.raises(ValueError, match="train row 4, column 'labels': got nothing, expected labels or masks"):
+        exploration.masks(edit_of(4))
+
+
+# ------------------------------------------------------------------------------------ noise on the way
+
+STOCHASTIC = Exploration(edit_strength=0.5, noise_level=0.7, sde_steps=[0, 1])
+
+
+def test_kicks_are_drawn_for_the_window_and_scaled_by_the_region():
+    kicks = STOCHASTIC.kicks(REGION, 16, 4, STEPS, ("seed", 0))
+    assert kicks.noise.shape == (STEPS, 4, 64, 16) and kicks.noise_level == 0.7
+    assert (kicks.strength[:2] == 0.5 * REGION).all() and not kicks.strength[2].any()
+    assert len({float(x) for x in kicks.noise[:2].flatten()}) == 2 * 4 * 64 * 16, "each step and member has its own"
+    assert PLAIN.kicks(REGION, 16, 4, STEPS, ("seed", 0)) is None
+    window = replace(STOCHASTIC, sde_steps=[0, 1, 2], sde_window=2)
+    chosen = {
+        tuple(window.kicks(REGION, 1, 2, STEPS, ("seed", row)).strength.flatten(1).any(-1).tolist()) for row in range(9)
+    }
+    assert chosen == {(True, True, False), (False, True, True)}
+
+
+def test_stochastic_rollout_is_the_ode_plus_its_kicks(editor):
+    model = editor.pipeline.transformer
+    edits = [edit_of(0), edit_of(1)]
+    plain = make_groups(editor, model, edits, 3, Exploration(0.5), ("key",))
+    kicked = make_groups(editor, model, edits, 3, STOCHASTIC, ("key",))
+    for before, after in zip(plain, kicked, strict=True):
+        assert torch.equal(before.trajectory[0], after.trajectory[0])
+        assert before.kick_strength is None and after.kick_strength.shape == (STEPS, 3, 64)
+        inside = after.region > 0
+        moved = (after.trajectory[1] - before.trajectory[1]).abs().amax(-1)
+        assert (moved[:, inside] > 1e-2).all() and moved[:, ~inside].max() < 1e-5
+        # what is left of the step after its mean is the noise that was drawn
+        sigmas = after.schedule.sigmas
+        conditions = after.conditions.repeat(3)
+        with torch.no_grad():
+            velocity = editor.velocity(model, after.trajectory[1], after.schedule.timesteps[1].expand(3), conditions)
+        std = after.kick_strength[1] * sde_std(sigmas[1], sigmas[1], 0.7)
+        mean, spread = sde_step(after.trajectory[1], velocity, sigmas[1], sigmas[2], std)
+        noise = STOCHASTIC.kicks(after.region, 16, 3, STEPS, ("key", after.edit.row)).noise[1]
+        torch.testing.assert_close(after.trajectory[2], mean + spread * noise, rtol=0, atol=1e-5)
+
+
+def test_no_strength_makes_a_stochastic_rollout_the_ode(editor):
+    model, still = editor.pipeline.transformer, replace(STOCHASTIC, edit_strength=0.0)
+    (plain,) = make_groups(editor, model, [edit_of(0)], 2, Exploration(0.0), ("key",))
+    (kicked,) = make_groups(editor, model, [edit_of(0)], 2, still, ("key",))
+    torch.testing.assert_close(kicked.trajectory, plain.trajectory, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("policy", ["neighbor", "flow_grpo", "nft"])
+@pytest.mark.parametrize("region", [True, False])
+def test_every_policy_learns_from_its_rollout_with_and_without_the_region(editor, tmp_path, policy, region):
+    """A step against the gradient raises what the candidate with the advantage would say."""
+    options = {"num_inference_steps": STEPS, "num_policy_steps": 1, "policy_steps_range": [0, 0.7]}
+    constraint = {} if region else {"exploration": "global", "keep_weight": 1.0}
+    args = RCGRPOConfig(str(tmp_path), use_cpu=True, policy=policy, **options, **constraint)
+    exploration = replace(
+        STOCHASTIC if policy == "flow_grpo" else PLAIN, kind=args.exploration, edit_strength=args.edit_strength
+    )
+    (group,) = make_groups(editor, editor.pipeline.transformer, [edit_of(0)], 4, exploration, ("key",))
+    group.advantages = torch.tensor([1.5, -0.5, -0.5, -0.5])
+    found = gather([group], [(0, 0, 1)], make_policy(args), {})
+    velocity = editor.velocity(editor.pipeline.transformer, found.latents, found.timestep, found.conditions)
+    velocity = velocity.detach().requires_grad_()
+    loss, _ = make_policy(args).loss(velocity, found)
+    (gradient,) = torch.autograd.grad(loss.sum(), velocity)
+    assert gradient.abs().max() > 0
+    outside = gradient[0, group.region == 0].abs().max()
+    inside = gradient[0, group.region > 0].abs().max()
+    if not region:
+        assert outside > 0.1 * inside
+    else:  # kept tokens have a tenth of the weight, and no noise of their own to learn from
+        assert outside == 0 if policy == "flow_grpo" else outside < inside
+    after, _ = make_policy(args).loss(velocity.detach() - 0.01 * gradient / gradient.norm(), found)
+    assert after.item() < loss.item()
 
 
 EXPLORATION = Exploration(edit_strength=0.9)

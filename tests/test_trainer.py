@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-import rcgrpo.trainer
+import rcgrpo.policies
 from rcgrpo import RCGRPOConfig, RCGRPOTrainer, compbench_mini
 from rcgrpo.evaluation import roll_out_held_out
 from rcgrpo.objective import quasi_norm
@@ -128,7 +128,7 @@ def last(trainer, name):
     ],
 )
 def test_ratio_is_one_exactly_until_the_first_update(tmp_path, data, shape):
-    trainer = make(tmp_path, data, **shape)
+    trainer = make(tmp_path, data, epsilon=0.2, **shape)  # or the second update clips every ratio
     trainer.train()
     first, second = last(trainer, "policy/log_ratio_max")
     assert first == 0
@@ -141,11 +141,11 @@ def test_update_takes_an_anchor_exactly_where_the_rollout_took_it(tmp_path, data
     """In one batch shape; the trainer's own ratio could not tell, as its old policy is its first forward."""
     seen = []
 
-    def spy(candidates, predicted, *rest, _original=rcgrpo.trainer.surrogate_log_probs):
+    def spy(candidates, predicted, *rest, _original=rcgrpo.policies.surrogate_log_probs):
         seen.append((candidates, predicted.detach()))
         return _original(candidates, predicted, *rest)
 
-    monkeypatch.setattr(rcgrpo.trainer, "surrogate_log_probs", spy)
+    monkeypatch.setattr(rcgrpo.policies, "surrogate_log_probs", spy)
     shape = {"per_device_train_batch_size": 1, "num_anchors": 4, "num_policy_steps": 1}  # 4 candidates, 4 transitions
     trainer = make(tmp_path, data, bf16=bf16, attention_reward_weight=attention, max_steps=1, **shape)
     where = []
@@ -157,6 +157,112 @@ def test_update_takes_an_anchor_exactly_where_the_rollout_took_it(tmp_path, data
     for i, (_, anchor, _) in enumerate(where):
         assert torch.equal(predicted[i], candidates[i, anchor])
         assert not torch.equal(predicted[i], candidates[i, anchor - 1])
+
+
+FLOW_GRPO = {"policy": "flow_grpo", "policy_steps_range": [0, 0.7]}
+OPTIONS = {
+    "flow_grpo": FLOW_GRPO,
+    "flow_grpo without region": FLOW_GRPO | {"exploration": "global", "keep_weight": 1.0},
+    "flow_grpo in a window": FLOW_GRPO | {"sde_window": 1, "num_policy_steps": 1, "beta": 0.1},
+    "nft": {"policy": "nft"},
+    "nft without region": {"policy": "nft", "exploration": "global", "keep_weight": 1.0, "train_micro_batch_size": 3},
+    "solver": {"solver": "heun"},
+    "true CFG": {"true_cfg_scale": 2.0, "negative_prompt": "blurry", "attention_reward_weight": 0.1},
+    "hinge": {"keep_hinge_weight": 1.0},
+    "batch": {"scale_rewards": "batch", "epsilon_high": 0.5},
+    "independent": {"independent_share": 0.5},
+    "region advantages": {"region_advantages": True, "reward_regions": ["edit"], "attention_reward_weight": 0.1},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_every_option_trains_and_meets_its_old_policy_exactly(tmp_path, data, name):
+    # A wide clip, as these first updates are large and a group whose every ratio is clipped has no gradient.
+    trainer = make(tmp_path, data, **({"num_iterations": 2, "epsilon": 0.2} | OPTIONS[name]))
+    start = weights(trainer)
+    trainer.train()
+    measure = "policy/velocity_change" if name.startswith("nft") else "policy/log_ratio_max"
+    first, second = last(trainer, measure)
+    assert first == 0 < second
+    assert all(0 < norm < float("inf") for norm in last(trainer, "grad_norm"))
+    assert not same(weights(trainer), start)
+    assert ("keep_hinge" in trainer.state.log_history[0]) == (name == "hinge")
+
+
+def test_evaluation_of_a_stochastic_policy_follows_the_ode(tmp_path, data, held_out):
+    results = [make(tmp_path, data, eval_dataset=held_out, **o).evaluate() for o in ({}, FLOW_GRPO)]
+    assert results[0]["eval_reward"] == results[1]["eval_reward"]
+
+
+def test_region_advantages_are_compared_within_their_rewards(tmp_path, data):
+    def first(images, **columns):
+        return [float(i % 4) for i in range(len(images))]
+
+    def second(images, **columns):
+        return [float(-((i % 4) ** 2)) for i in range(len(images))]
+
+    def third(images, **columns):
+        return [1.0] * len(images)
+
+    options = {"region_advantages": True, "advantage_power": 2.0, "reward_weights": [1.0, 3.0, 1.0]}
+    trainer = make(tmp_path, data, [first, second, third], reward_regions=["keep", "edit", "edit"], **options)
+    (group,) = rolled_out(trainer, data)
+    one, other = np.array([0.0, 1.0, 2.0, 3.0]), np.array([0.0, -1.0, -4.0, -9.0])
+    expected = [(values - values.mean()) / values.std() for values in (one, other)]
+    assert np.allclose(group.advantages.numpy(), expected, atol=1e-4)
+    assert np.allclose(group.scores.numpy(), one + 3 * other + 1)
+    with pytest.raises(ValueError, match="reward_regions: got 1, expected 2, a region for each reward"):
+        make(tmp_path, data, [first, second], reward_regions=["keep"], region_advantages=True)
+
+
+def test_several_regions_reach_noise_and_objective(tmp_path, data):
+    def labels(row):
+        mask = np.asarray(row["mask"].convert("L")) > 127
+        left = np.arange(mask.shape[1]) < np.argwhere(mask)[:, 1].mean()
+        return {"labels": Image.fromarray((mask * np.where(left, 1, 2)).astype(np.uint8))}
+
+    regions = {"regions_column": "labels", "region_strengths": [0.0, 0.9], "mask_growth": 0.0}
+    objective = {"region_advantages": True, "reward_regions": ["region_2"]}
+    rows = data.map(labels, features=datasets.Features({**data.features, "labels": datasets.Image()}))
+    trainer = make(tmp_path, rows, **regions, **objective)
+    (group,) = rolled_out(trainer, rows)
+    assert group.regions.shape == (2, 64) and group.advantages.shape == (1, 4)
+    start = group.trajectory[0]
+    assert torch.equal((start[0] != start[1]).all(-1), group.regions[1] > 0)
+    trainer.train()
+    assert last(trainer, "grad_norm")[0] > 0
+    with pytest.raises(ValueError, match="train row 0, column 'labels': got nothing"):
+        make(tmp_path, data, **regions)
+
+
+def test_a_second_turn_starts_from_the_best_of_the_first(tmp_path, data):
+    """Only row 1 has one: to change the lower half."""
+    half = np.zeros((32, 32), np.uint8)
+    half[16:] = 255
+    rows = [dict(data[i]) for i in range(2)]
+    rows[0]["turns"], rows[1]["turns"] = None, [{"instruction": "add a red ball", "mask": Image.fromarray(half)}]
+    seen = []
+
+    def telling(images, source_images, prompts, **columns):
+        seen.append((list(prompts), list(source_images), list(images)))
+        return brightness(images)
+
+    options = {"max_steps": 1, "shuffle_dataset": False, "mask_growth": 0.0}
+    trainer = make(tmp_path, rows, telling, turns_column="turns", **options)
+    seen.clear()
+    trainer.train()
+    (first, _, images), (second, sources, _) = seen
+    assert len(first) == 8 and second == ["add a red ball"] * 4
+    best = max(images[4:], key=lambda image: np.asarray(image).mean())
+    assert all(np.array_equal(np.asarray(source), np.asarray(best)) for source in sources)
+    (groups,) = trainer._buffer
+    assert [group.edit.label for group in groups] == ["train row 0", "train row 1", "train row 1, turn 2"]
+    start = groups[2].trajectory[0]
+    assert torch.equal((start[0] == start[1]).all(-1), groups[2].region == 0) and groups[2].region[:32].sum() == 0
+    assert (start[0] != groups[1].trajectory[0, 0]).all(), "each turn has noise of its own"
+    rows[0]["turns"] = [{"instruction": "add a ball"}]
+    with pytest.raises(ValueError, match=r"train row 0, turn 2, column 'turns': got \['instruction'\], expected"):
+        make(tmp_path, rows, turns_column="turns")
 
 
 FOUR = {"per_device_train_batch_size": 4, "seed": 1}
@@ -719,3 +825,30 @@ def test_two_processes_train_what_one_does(tmp_path, reference):
     _, start, (_, single) = reference
     assert distance(first, single, start) < 1e-5
     assert len(log) == 2 and 0 < log[0]["reward"] < 1
+
+
+def test_judges_work_while_the_next_edits_are_rolled_out(tmp_path, data):
+    import threading
+
+    rolled_out = threading.Event()
+
+    def patient(images, **columns):
+        if len(scored) >= 1:
+            assert rolled_out.wait(20), "the next micro-batch was not rolled out meanwhile"
+        scored.append(len(images))
+        return brightness(images)
+
+    scored = []
+    trainer = make(tmp_path, data, patient, gradient_accumulation_steps=2, max_steps=1)
+    roll_out, calls = trainer.make_groups, []
+
+    def watched(*given, **options):
+        groups = roll_out(*given, **options)
+        calls.append(len(groups))
+        if len(calls) == 2:
+            rolled_out.set()
+        return groups
+
+    trainer.make_groups = watched
+    trainer.train()
+    assert last(trainer, "rewards/failures") == [0.0] and len(calls) == 2

@@ -9,10 +9,13 @@ from PIL import Image
 from rcgrpo.data.edits import Edit
 from rcgrpo.editors import Conditions, Schedule
 from rcgrpo.objective import euler_step, predict_clean
+from rcgrpo.policies import NeighborPolicy
+from rcgrpo.regions import region_weights
 from rcgrpo.rollout import Group
 from rcgrpo.transitions import choose, gather, micro_batches
 
 STEPS, SIZE, TOKENS, CHANNELS = 5, 6, 4, 3
+POLICY = NeighborPolicy()
 
 
 def group(row, side=32, flat=False):
@@ -40,7 +43,7 @@ def group(row, side=32, flat=False):
 
 def test_choose_takes_so_many_different_anchors_and_steps_of_each_group():
     groups = [group(7), group(9)]
-    chosen = choose(groups, 3, 2, [0, 1, 3], ("key",))
+    chosen = choose(groups, POLICY, 3, 2, [0, 1, 3], ("key",))
     assert len(chosen) == len(set(chosen)) == 2 * 3 * 2
     for g in (0, 1):
         anchors = [anchor for i, anchor, _ in chosen if i == g]
@@ -51,27 +54,27 @@ def test_choose_takes_so_many_different_anchors_and_steps_of_each_group():
 def test_choice_depends_on_key_and_row_and_on_nothing_else():
     """Or a resume, another rank or another split into micro-steps would train on something else."""
     torch.manual_seed(0)
-    alone = choose([group(9)], 3, 2, range(STEPS), (0, 4))
+    alone = choose([group(9)], POLICY, 3, 2, range(STEPS), (0, 4))
     torch.manual_seed(1)
-    second = choose([group(7), group(9)], 3, 2, range(STEPS), (0, 4))
+    second = choose([group(7), group(9)], POLICY, 3, 2, range(STEPS), (0, 4))
     assert [place[1:] for place in second if place[0] == 1] == [place[1:] for place in alone]
-    others = [choose([group(9)], 3, 2, range(STEPS), (0, k)) for k in range(5, 15)]
+    others = [choose([group(9)], POLICY, 3, 2, range(STEPS), (0, k)) for k in range(5, 15)]
     assert sum(other == alone for other in others) < 2
     assert {step for other in others for _, _, step in other} == set(range(STEPS))
     assert {anchor for other in others for _, anchor, _ in other} == set(range(SIZE))
 
 
 def test_flat_groups_are_left_out_but_something_always_stays():
-    chosen = choose([group(1, flat=True), group(2)], 2, 2, range(STEPS), ("key",))
+    chosen = choose([group(1, flat=True), group(2)], POLICY, 2, 2, range(STEPS), ("key",))
     assert len(chosen) == 4 and {i for i, _, _ in chosen} == {1}
-    assert choose([group(1, flat=True)], 2, 2, [1, 2], ("key",)) == [(0, 0, 1)]
-    assert choose([replace(group(1), advantages=None)], 2, 2, [1, 2], ("key",)) == [(0, 0, 1)]
+    assert choose([group(1, flat=True)], POLICY, 2, 2, [1, 2], ("key",)) == [(0, 0, 1)]
+    assert choose([replace(group(1), advantages=None)], POLICY, 2, 2, [1, 2], ("key",)) == [(0, 0, 1)]
 
 
 @pytest.mark.parametrize("size", [None, 1, 3, 100])
 def test_micro_batches_lose_nothing_and_never_mix_sizes(size):
     groups = [group(1), group(2, side=48), group(3)]
-    chosen = choose(groups, 3, 2, range(STEPS), ("key",))
+    chosen = choose(groups, POLICY, 3, 2, range(STEPS), ("key",))
     batches = micro_batches(groups, chosen, size)
     assert sorted(place for batch in batches for place in batch) == sorted(chosen)
     assert all(len({groups[i].size for i, _, _ in batch}) == 1 for batch in batches)
@@ -83,7 +86,7 @@ def test_gather_reads_each_place():
     groups = [group(1), group(2)]
     where = [(1, 5, 0), (0, 2, 4), (1, 0, 3)]
     known = {place: torch.full((SIZE,), float(i)) for i, place in enumerate(where)}
-    found = gather(groups, where, "latents", known)
+    found = gather(groups, where, POLICY, known)
     for k, (i, anchor, step) in enumerate(where):
         source = groups[i]
         assert torch.equal(found.latents[k], source.trajectory[step, anchor])
@@ -91,10 +94,11 @@ def test_gather_reads_each_place():
         assert found.sigma[k] == source.schedule.sigmas[step]
         assert found.next_sigma[k] == source.schedule.sigmas[step + 1]
         assert found.timestep[k] == source.schedule.timesteps[step]
-        assert torch.equal(found.region[k], source.region) and torch.equal(found.advantages[k], source.advantages)
+        assert torch.equal(found.region[k], source.region) and torch.equal(found.advantages[k, 0], source.advantages)
+        assert torch.equal(found.weights[k, 0], region_weights(source.region, 0.1)) and not found.std[k].any()
         assert torch.equal(found.conditions.image_latents[k], source.conditions.image_latents[0])
-        assert torch.equal(found.old_log_probs[k], known[where[k]])
-    assert gather(groups, where, "latents", {}).old_log_probs is None
+        assert torch.equal(found.old[k], known[where[k]])
+    assert gather(groups, where, POLICY, {}).old is None
 
 
 @pytest.mark.parametrize("space", ["latents", "clean"])
@@ -105,7 +109,7 @@ def test_a_candidate_compared_with_itself_is_at_distance_zero(space):
     for step in range(STEPS):
         sigma, following = sigmas[step].expand(SIZE), sigmas[step + 1].expand(SIZE)
         origin.trajectory[step + 1] = euler_step(origin.trajectory[step], velocity, sigma, following)
-        found = gather([origin], [(0, 2, step)], space, {})
+        found = gather([origin], [(0, 2, step)], NeighborPolicy(distance_space=space), {})
         if space == "latents":
             predicted = euler_step(found.latents, velocity[2:3], found.sigma, found.next_sigma)
             assert torch.equal(predicted[0], found.candidates[0, 2])

@@ -12,6 +12,7 @@ training with gradient checkpointing, layers run twice.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,18 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor, nn
+
+_LISTENING = ContextVar("_LISTENING", default=True)
+
+
+@contextmanager
+def unrecorded() -> Iterator[None]:
+    """Forwards in here leave no trace in any recorder, such as true CFG's pass of the negative prompt."""
+    token = _LISTENING.set(False)
+    try:
+        yield
+    finally:
+        _LISTENING.reset(token)
 
 
 def attention_shares(query: Tensor, key: Tensor, values: Tensor) -> Tensor:
@@ -120,7 +133,7 @@ class AttentionRecorder:
 
     def _make_hook(self, seen: dict[str, Tensor], name: str, last: bool) -> Any:
         def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-            if torch.is_grad_enabled():
+            if torch.is_grad_enabled() or not _LISTENING.get():
                 return
             seen[name] = output
             if last:

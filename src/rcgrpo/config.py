@@ -1,5 +1,7 @@
 """Settings of a run: `GRPOConfig`'s names where the idea is the same, the paper's where it is not."""
 
+import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -39,6 +41,20 @@ class RCGRPOConfig(_BaseConfig):
         default=2048,
         metadata={"help": "Rows of each dataset to decode before training, to find a bad one early. 0 checks none."},
     )
+    regions_column: str | None = field(
+        default=None,
+        metadata={
+            "help": "Column with several regions: labels (0 = keep, 1..K) or a list of K masks. The region "
+            "to edit is then their union; rewards still see `mask_column`."
+        },
+    )
+    turns_column: str | None = field(
+        default=None,
+        metadata={
+            "help": "Column with further turns of an edit: a list of mappings with 'instruction', 'mask' and columns "
+            "that change. Each starts from the best candidate of the turn before."
+        },
+    )
     mask_growth: float = field(
         default=0.02,
         metadata={
@@ -56,9 +72,21 @@ class RCGRPOConfig(_BaseConfig):
         metadata={"help": "Edit at resolution² pixels, keeping the aspect ratio. Use the size you infer at."},
     )
     num_inference_steps: int = field(default=8, metadata={"help": "Steps of the deterministic ODE in rollouts."})
+    solver: str | None = field(
+        default=None,
+        metadata={
+            "help": "What rollouts step with: euler, heun (two model calls a step), dpmpp_2m or unipc, all through the "
+            "same noise levels; the pipeline's own scheduler by default. The policy is always an Euler step."
+        },
+    )
     guidance_scale: float = field(
         default=3.5, metadata={"help": "Distilled guidance; without effect on models that have no guidance embedding."}
     )
+    true_cfg_scale: float = field(
+        default=1.0,
+        metadata={"help": "True classifier-free guidance in rollouts and updates; 1 is off, more doubles the cost."},
+    )
+    negative_prompt: str = field(default="", metadata={"help": "What true_cfg_scale > 1 guides away from."})
     max_sequence_length: int = field(default=512, metadata={"help": "T5 tokens of an instruction, padded."})
     model_init_kwargs: dict[str, Any] | str | None = field(
         default=None,
@@ -75,9 +103,20 @@ class RCGRPOConfig(_BaseConfig):
     # Parameters that control exploration
     num_generations: int = field(default=12, metadata={"help": "Candidates of a group (G), at least 2."})
     num_generations_eval: int = field(default=1, metadata={"help": "Candidates of each edit in evaluation."})
+    exploration: str = field(
+        default="region",
+        metadata={"help": "'region' perturbs by the two strengths below, 'global' everywhere by edit_strength."},
+    )
     edit_strength: float = field(default=0.5, metadata={"help": "Perturbation inside the region, in [0, 1]."})
     keep_strength: float = field(
         default=0.0, metadata={"help": "Perturbation outside the region, in [0, 1]; 0 shares the background's noise."}
+    )
+    region_strengths: list[float] | None = field(
+        default=None,
+        metadata={"help": "Perturbation inside each region of regions_column, instead of one edit_strength for all."},
+    )
+    independent_share: float = field(
+        default=0.0, metadata={"help": "Share of a group that starts from noise of its own everywhere, in [0, 1]."}
     )
     antithetic: bool = field(
         default=False, metadata={"help": "Mirror the second half of a group's noise; needs an even num_generations."}
@@ -99,7 +138,29 @@ class RCGRPOConfig(_BaseConfig):
     )
 
     # Parameters that control the objective
+    policy: str = field(
+        default="neighbor",
+        metadata={
+            "help": "'neighbor' (RC-GRPO, Neighbor GRPO), 'flow_grpo' (stochastic steps) or 'nft' (DiffusionNFT)."
+        },
+    )
     num_anchors: int = field(default=4, metadata={"help": "Trajectories of a group used as anchors (B)."})
+    sde_noise_level: float = field(
+        default=0.7, metadata={"help": "flow_grpo: size of the injected noise (a); the region's strengths scale it."}
+    )
+    sde_window: int | None = field(
+        default=None,
+        metadata={
+            "help": "flow_grpo: only so many steps in a row are stochastic, drawn for each group within "
+            "policy_steps_range (MixGRPO, Flow-GRPO-Fast); all of them by default."
+        },
+    )
+    nft_beta: float = field(
+        default=1.0, metadata={"help": "nft: how far the two implicit policies lie from the old one."}
+    )
+    nft_advantage_clip: float = field(
+        default=5.0, metadata={"help": "nft: size of an advantage that counts as entirely good or bad."}
+    )
     num_policy_steps: int = field(default=4, metadata={"help": "Steps of an anchor's trajectory to train on (K)."})
     policy_steps_range: list[float] = field(
         default_factory=lambda: [0.0, 0.875],
@@ -112,13 +173,47 @@ class RCGRPOConfig(_BaseConfig):
     keep_weight: float = field(default=0.1, metadata={"help": "Weight of the distance outside the region (λ_keep)."})
     temperature: float = field(default=1.0, metadata={"help": "Temperature of the surrogate policy (τ)."})
     epsilon: float = field(default=1e-4, metadata={"help": "Clip range of the policy ratio."})
+    epsilon_high: float | None = field(
+        default=None, metadata={"help": "Clip range above 1, where it is to differ from epsilon."}
+    )
+    region_advantages: bool = field(
+        default=False,
+        metadata={
+            "help": "Each reward acts on the latents of its own region only (reward_regions), without keep_weight."
+        },
+    )
+    reward_regions: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Region of each reward function: edit, keep, or region_1, region_2, ... of regions_column. The "
+            "attention reward belongs to edit."
+        },
+    )
+    region_advantage_weights: list[float] | None = field(
+        default=None,
+        metadata={"help": "Weight of each region's objective, in the order in which reward_regions first names them."},
+    )
+    keep_hinge_weight: float = field(
+        default=0.0,
+        metadata={"help": "Weight of a hinge that holds one-step predictions to the source outside the region."},
+    )
+    keep_hinge_margin: float = field(
+        default=0.0, metadata={"help": "Squared latent error that this hinge allows for free."}
+    )
     beta: float = field(default=0.0, metadata={"help": "Weight of the velocity KL to the frozen base."})
     beta_keep: float = field(
         default=1.0, metadata={"help": "How much stronger that KL counts outside the region than inside."}
     )
     advantage_power: float = field(default=0.8, metadata={"help": "p of the quasi-norm; 2 gives back z-scores."})
+    scale_rewards: str = field(
+        default="group",
+        metadata={
+            "help": "Divide rewards by the spread within their 'group', by that of the 'batch' (the edits scored "
+            "together on one process), or by 'none'."
+        },
+    )
     advantage_std_floor: float = field(
-        default=1e-3, metadata={"help": "Smallest reward spread of a group to divide by."}
+        default=1e-6, metadata={"help": "Smallest reward spread to divide by, so that noise is not blown up."}
     )
     min_reward_std: float = field(
         default=1e-6, metadata={"help": "Drop groups whose rewards spread less than this, and count them."}
@@ -136,6 +231,8 @@ class RCGRPOConfig(_BaseConfig):
     ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "Passed to DDP."})
 
     def __post_init__(self) -> None:
+        if isinstance(self.scale_rewards, bool):  # as TRL takes it too
+            self.scale_rewards = "group" if self.scale_rewards else "none"
         self._check()
         # transformers reads a newer alias of gradient checkpointing; a value given for either must win.
         if HAS_ACTIVATION_CHECKPOINTING:
@@ -172,22 +269,28 @@ class RCGRPOConfig(_BaseConfig):
         for name in ("rollout_batch_size", "train_micro_batch_size"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 refuse(name, "at least 1, or none for no bound")
-        for name in ("edit_strength", "keep_strength", "mask_growth"):
+        for name in ("edit_strength", "keep_strength", "mask_growth", "independent_share"):
             if not 0 <= getattr(self, name) <= 1:
                 refuse(name, "a number in [0, 1]")
-        for name in ("keep_weight", "beta", "beta_keep", "attention_reward_weight", "min_reward_std", "check_rows"):
+        weights = ("keep_weight", "beta", "beta_keep", "attention_reward_weight", "min_reward_std", "check_rows")
+        for name in (*weights, "keep_hinge_weight", "keep_hinge_margin"):
             if not getattr(self, name) >= 0:  # NaN is neither
                 refuse(name, "0 or more")
-        for name in ("temperature", "epsilon", "advantage_power", "advantage_std_floor"):
+        positive = ("temperature", "epsilon", "advantage_power", "advantage_std_floor", "sde_noise_level", "nft_beta")
+        for name in (*positive, "nft_advantage_clip"):
             if not getattr(self, name) > 0:
                 refuse(name, "a number above 0")
         choices = {
+            "exploration": ("region", "global"),
+            "policy": ("neighbor", "flow_grpo", "nft"),
+            "solver": (None, "euler", "heun", "dpmpp_2m", "unipc"),
             "distance_space": ("latents", "clean"),
+            "scale_rewards": ("group", "batch", "none"),
             "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
-                refuse(name, f"one of {', '.join(allowed)}")
+                refuse(name, f"one of {', '.join(str(choice).lower() for choice in allowed)}")
         if len(self.policy_steps_range) != 2 or not 0 <= self.policy_steps_range[0] < self.policy_steps_range[1] <= 1:
             refuse("policy_steps_range", "two shares of the trajectory in order, such as 0 0.875")
         if self.num_policy_steps > len(self.policy_step_indices):
@@ -196,10 +299,65 @@ class RCGRPOConfig(_BaseConfig):
                 f"at most the {len(self.policy_step_indices)} steps that policy_steps_range={self.policy_steps_range} "
                 f"leaves of num_inference_steps={self.num_inference_steps}",
             )
+        self._check_together(refuse)
         if self.num_iterations > 1 and self.save_strategy == "steps" and self.save_steps % self.num_iterations:
             refuse("save_steps", f"a multiple of num_iterations ({self.num_iterations}), so that a resume is exact")
         if self.remove_unused_columns:
             refuse("remove_unused_columns", "False: the rewards read the dataset's other columns")
+
+    def _check_together(self, refuse: Callable[[str, str], None]) -> None:
+        """Options that go with some settings of others only."""
+        if self.epsilon_high is not None and not self.epsilon_high > 0:
+            refuse("epsilon_high", "a number above 0, or none to clip by epsilon on both sides")
+        if not self.true_cfg_scale >= 1:
+            refuse("true_cfg_scale", "1 (off) or more")
+        if self.region_strengths is not None:
+            if self.regions_column is None:
+                refuse("region_strengths", "none without regions_column, which says where these regions are")
+            if self.exploration == "global":
+                refuse("region_strengths", "none with exploration=global, which has one strength")
+            if not self.region_strengths or any(not 0 <= strength <= 1 for strength in self.region_strengths):
+                refuse("region_strengths", "numbers in [0, 1], one for each region")
+        if self.policy == "flow_grpo":
+            if self.solver not in (None, "euler"):
+                refuse("solver", "euler with policy=flow_grpo, whose stochastic steps take the solver's place")
+            if self.num_inference_steps - 1 in self.policy_step_indices:
+                refuse("policy_steps_range", "a range without the last step with policy=flow_grpo: noise would stay")
+            if self.edit_strength == self.keep_strength == 0 and self.region_strengths is None:
+                refuse("edit_strength", "more than 0 with policy=flow_grpo: the strengths scale the injected noise")
+        if self.sde_window is not None:
+            if self.policy != "flow_grpo":
+                refuse("sde_window", f"none with policy={self.policy}, which has no stochastic steps")
+            if not self.num_policy_steps <= self.sde_window <= len(self.policy_step_indices):
+                refuse(
+                    "sde_window",
+                    f"num_policy_steps ({self.num_policy_steps}) to the {len(self.policy_step_indices)} steps that "
+                    "policy_steps_range allows",
+                )
+        if self.scale_rewards != "group" and self.multi_objective_aggregation != "sum_then_normalize":
+            refuse("scale_rewards", "group with normalize_then_sum, which has normalised each reward before")
+        for name in ("reward_regions", "region_advantage_weights"):
+            if getattr(self, name) is not None and not self.region_advantages:
+                refuse(name, "none without region_advantages=True")
+        if self.region_advantages:
+            pattern = r"edit|keep" if self.regions_column is None else r"edit|keep|region_[1-9]\d*"
+            if not self.reward_regions or any(not re.fullmatch(pattern, name) for name in self.reward_regions):
+                several = "" if self.regions_column is None else ", or region_1, region_2, ..."
+                refuse("reward_regions", f"edit or keep{several} for each reward, because region_advantages=True")
+            named = self.named_regions
+            if self.region_advantage_weights is not None and (
+                len(self.region_advantage_weights) != len(named)
+                or any(not weight >= 0 for weight in self.region_advantage_weights)
+            ):
+                refuse("region_advantage_weights", f"{len(named)} numbers of 0 or more, for {', '.join(named)}")
+
+    @property
+    def named_regions(self) -> list[str]:
+        """The regions with an objective of their own, in the order of their weights."""
+        if not self.region_advantages:
+            return []
+        attention = ["edit"] if self.attention_reward_weight else []
+        return list(dict.fromkeys([*(self.reward_regions or []), *attention]))
 
     @property
     def policy_step_indices(self) -> list[int]:

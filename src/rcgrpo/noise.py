@@ -6,6 +6,7 @@ to broadcast against the noise.
 """
 
 import hashlib
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -37,6 +38,33 @@ def region_strength(mask: Tensor, edit_strength: float, keep_strength: float) ->
         if not 0 <= value <= 1:
             raise ValueError(f"{name}: got {value}, expected a strength in [0, 1]")
     return edit_strength * mask + keep_strength * (1 - mask)
+
+
+def regions_strength(masks: Tensor, edit_strengths: Sequence[float], keep_strength: float) -> Tensor:
+    """Elementwise strength of several regions, `s = m Σ_k s_k m_k / Σ_k m_k + s_keep (1 - m)` with `m = max_k m_k`.
+
+    Where regions overlap, their strengths are averaged. One region gives `region_strength`.
+
+    Args:
+        masks: `[regions, ...]`, values in [0, 1].
+        edit_strengths: one for each region, in [0, 1].
+        keep_strength: strength outside all of them.
+    """
+    each = [region_strength(torch.ones(()), strength, keep_strength) for strength in edit_strengths]
+    strengths = torch.stack(each).view(-1, *[1] * (masks.ndim - 1))
+    inside = (strengths * masks).sum(0) / masks.sum(0).clamp(min=1e-12)
+    covered = masks.amax(0)
+    return inside * covered + keep_strength * (1 - covered)
+
+
+def independent_members(num_generations: int, share: float, antithetic: bool = False) -> Tensor:
+    """Which candidates of a group start from noise of their own everywhere, boolean `[group]`.
+
+    They are the last ones, or, with mirrored halves, the last of each half, so that pairs stay together.
+    """
+    drawn = num_generations // 2 if antithetic else num_generations
+    chosen = torch.arange(drawn) >= drawn - round(share * drawn)
+    return chosen.repeat(num_generations // drawn)
 
 
 def perturb(base: Tensor, delta: Tensor, strength: Tensor) -> Tensor:

@@ -3,12 +3,15 @@
 A deterministic ODE has no step probabilities. Neighbor GRPO (arXiv 2511.16955) makes some up: the candidates of a group
 are neighbours of an anchor, and the policy's probability of candidate i is a softmax over negative distances between
 where one Euler step takes the anchor and where candidate i really went. RC-GRPO-Editing (arXiv 2604.09386) makes that
-distance mask-aware. Shapes below: B anchors-and-steps ("transitions"), G candidates, N tokens, C channels.
+distance mask-aware. Two relatives stand beside it: Flow-GRPO (arXiv 2505.05470), whose steps are Gaussian, and
+DiffusionNFT (arXiv 2509.16117), which needs no probabilities. `policies.py` joins the pieces. Shapes below: B
+anchors-and-steps ("transitions"), G candidates, N tokens, C channels.
 
 Gotchas: distances are *means* over weighted elements; with a sum the softmax is one-hot and every ratio is clipped.
 At θ = θ_old the gradient does not depend on τ or the clip, because advantages sum to zero.
 """
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -40,6 +43,30 @@ def spread(values: Tensor) -> float:
     """Standard deviation (biased) of the values that are not NaN; NaN where there are none."""
     scored = values[~values.isnan()]
     return float(scored.std(correction=0)) if len(scored) else float("nan")
+
+
+def advantage_size(
+    scores: Tensor, scale_rewards: Literal["group", "batch", "none"], std_floor: float, batch_std: float = float("nan")
+) -> float:
+    """What a group's reshaped advantages are multiplied by, `std r / denominator`, because `quasi_norm` forgets sizes.
+
+    Args:
+        scores: `[group]`, NaN = no score.
+        scale_rewards: TRL's names for the denominator: `"group"`: the group's own standard deviation, so the result is
+            1 unless that is below the floor; `"batch"`: `batch_std`; `"none"`: 1.
+        std_floor: smallest standard deviation to divide by.
+        batch_std: standard deviation of all scores of the batch.
+
+    Returns:
+        A factor ≥ 0, 0 for a group without scores. With `advantage_power=2` the product is exactly
+        `(r_i - mean r) / denominator`.
+    """
+    own = spread(scores)
+    if not own > 0:
+        return 0.0
+    if scale_rewards == "none":
+        return own
+    return own / max(own if scale_rewards == "group" else batch_std, std_floor)
 
 
 def quasi_norm(advantages: Tensor, power: float = 0.8) -> Tensor:
@@ -89,14 +116,58 @@ def aggregate_rewards(
     return scores, group_advantages(total)
 
 
+def batch_advantages(
+    rewards: Sequence[Tensor],
+    weights: Tensor,
+    how: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize",
+    scale_rewards: Literal["group", "batch", "none"] = "group",
+    std_floor: float = 0.0,
+    min_std: float = 0.0,
+    power: float = 0.8,
+) -> list[tuple[Tensor, Tensor]]:
+    """Scores and final advantages A' of the groups that were scored together (algorithm section 5).
+
+    Args:
+        rewards: `[group, rewards]` for each group, NaN = no score.
+        weights, how, std_floor: as in `aggregate_rewards`.
+        scale_rewards: as in `advantage_size`; with `"normalize_then_sum"` only `"group"` means anything.
+        min_std: groups whose scores spread less than this get advantages of 0.
+        power: of the quasi-norm.
+
+    Returns:
+        `(scores, advantages)`, each `[group]`, for each group.
+    """
+    each = [aggregate_rewards(values, weights, how, std_floor) for values in rewards]
+    batch_std = spread(torch.cat([scores for scores, _ in each]))
+    results = []
+    for scores, advantages in each:
+        if not spread(scores) >= min_std:  # NaN, where nobody was scored, is flat too
+            results.append((scores, torch.zeros_like(advantages)))
+            continue
+        one_size = how == "normalize_then_sum"
+        size = 1.0 if one_size else advantage_size(scores, scale_rewards, std_floor, batch_std)
+        results.append((scores, quasi_norm(advantages, power) * size))
+    return results
+
+
+def _full(values: Tensor) -> Tensor:
+    """fp32 at least, so that a model in half precision costs no distances."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
+    """`Σ w x / Σ w` over the last dimension, 0 where all weights are 0."""
+    return (weights * values).sum(-1) / weights.sum(-1).clamp(min=1e-12)
+
+
 def euler_step(latents: Tensor, velocity: Tensor, sigma: Tensor, next_sigma: Tensor) -> Tensor:
     """`x_{σ'} = x_σ + (σ' - σ) v`, with `[B]` sigmas over `[B, N, C]` latents, in fp32."""
-    return latents + (next_sigma - sigma).view(-1, 1, 1) * velocity.float()
+    return latents + (next_sigma - sigma).view(-1, 1, 1) * _full(velocity)
 
 
 def predict_clean(latents: Tensor, velocity: Tensor, sigma: Tensor) -> Tensor:
     """One-step prediction of the clean latents, `x̂_0 = x_σ - σ v`."""
-    return latents - sigma.view(-1, 1, 1) * velocity.float()
+    return latents - sigma.view(-1, 1, 1) * _full(velocity)
 
 
 def surrogate_log_probs(candidates: Tensor, predicted: Tensor, weights: Tensor, temperature: float) -> Tensor:
@@ -105,14 +176,14 @@ def surrogate_log_probs(candidates: Tensor, predicted: Tensor, weights: Tensor, 
     Args:
         candidates: `[B, G, N, C]`, where the group's candidates went.
         predicted: `[B, N, C]`, where the policy takes the anchor; the only input with a gradient.
-        weights: `[B, N]` of tokens, ≥ 0, not all 0.
+        weights: `[B, N]` of tokens, ≥ 0; where all are 0 every candidate is as likely as any other.
         temperature: τ > 0.
 
     Returns:
         `[B, G]`.
     """
     squared = (candidates - predicted.unsqueeze(1)).square().mean(-1)
-    distances = (weights.unsqueeze(1) * squared).sum(-1) / weights.sum(-1, keepdim=True)
+    distances = weighted_mean(squared, weights.unsqueeze(1))
     return torch.log_softmax(-distances / temperature, dim=-1)
 
 
@@ -124,21 +195,108 @@ class PolicyLoss(NamedTuple):
     clipped_high: Tensor
 
 
-def policy_loss(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, epsilon: float) -> PolicyLoss:
-    """`-Σ_i min(A'_i ρ_i, A'_i clip(ρ_i, 1 - ε, 1 + ε))` for each transition (algorithm section 4).
+def policy_loss(
+    log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, epsilon: float, epsilon_high: float | None = None
+) -> PolicyLoss:
+    """`-Σ_i min(A'_i ρ_i, A'_i clip(ρ_i, 1 - ε, 1 + ε_high))` for each transition (algorithm section 4).
 
     Args:
         log_probs, old_log_probs: `[B, G]`; no gradient flows through the old ones.
         advantages: `[B, G]`, 0 for candidates without a say.
-        epsilon: clip range.
+        epsilon: clip range below 1.
+        epsilon_high: clip range above 1, the same by default.
     """
+    epsilon_high = epsilon if epsilon_high is None else epsilon_high
     ratio = (log_probs - old_log_probs.detach()).exp()
-    clipped = ratio.clamp(1 - epsilon, 1 + epsilon)
+    clipped = ratio.clamp(1 - epsilon, 1 + epsilon_high)
     loss = -torch.minimum(advantages * ratio, advantages * clipped).sum(-1)
-    return PolicyLoss(loss, (ratio < 1 - epsilon) & (advantages < 0), (ratio > 1 + epsilon) & (advantages > 0))
+    return PolicyLoss(loss, (ratio < 1 - epsilon) & (advantages < 0), (ratio > 1 + epsilon_high) & (advantages > 0))
 
 
 def velocity_kl(velocity: Tensor, reference: Tensor, weights: Tensor) -> Tensor:
     """`mean w (v_θ - v_ref)²` `[B]`, the velocity KL to the frozen base (algorithm section 8); `weights` `[B, N]`."""
-    squared = (velocity.float() - reference.float()).square().mean(-1)
-    return (weights * squared).sum(-1) / weights.sum(-1)
+    squared = (_full(velocity) - _full(reference)).square().mean(-1)
+    return weighted_mean(squared, weights)
+
+
+def keep_hinge(predicted_clean: Tensor, source: Tensor, region: Tensor, margin: float) -> Tensor:
+    """`Σ (1 - m) max(0, |x̂_0 - x_src|² - margin) / Σ (1 - m)` `[B]`, 0 where nothing is kept.
+
+    Holds the one-step prediction of the result to the source outside the region and is silent within the margin
+    (the idea is CoCoEdit's, arXiv 2602.14068; the form ours).
+
+    Args:
+        predicted_clean: x̂_0, `[B, N, C]`.
+        source: latents of the source on the same tokens.
+        region: m, `[B, N]` in [0, 1].
+        margin: squared error, averaged over a token's channels, that is allowed for free, ≥ 0.
+    """
+    squared = (_full(predicted_clean) - _full(source)).square().mean(-1)
+    return weighted_mean((squared - margin).clamp(min=0), 1 - region)
+
+
+# Flow-GRPO ------------------------------------------------------------------------------------------------------------
+
+
+def sde_std(sigma: Tensor, second_sigma: Tensor, noise_level: float) -> Tensor:
+    """Flow-GRPO's diffusion coefficient `a √(σ / (1 - σ))`; in `1 - σ`, σ is at most the schedule's second, below 1."""
+    return noise_level * (sigma / (1 - torch.minimum(sigma, second_sigma))).sqrt()
+
+
+def sde_step(
+    latents: Tensor, velocity: Tensor, sigma: Tensor, next_sigma: Tensor, std: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of one stochastic step that keeps the ODE's marginals (Flow-GRPO).
+
+        mean = x + [v + g²/(2σ) (x + (1 - σ) v)] (σ' - σ) ,   std = g √(σ - σ')
+
+    A coefficient g that differs from token to token keeps them just as well, as it does not depend on x; where it is 0
+    this is the Euler step (the region-constrained form is ours).
+
+    Args:
+        latents, velocity: `[B, N, C]`.
+        sigma, next_sigma: `[B]`, σ > 0.
+        std: g, `[B, N]`.
+
+    Returns:
+        The mean `[B, N, C]` and the standard deviation `[B, N, 1]`.
+    """
+    sigma, next_sigma = sigma.view(-1, 1, 1), next_sigma.view(-1, 1, 1)
+    std, velocity = std.unsqueeze(-1), _full(velocity)
+    drift = velocity + std.square() / (2 * sigma) * (latents + (1 - sigma) * velocity)
+    return latents + (next_sigma - sigma) * drift, std * (sigma - next_sigma).sqrt()
+
+
+def gaussian_log_prob(values: Tensor, mean: Tensor, std: Tensor, weights: Tensor) -> Tensor:
+    """Log-density under N(mean, std²), up to a constant, *averaged* over weighted elements, `[B]`.
+
+    Args:
+        values, mean: `[B, N, C]`.
+        std: `[B, N, 1]`; tokens where it is 0 have no density and do not count.
+        weights: `[B, N]`, ≥ 0.
+    """
+    moves = std > 0
+    errors = torch.where(moves, (values - mean) / torch.where(moves, std, 1.0), 0.0)
+    return weighted_mean(-0.5 * errors.square().mean(-1), weights * moves.squeeze(-1))
+
+
+# DiffusionNFT ---------------------------------------------------------------------------------------------------------
+
+
+def nft_loss(
+    velocity: Tensor, old_velocity: Tensor, target: Tensor, optimality: Tensor, weights: Tensor, beta: float
+) -> Tensor:
+    """`r |v⁺ - v|² + (1 - r) |v⁻ - v|²` `[B]` with `v± = (1 ∓ β) v_old ± β v_θ` (DiffusionNFT, arXiv 2509.16117).
+
+    Args:
+        velocity: v_θ, `[B, N, C]`; the only input with a gradient.
+        old_velocity: of the policy that made the candidate, at the same noisy latents.
+        target: v = ε - x_0 of the candidate, `[B, N, C]`.
+        optimality: r in [0, 1], `[B]`.
+        weights: `[B, N]` of the norms' tokens.
+        beta: > 0, how far v± lie from the old policy.
+    """
+    velocity, old = _full(velocity), _full(old_velocity.detach())
+    towards, away = (old + sign * beta * (velocity - old) for sign in (1, -1))
+    wanted, unwanted = (weighted_mean((v - target).square().mean(-1), weights) for v in (towards, away))
+    return optimality * wanted + (1 - optimality) * unwanted

@@ -11,49 +11,49 @@ is not in checkpoints, hence `save_steps` must be a multiple of it.
 """
 
 import dataclasses
-import json
+import itertools
 import logging
 import os
 import re
-import shutil
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from accelerate.utils import gather_object
+from diffusers.quantizers import PipelineQuantizationConfig
 from peft import PeftConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, TrainerCallback, set_seed
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from trl.trainer.base_trainer import _BaseTrainer
 from trl.trainer.utils import RepeatSampler
 
 from .attention import Concentration
 from .config import RCGRPOConfig
 from .data.edits import Edit, EditRows
+from .diagnostics import group_diagnostics, reward_parts
 from .editors import FluxKontextEditor
-from .hub import LORA_FILE, check_lora_config, model_card, save_lora
+from .hub import check_lora_config
 from .metrics import masked_psnr
-from .objective import (
-    aggregate_rewards,
-    euler_step,
-    policy_loss,
-    predict_clean,
-    quasi_norm,
-    spread,
-    surrogate_log_probs,
-    velocity_kl,
-)
+from .objective import batch_advantages, keep_hinge, predict_clean, spread, velocity_kl
 from .pipeline import RegionDecoupledFluxKontextPipeline
+from .policies import make_policy
 from .regions import region_weights
-from .rewards import FailureWatch, Reward, ScoredBatch, resolve_rewards, score
+from .rewards import (
+    FailureWatch,
+    PendingScores,
+    Reward,
+    ScoredBatch,
+    ScoringQueue,
+    agree_on_failure,
+    fault_counts,
+    resolve_rewards,
+)
 from .rollout import Exploration, Group, make_groups
+from .saving import SavingTrainer
 from .transitions import Transitions, Where, choose, gather, micro_batches
+from .turns import best_candidate, next_edit
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ class CycleSampler(RepeatSampler):
             self.generator.manual_seed(self.seed + epoch)
 
 
-class RCGRPOTrainer(_BaseTrainer):
+class RCGRPOTrainer(SavingTrainer):
     """
     Trainer for region-constrained GRPO on flow-matching image editors (RC-GRPO-Editing, arXiv 2604.09386).
 
@@ -105,6 +105,7 @@ class RCGRPOTrainer(_BaseTrainer):
     ) -> None:
         args = args if args is not None else RCGRPOConfig("rcgrpo-output")
         self.rewards, self.reward_weights = self._resolve_rewards(reward_funcs, args)
+        self.reward_regions = self._regions_of_rewards(self.rewards, args)
         required = sorted({column for reward in self.rewards for column in reward.columns})
         train_rows, eval_rows = (
             self._make_rows(dataset, name, args, required)
@@ -124,9 +125,29 @@ class RCGRPOTrainer(_BaseTrainer):
 
         self.pipeline = self._load_pipeline(model, args)
         self.editor = FluxKontextEditor(
-            self.pipeline, args.resolution, args.num_inference_steps, args.guidance_scale, args.max_sequence_length
+            self.pipeline,
+            args.resolution,
+            args.num_inference_steps,
+            args.guidance_scale,
+            args.max_sequence_length,
+            args.solver,  # type: ignore[arg-type]
+            args.true_cfg_scale,
+            args.negative_prompt,
         )
-        self.exploration = Exploration(args.edit_strength, args.keep_strength, args.antithetic, args.mask_growth)
+        self.exploration = Exploration(
+            args.edit_strength,
+            args.keep_strength,
+            args.antithetic,
+            args.mask_growth,
+            args.exploration,  # type: ignore[arg-type]
+            args.independent_share,
+            args.regions_column,
+            args.region_strengths,
+            args.sde_noise_level if args.policy == "flow_grpo" else 0.0,
+            args.policy_step_indices,
+            args.sde_window,
+        )
+        self.policy = make_policy(args, args.named_regions)
         super().__init__(
             model=self._prepare_model(peft_config, args),
             args=args,
@@ -149,8 +170,11 @@ class RCGRPOTrainer(_BaseTrainer):
         self._metrics: dict[str, dict[str, list[float]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
         self._step = 0
         self._buffer: list[list[Group]] = []
-        self._old_log_probs: list[dict[Where, Tensor]] = []
+        self._old: list[dict[Where, Tensor]] = []
         self._extra_columns: dict[str, list[Any]] = {}
+        self._scoring = ScoringQueue()
+        self._window: list[Any] = []
+        self._ahead: deque[tuple[list[Group], PendingScores]] = deque()
         self._probe_rewards(train_rows)
 
     # ------------------------------------------------------------------------------------------ start-up
@@ -172,6 +196,17 @@ class RCGRPOTrainer(_BaseTrainer):
                 f"reward_funcs: got {names}, expected different names; attention_reward_weight adds its own"
             )
         return rewards, torch.tensor(weights, dtype=torch.float32)
+
+    @staticmethod
+    def _regions_of_rewards(rewards: Sequence[Reward], args: RCGRPOConfig) -> list[str]:
+        if not args.region_advantages:
+            return []
+        given, automatic = list(args.reward_regions or []), ["edit"] if args.attention_reward_weight else []
+        if len(given) + len(automatic) != len(rewards):
+            raise ValueError(
+                f"reward_regions: got {len(given)}, expected {len(rewards) - len(automatic)}, a region for each reward"
+            )
+        return given + automatic
 
     @staticmethod
     def _make_rows(dataset: Any, name: str, args: RCGRPOConfig, required: list[str]) -> EditRows | None:
@@ -199,6 +234,8 @@ class RCGRPOTrainer(_BaseTrainer):
             kwargs = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]
             for key in {"dtype", "torch_dtype"} & kwargs.keys():
                 kwargs[key] = getattr(torch, kwargs[key]) if isinstance(kwargs[key], str) else kwargs[key]
+            if isinstance(kwargs.get("quantization_config"), Mapping):  # from YAML
+                kwargs["quantization_config"] = PipelineQuantizationConfig(**kwargs["quantization_config"])
             return RegionDecoupledFluxKontextPipeline.from_pretrained(model, **kwargs)
         if isinstance(model, RegionDecoupledFluxKontextPipeline):
             return model
@@ -247,8 +284,12 @@ class RCGRPOTrainer(_BaseTrainer):
     def _probe_rewards(self, rows: EditRows) -> None:
         """Call each reward once on unedited sources, so that a wrong length is known before hours are spent."""
         edit = rows.edit(0)
+        # Regions and turns that cannot be read are known before the first rollout.
+        self.exploration.masks(edit)
+        if self.args.turns_column is not None:
+            next_edit(edit, edit.source, self.args.turns_column, 2)
         group = self._fake_group(edit)
-        scored = self._call_rewards([group, group], ["start-up probe 0", "start-up probe 1"])
+        scored = self._submit([group, group], ["start-up probe 0", "start-up probe 1"]).result()
         for failure in scored.failures:
             logger.warning(
                 "reward %r failed on %s (%s); training goes on, candidates that it fails on are left out",
@@ -295,13 +336,15 @@ class RCGRPOTrainer(_BaseTrainer):
         args = self.args
         recorded = args.log_attention or any(reward.name == "attention_concentration" for reward in self.rewards)
         training = self.model.training
+        # Evaluation follows the ODE, whatever noise training injects.
+        exploration = self.exploration if training else dataclasses.replace(self.exploration, noise_level=0.0)
         self.model.eval()
         groups = make_groups(
             self.editor,
             self.model_wrapped,
             edits,
             num_generations,
-            self.exploration,
+            exploration,
             key,
             "maps" if maps else "mass" if recorded else "none",
             args.rollout_batch_size,
@@ -311,8 +354,9 @@ class RCGRPOTrainer(_BaseTrainer):
 
     # ------------------------------------------------------------------------------------------ rewards
 
-    def _call_rewards(self, groups: Sequence[Group], labels: list[str]) -> ScoredBatch:
-        """Score every candidate of the groups in one call of each reward."""
+    def _submit(self, groups: Sequence[Group], labels: list[str] | None = None) -> PendingScores:
+        """Begin to score every candidate of the groups, in one call of each reward, beside whatever comes next."""
+        labels = labels or [f"{g.edit.label}, candidate {i}" for g in groups for i in range(len(g.images))]
         per_candidate = [(group, i) for group in groups for i in range(len(group.images))]
         sources, masks = {id(g): g.source for g in groups}, {id(g): g.mask for g in groups}
         names = set.intersection(*(set(g.edit.columns) for g in groups))
@@ -320,7 +364,7 @@ class RCGRPOTrainer(_BaseTrainer):
         if all(g.attention is not None for g in groups):
             for measure in ("mass", "density", "contrast"):
                 columns[f"attention_{measure}"] = [float(getattr(g.attention, measure)[i]) for g, i in per_candidate]
-        return score(
+        return self._scoring.submit(
             self.rewards,
             [g.edit.prompt for g, _ in per_candidate],
             [g.images[i] for g, i in per_candidate],
@@ -355,29 +399,45 @@ class RCGRPOTrainer(_BaseTrainer):
 
     def score_groups(self, groups: Sequence[Group]) -> ScoredBatch:
         """Fill in rewards, scores and advantages of freshly rolled-out groups; warn of candidates without a score."""
-        args = self.args
+        return self._take_scores(groups, self._submit(groups))
+
+    def _take_scores(self, groups: Sequence[Group], pending: PendingScores) -> ScoredBatch:
+        args, metrics = self.args, self._metrics[self._mode()]
         self._extra_columns = {}
-        labels = [f"{g.edit.label}, candidate {i}" for g in groups for i in range(len(g.images))]
-        scored = self._call_rewards(groups, labels)
+        asked = time.perf_counter()
+        scored = pending.result()
+        metrics["step_time/scoring"].append(pending.ended - pending.started)  # type: ignore[operator]
+        metrics["step_time/scoring_waited"].append(time.perf_counter() - asked)
         for failure in scored.failures[:5]:
             logger.warning("reward %r failed on %s: %s", failure.reward, failure.sample_label, failure.reason)
         if len(scored.failures) > 5:
             logger.warning("... and %d more reward failures in this batch", len(scored.failures) - 5)
-        for group, rewards in zip(groups, scored.values.split([len(g.images) for g in groups]), strict=True):
-            group.rewards = rewards
-            group.scores, advantages = aggregate_rewards(
-                rewards,
-                self.reward_weights,
+        values = scored.values.split([len(g.images) for g in groups])
+        # With region advantages each region's rewards are compared among themselves; the scores are everybody's.
+        rows = [[region == name for region in self.reward_regions] for name in args.named_regions]
+        results = [
+            batch_advantages(
+                [rewards[:, chosen] for rewards in values],
+                self.reward_weights[chosen],
                 args.multi_objective_aggregation,  # type: ignore[arg-type]
+                args.scale_rewards,  # type: ignore[arg-type]
                 args.advantage_std_floor,
+                args.min_reward_std,
+                args.advantage_power,
             )
-            flat = not spread(group.scores) >= args.min_reward_std  # NaN, where nobody was scored, is flat too
-            group.advantages = torch.zeros_like(advantages) if flat else quasi_norm(advantages, args.advantage_power)
+            for chosen in [[True] * len(self.rewards), *rows]
+        ]
+        for i, (group, rewards) in enumerate(zip(groups, values, strict=True)):
+            group.rewards = rewards
+            group.scores, group.advantages = results[0][i]
+            if rows:
+                group.advantages = torch.stack([result[i][1] for result in results[1:]])
         return scored
 
     def _log_groups(self, groups: Sequence[Group], scored: ScoredBatch) -> None:
         metrics = self._metrics[self._mode()]
         metrics["rewards/failures"].append(float(len(scored.failures)))
+        names = [reward.name for reward in self.rewards]
         for group in groups:
             count, scores, rewards = len(group.images), group.scores, group.rewards
             metrics["reward"].append(float(scores.nanmean()))  # type: ignore[union-attr]
@@ -390,54 +450,89 @@ class RCGRPOTrainer(_BaseTrainer):
                 metrics["reward_std"].append(spread(scores))  # type: ignore[arg-type]
                 metrics["frac_reward_zero_std"].append(float(not group.advantages.any()))  # type: ignore[union-attr]
                 metrics["groups/scored_candidates"].append(float((~scores.isnan()).sum()))  # type: ignore[union-attr]
+                parts = reward_parts(group, names, self.reward_weights, self.reward_regions)
+                numbers = group_diagnostics(group, group.advantages, parts, self.args.named_regions)  # type: ignore[arg-type]
+                for name, value in numbers.items():
+                    metrics[name].append(value)
             if group.attention is not None:
                 for measure in ("mass", "density", "contrast"):
                     metrics[f"attention/{measure}"].append(float(getattr(group.attention, measure).mean()))
 
     # ------------------------------------------------------------------------------------------ update
 
+    def _begin(
+        self, edits: Sequence[Edit], num_generations: int, key: tuple[Any, ...]
+    ) -> tuple[list[Group], PendingScores]:
+        """Groups of the edits, rolled out, whose scores are on their way."""
+        groups = self.make_groups(edits, num_generations, key)
+        return groups, self._submit(groups)
+
+    def _finish(
+        self, groups: list[Group], pending: PendingScores, num_generations: int, key: tuple[Any, ...]
+    ) -> list[Group]:
+        """The groups, scored and logged, and then those of the turns that follow on them.
+
+        Where that fails on one process, every process raises.
+        """
+        played: list[Group] = []
+        column, error = self.args.turns_column, None
+        try:
+            for turn in itertools.count(2):
+                scored = self._take_scores(groups, pending)
+                self._log_groups(groups, scored)
+                self.failures.update(scored)
+                played += groups
+                following = [next_edit(g.edit, best_candidate(g), column, turn) for g in groups] if column else []
+                edits = [edit for edit in following if edit is not None]
+                if not edits:
+                    break
+                groups, pending = self._begin(edits, num_generations, (*key, "turn", turn))
+        except Exception as caught:
+            error = caught
+        agree_on_failure(self.accelerator, error)
+        return played
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:
+        """As the Trainer's; remembers the accumulation window, whose rollouts need not wait for each other's scores."""
+        self._window, number = super().get_batch_samples(epoch_iterator, num_batches, device)
+        return self._window, number
+
     def _prepare_inputs(self, inputs: list[tuple[int, dict[str, Any]]]) -> list[Group]:  # type: ignore[override]
         """Roll out and score a micro-batch of edits the first time, hand it back in later iterations."""
         position = self._step % self.args.gradient_accumulation_steps
         cycle, iteration = divmod(self.state.global_step, self.args.num_iterations)
         if position == iteration == 0:
-            self._buffer, self._old_log_probs = [], []
+            self._buffer, self._old = [], []
         if position == len(self._buffer):  # a new cycle, or one that a resume entered in its middle
-            edits = [self.train_dataset.edit(index, row) for index, row in inputs]
-            groups = self.make_groups(edits, self.args.num_generations, (self.args.seed, cycle))
-            scored = self.score_groups(groups)
-            self._log_groups(groups, scored)
-            self.failures.update(scored)
-            self._buffer.append(groups)
-            self._old_log_probs.append({})
+            size, key = self.args.num_generations, (self.args.seed, cycle)
+            if not self._ahead:  # the whole window is rolled out while the judges work; weights do not change in it
+                for batch in self._window[position:] or [inputs]:
+                    edits = [self.train_dataset.edit(index, row) for index, row in batch]
+                    self._ahead.append(self._begin(edits, size, key))
+            self._buffer.append(self._finish(*self._ahead.popleft(), size, key))
+            self._old.append({})
         return self._buffer[position]
 
     def compute_loss(  # type: ignore[override]
         self, model: nn.Module, inputs: Transitions, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
-        """The clipped surrogate loss, the mean over a micro-batch of transitions; fills in `old_log_probs`."""
+        """The policy's loss, the mean over a micro-batch of transitions; fills in `old`."""
         velocity = self.editor.velocity(model, inputs.latents, inputs.timestep, inputs.conditions)
-        if self.args.distance_space == "clean":
-            predicted = predict_clean(inputs.latents, velocity, inputs.sigma)
-        else:
-            predicted = euler_step(inputs.latents, velocity, inputs.sigma, inputs.next_sigma)
-        weights = region_weights(inputs.region, self.args.keep_weight)
-        log_probs = surrogate_log_probs(inputs.candidates, predicted, weights, self.args.temperature)
-        if inputs.old_log_probs is None:
-            # The policy has not moved since the rollout: it is its own old policy, without another forward.
-            inputs.old_log_probs = log_probs.detach()
-        result = policy_loss(log_probs, inputs.old_log_probs, inputs.advantages, self.args.epsilon)
-        loss = result.loss
-        metrics = self._metrics["train"]
-        if self.args.beta:
+        loss, numbers = self.policy.loss(velocity, inputs)
+        metrics, args = self._metrics["train"], self.args
+        if args.beta:
             with torch.no_grad(), self.accelerator.unwrap_model(model).disable_adapter():
                 reference = self.editor.velocity(model, inputs.latents, inputs.timestep, inputs.conditions)
-            kl = velocity_kl(velocity, reference, region_weights(inputs.region, self.args.beta_keep))
-            metrics["kl"].append(float(kl.detach().mean()))
-            loss = loss + self.args.beta * kl * inputs.advantages.ne(0).any(-1)
-        metrics["clip_ratio/low_mean"].append(float(result.clipped_low.float().mean()))
-        metrics["clip_ratio/high_mean"].append(float(result.clipped_high.float().mean()))
-        metrics["policy/log_ratio_max"].append(float((log_probs.detach() - inputs.old_log_probs).abs().max()))
+            kl = velocity_kl(velocity, reference, region_weights(inputs.region, args.beta_keep))
+            numbers["kl"] = float(kl.detach().mean())
+            loss = loss + args.beta * kl * inputs.taught
+        if args.keep_hinge_weight:
+            clean = predict_clean(inputs.latents, velocity, inputs.sigma)
+            hinge = keep_hinge(clean, inputs.conditions.image_latents, inputs.region, args.keep_hinge_margin)
+            numbers["keep_hinge"] = float(hinge.detach().mean())
+            loss = loss + args.keep_hinge_weight * hinge * inputs.taught
+        for name, value in numbers.items():
+            metrics[name].append(value)
         return loss.mean()
 
     def training_step(  # type: ignore[override]
@@ -447,15 +542,15 @@ class RCGRPOTrainer(_BaseTrainer):
         began = time.perf_counter()
         model.train()
         groups = self._prepare_inputs(inputs)
-        args, known = self.args, self._old_log_probs[self._step % self.args.gradient_accumulation_steps]
+        args, known = self.args, self._old[self._step % self.args.gradient_accumulation_steps]
         key = (args.seed, self.state.global_step // args.num_iterations)
-        chosen = choose(groups, args.num_anchors, args.num_policy_steps, args.policy_step_indices, key)
+        chosen = choose(groups, self.policy, args.num_anchors, args.num_policy_steps, args.policy_step_indices, key)
         batches = micro_batches(groups, chosen, args.train_micro_batch_size)
         # Dropped groups count in the mean, so that it is the same however groups are spread over micro-steps and ranks.
         size = len(groups) * args.num_anchors * args.num_policy_steps
         total = torch.zeros((), device=self.accelerator.device)
         for i, where in enumerate(batches):
-            transitions = gather(groups, where, args.distance_space, known)
+            transitions = gather(groups, where, self.policy, known)
             # Gradients travel between processes once, with the last micro-batch.
             syncing = nullcontext() if i + 1 == len(batches) else self.accelerator.no_sync(model)
             with syncing:
@@ -463,7 +558,7 @@ class RCGRPOTrainer(_BaseTrainer):
                     loss = self.compute_loss(model, transitions) * len(where) / size
                 self._refuse_non_finite(loss, groups)
                 self.accelerator.backward(loss / self.current_gradient_accumulation_steps)
-            known.update(zip(where, transitions.old_log_probs, strict=True))  # type: ignore[arg-type]
+            known.update(zip(where, transitions.old, strict=True))  # type: ignore[arg-type]
             total += loss.detach()
         self._step += 1
         self._metrics["train"]["step_time"].append(time.perf_counter() - began)
@@ -485,10 +580,8 @@ class RCGRPOTrainer(_BaseTrainer):
     ) -> tuple[None, None, None]:
         """Roll out and score held-out edits, always from the same noise."""
         edits = [self._eval_rows().edit(index, row) for index, row in inputs]
-        groups = self.make_groups(edits, self.args.num_generations_eval, (self.args.seed, "eval"))
-        scored = self.score_groups(groups)
-        self._log_groups(groups, scored)
-        self.failures.update(scored)
+        size, key = self.args.num_generations_eval, (self.args.seed, "eval")
+        self._finish(*self._begin(edits, size, key), size, key)
         return None, None, None
 
     def _eval_rows(self) -> EditRows:
@@ -515,113 +608,13 @@ class RCGRPOTrainer(_BaseTrainer):
         if mode == "eval":
             self._last_eval_metrics = averaged
         logs.update(averaged)
+        for counts in gather_object([fault_counts(self.rewards)]):  # since the start, over all processes
+            for name, number in counts.items():
+                logs[prefix + name] = logs.get(prefix + name, 0) + number
         self._metrics[mode].clear()
         super().log(logs, start_time)
 
-    # ------------------------------------------------------------------------------------------ checkpoints, Hub
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
-        """As `Trainer.train`; whatever stops it after the first update, what was trained so far is saved first."""
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = self._last_complete_checkpoint()
-        self._last_saved = -1
-        try:
-            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-        except BaseException as error:
-            if self.state.global_step > 0 and self._last_saved != self.state.global_step:
-                logger.error("%s: saving checkpoint-%d before stopping", type(error).__name__, self.state.global_step)
-                self._save_checkpoint(self.model, trial=None)
-            raise
-
-    def _last_complete_checkpoint(self) -> str:
-        """The newest checkpoint that was written to its end; the state file is written last."""
-        folders = sorted(
-            Path(self.args.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"), key=lambda f: int(f.name.rsplit("-", 1)[-1])
-        )
-        complete = [folder for folder in folders if (folder / "trainer_state.json").exists()]
-        if not complete:
-            raise ValueError(
-                f"resume_from_checkpoint: found no complete checkpoint in {self.args.output_dir!r}, expected a folder "
-                f"{PREFIX_CHECKPOINT_DIR}-N with trainer_state.json; give its path, or train from the start"
-            )
-        return str(complete[-1])
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if isinstance(self.accelerator.unwrap_model(self.model), PeftModel):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-            return
-        weights: dict[str, Tensor] = {}
-        for file in sorted(Path(resume_from_checkpoint, "transformer").glob("*.safetensors")):
-            weights |= load_file(file)
-        self.accelerator.unwrap_model(self.model).load_state_dict(weights)
-
-    def _load_best_model(self) -> None:
-        if isinstance(self.accelerator.unwrap_model(self.model), PeftModel):
-            super()._load_best_model()
-        else:
-            self._load_from_checkpoint(str(self.state.best_model_checkpoint))
-
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
-        self._step, self._buffer, self._old_log_probs = 0, [], []
+        self._step, self._buffer, self._old = 0, [], []
+        self._window, self._ahead = [], deque()
         return super()._inner_training_loop(*args, **kwargs)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        self._last_saved = self.state.global_step
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        folder = Path(output_dir or self.args.output_dir)
-        model = self.accelerator.unwrap_model(self.model)
-        if isinstance(model, PeftModel):
-            super()._save(str(folder), state_dict)
-            save_lora(self.pipeline, model, folder)
-        else:
-            model.save_pretrained(folder / "transformer")
-        self._write_card(folder)
-
-    def _write_card(self, folder: Path, model_name: str | None = None, dataset_name: str | None = None) -> None:
-        table, report = folder / "metrics.md", folder / "metrics.json"
-        if report.exists():  # written by `evaluation.write_report`
-            metrics = {row["metric"]: row["after"] for row in json.loads(report.read_text())["held_out"]}
-        else:
-            logged = [row for row in self.state.log_history if "eval_reward" in row] or [{}]
-            chosen = ("eval_reward", "eval_background")
-            metrics = {k.removeprefix("eval_"): v for k, v in logged[-1].items() if k.startswith(chosen)}
-        card = model_card(
-            model_name=model_name or Path(self.args.hub_model_id or self.args.output_dir).name,
-            hub_model_id=self.args.hub_model_id,
-            base_model=str(self.pipeline.config.get("_name_or_path") or ""),
-            datasets=[dataset_name] if dataset_name else (),
-            metrics=metrics,
-            metric_table=table.read_text() if table.exists() else None,
-            settings=self.card_settings(),
-            folder=folder,
-        )
-        card.save(folder / "README.md")
-
-    def card_settings(self) -> dict[str, Any]:
-        """The settings of this run that differ from a fresh `RCGRPOConfig`, for the model card."""
-        left_out = ("output_dir", "hub_token", "hub_model_id", "run_name", "report_to", "disable_tqdm")
-        changed = {}
-        for field in dataclasses.fields(self.args):
-            value = getattr(self.args, field.name)
-            fresh = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-            if isinstance(value, bool | int | float | str | list) and value != fresh and field.name not in left_out:
-                changed[field.name] = value
-        return {"rewards": ", ".join(reward.name for reward in self.rewards), **changed}
-
-    def create_model_card(
-        self,
-        model_name: str | None = None,
-        dataset_name: str | None = None,
-        tags: str | list[str] | None = None,
-    ) -> None:
-        """Write the card of the LoRA (`library_name: diffusers`) into the output folder."""
-        if self.is_world_process_zero():
-            self._write_card(Path(self.args.output_dir), model_name, dataset_name)
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        source = Path(checkpoint_folder, LORA_FILE)
-        if source.exists():
-            shutil.copy(source, Path(self.args.output_dir, LORA_FILE))
-        super()._push_from_checkpoint(checkpoint_folder)

@@ -1,13 +1,14 @@
 """From groups to what one update reads: anchors at a step, with where their group's candidates went.
 
 Between rollout and `compute_loss`. Which anchors and steps are taken is drawn from a key, so every process, every
-iteration over the same rollout and every resume takes the same ones. Micro-batches are gathered one at a time.
+iteration over the same rollout and every resume takes the same ones. What is read at a place, a `Reading`, is the
+policy's business (`policies.py`); here readings are chosen and collected, one micro-batch at a time.
 """
 
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -20,12 +21,12 @@ Where = tuple[int, int, int]
 """A transition's place: (group, anchor, step)."""
 
 
-@dataclass
-class Transitions:
-    """A micro-batch for `compute_loss`: anchors at a step, with where their group's candidates went.
+class Reading(NamedTuple):
+    """What a policy reads at one place.
 
-    `latents` `[B, N, C]`, `timestep`, `sigma`, `next_sigma` `[B]`, `candidates` `[B, G, N, C]` (next latents, or clean
-    predictions), `region` `[B, N]`, `advantages` `[B, G]`; `old_log_probs` `[B, G]` once known.
+    `latents` `[N, C]` and, scalars, `timestep`, `sigma`, `next_sigma`: what the model is asked; `candidates`
+    `[S, N, C]`: what its answer is compared with; `advantages` and `weights`, `[rows, S]` and `[rows, N]`: one row for
+    each objective that acts on tokens of its own; `std` `[N]`: of the noise that was injected there.
     """
 
     latents: Tensor
@@ -33,15 +34,56 @@ class Transitions:
     sigma: Tensor
     next_sigma: Tensor
     candidates: Tensor
-    region: Tensor
     advantages: Tensor
+    weights: Tensor
+    std: Tensor
+
+
+class Reader(Protocol):
+    """What this room knows of a policy."""
+
+    def teaches(self, group: Group, steps: Sequence[int]) -> tuple[Sequence[bool], list[int]]:
+        """Which of the group's trajectories may be anchors, and which of the steps may be trained on."""
+
+    def read(self, group: Group, anchor: int, step: int) -> Reading:
+        """One place."""
+
+
+@dataclass
+class Transitions:
+    """A micro-batch for `compute_loss`: readings, stacked, and what comes with them.
+
+    `latents` `[B, N, C]`, `timestep`, `sigma`, `next_sigma` `[B]`, `candidates` `[B, S, N, C]`, `advantages`
+    `[B, rows, S]`, `weights` `[B, rows, N]`, `std` and `region` `[B, N]`; `old`, what the policy that made the
+    candidates had to say of them, `[B, ...]`, once known.
+    """
+
+    latents: Tensor
+    timestep: Tensor
+    sigma: Tensor
+    next_sigma: Tensor
+    candidates: Tensor
+    advantages: Tensor
+    weights: Tensor
+    std: Tensor
+    region: Tensor
     conditions: Conditions
-    old_log_probs: Tensor | None
+    old: Tensor | None
     where: list[Where]
+
+    @property
+    def taught(self) -> Tensor:
+        """`[B]`, 1 where any candidate has a say; 0 in the placeholder of a batch of dropped groups."""
+        return self.advantages.ne(0).flatten(1).any(-1).float()
 
 
 def choose(
-    groups: Sequence[Group], num_anchors: int, num_steps: int, steps: Sequence[int], key: tuple[Any, ...]
+    groups: Sequence[Group],
+    policy: Reader,
+    num_anchors: int,
+    num_steps: int,
+    steps: Sequence[int],
+    key: tuple[Any, ...],
 ) -> list[Where]:
     """Draw `num_anchors` trajectories of each group and `num_steps` of the allowed steps of each.
 
@@ -53,9 +95,11 @@ def choose(
         if group.advantages is None or not bool(group.advantages.any()):
             continue
         generator = keyed_generator(*key, group.edit.row, "anchors")
-        for anchor in torch.randperm(len(group.images), generator=generator)[:num_anchors].tolist():
-            order = torch.randperm(len(steps), generator=generator)[:num_steps].tolist()
-            chosen += [(i, anchor, steps[k]) for k in sorted(order)]
+        eligible, allowed = policy.teaches(group, steps)
+        shuffled = torch.randperm(len(group.images), generator=generator).tolist()
+        for anchor in [anchor for anchor in shuffled if eligible[anchor]][:num_anchors]:
+            order = torch.randperm(len(allowed), generator=generator)[:num_steps].tolist()
+            chosen += [(i, anchor, allowed[k]) for k in sorted(order)]
     return chosen or [(0, 0, steps[0])]
 
 
@@ -73,40 +117,25 @@ def micro_batches(groups: Sequence[Group], chosen: Sequence[Where], size: int | 
     return batches
 
 
-def gather(
-    groups: Sequence[Group], where: list[Where], distance_space: str, old_log_probs: Mapping[Where, Tensor]
-) -> Transitions:
+def gather(groups: Sequence[Group], where: list[Where], policy: Reader, old: Mapping[Where, Tensor]) -> Transitions:
     """Collect one micro-batch.
 
     Args:
         where: transitions of one picture size.
-        distance_space: `"latents"`: candidates are compared where their next step took them; `"clean"`: by the one-step
-            predictions of the result that their own velocity implies.
-        old_log_probs: `[group]` for each transition that an earlier iteration has seen.
+        policy: reads each place.
+        old: what an earlier iteration kept of each transition that it has seen.
     """
     picked = [groups[g] for g, _, _ in where]
     device = picked[0].trajectory.device
+    readings = [policy.read(group, anchor, step) for group, (_, anchor, step) in zip(picked, where, strict=True)]
 
     def stack(values: Any) -> Tensor:
         return torch.stack(list(values)).to(device)
 
-    placed = list(zip(picked, where, strict=True))
-    sigma = stack(g.schedule.sigmas[t] for g, (_, _, t) in placed)
-    next_sigma = stack(g.schedule.sigmas[t + 1] for g, (_, _, t) in placed)
-    candidates = stack(g.trajectory[t + 1] for g, (_, _, t) in placed)
-    if distance_space == "clean":
-        before = stack(g.trajectory[t] for g, (_, _, t) in placed)
-        velocity = (candidates - before) / (next_sigma - sigma).view(-1, 1, 1, 1)
-        candidates = before - sigma.view(-1, 1, 1, 1) * velocity
     return Transitions(
-        latents=stack(g.trajectory[t, b] for g, (_, b, t) in placed),
-        timestep=stack(g.schedule.timesteps[t] for g, (_, _, t) in placed),
-        sigma=sigma,
-        next_sigma=next_sigma,
-        candidates=candidates,
-        region=stack(g.region for g in picked),
-        advantages=stack(g.advantages for g in picked),
-        conditions=Conditions.concatenate([g.conditions for g in picked]),
-        old_log_probs=stack(old_log_probs[w] for w in where) if where[0] in old_log_probs else None,
+        **{name: stack(getattr(reading, name) for reading in readings) for name in Reading._fields},
+        region=stack(group.region for group in picked),
+        conditions=Conditions.concatenate([group.conditions for group in picked]),
+        old=stack(old[w] for w in where) if where[0] in old else None,
         where=where,
     )

@@ -3,9 +3,10 @@ import pytest
 import torch
 from PIL import Image
 
+from rcgrpo.attention import AttentionRecorder
 from rcgrpo.editors import Conditions, FluxKontextEditor
-from rcgrpo.editors.flux_kontext import fit_size, instruction_token_weights
-from rcgrpo.rollout import rollout
+from rcgrpo.editors.flux_kontext import SOLVERS, Schedule, fit_size, instruction_token_weights, make_solver
+from rcgrpo.rollout import integrate, rollout
 from tiny_kontext import TINY_CALL, build_tiny_kontext
 
 PROMPTS = ["make it red", "add a small boat"]
@@ -199,3 +200,101 @@ def test_velocity_depends_on_source_and_instruction(pipeline):
     assert velocity.shape == (3, 64, 16)
     assert (velocity[0] - velocity[1]).abs().max() > 1e-3
     assert (velocity[0] - velocity[2]).abs().max() > 1e-3
+
+
+# ------------------------------------------------------------------------------------ solvers
+
+
+class LinearFlow:
+    """An editor of a flow that can be solved by hand: data N(0, .25), so x_σ = x_1 √(variance(σ) / variance(1))."""
+
+    def __init__(self, solver, steps):
+        line = torch.linspace(1, 0, steps + 1, dtype=torch.float32)
+        sigmas = 2 * line / (1 + line)  # shifted as the pipeline's are
+        self.schedule = Schedule(sigmas, 1000 * sigmas[:-1], order=2 if solver == "heun" else 1)
+        self.scheduler = make_solver(solver, sigmas)
+        self.asked = []
+
+    def velocity(self, model, latents, timestep, conditions):
+        sigma = timestep.view(-1, 1, 1) / 1000
+        self.asked.append(float(sigma[0]))
+        return (sigma - (1 - sigma) * 0.25) / ((1 - sigma) ** 2 * 0.25 + sigma**2) * latents
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_solvers_converge_on_a_known_flow_at_their_order(solver):
+    conditions, errors = conditions_of([1.0]), {}
+    for steps in (8, 16, 32):
+        flow = LinearFlow(solver, steps)
+        trajectory = integrate(flow, None, torch.ones(1, 1, 1), conditions, flow.schedule)
+        assert len(trajectory) == steps + 1
+        assert len(flow.asked) == (2 * steps - 1 if solver == "heun" else steps)
+        sigmas = flow.schedule.sigmas
+        exact = ((1 - sigmas) ** 2 * 0.25 + sigmas**2).sqrt()
+        errors[steps] = float((trajectory.flatten() - exact).abs().max())
+    order = np.log2(errors[8] / errors[32]) / 2
+    assert (0.8 < order < 1.2) if solver == "euler" else (order > 1.4)
+    assert errors[16] == pytest.approx(0.064, abs=1e-3) if solver == "euler" else errors[16] < 0.02
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_solvers_walk_the_same_levels_and_start_afresh(pipeline, solver):
+    plain, editor = editor_of(pipeline), editor_of(pipeline, solver=solver)
+    assert torch.equal(editor.schedule(32, 32).sigmas, plain.schedule(32, 32).sigmas)
+    assert torch.equal(editor.schedule(32, 32).timesteps, plain.schedule(32, 32).timesteps)
+    conditions = editor.encode([picture(1), picture(2)], PROMPTS)
+    expected, *_ = rollout(plain, pipeline.transformer, noise(2), conditions)
+    whole, *_ = rollout(editor, pipeline.transformer, noise(2), conditions)
+    parts, *_ = rollout(editor, pipeline.transformer, noise(2), conditions, batch_size=1)
+    torch.testing.assert_close(parts, whole, rtol=0, atol=1e-4)
+    assert whole.shape == expected.shape and torch.equal(whole[0], expected[0])
+    difference = (whole[-1] - expected[-1]).abs().max()
+    assert difference == 0 if solver == "euler" else 1e-4 < difference < 3
+
+
+def test_a_solver_needs_noise_levels_to_take_over():
+    from diffusers import UniPCMultistepScheduler
+
+    pipe = build_tiny_kontext()
+    pipe.scheduler = UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction")
+    with pytest.raises(ValueError, match=r"solver: got 'heun' with a pipeline whose scheduler is UniPC.*leave solver"):
+        editor_of(pipe, solver="heun")
+
+
+# ------------------------------------------------------------------------------------ true CFG
+
+
+def test_true_cfg_reproduces_the_stock_pipeline():
+    pipe = build_tiny_kontext()
+    pipe.set_progress_bar_config(disable=True)
+    sources, start = [picture(1), picture(2)], noise(2)
+    call = {**TINY_CALL, "true_cfg_scale": 2.5, "negative_prompt": ["blurry", "blurry"], "output_type": "latent"}
+    latents = pipe(sources, PROMPTS, latents=start, **call).images
+    editor = editor_of(pipe, true_cfg_scale=2.5, negative_prompt="blurry")
+    trajectory, *_ = rollout(editor, pipe.transformer, start, editor.encode(sources, PROMPTS))
+    assert torch.equal(trajectory[-1], latents)
+    plain = editor_of(pipe)
+    unguided, *_ = rollout(plain, pipe.transformer, start, plain.encode(sources, PROMPTS))
+    assert (unguided[-1] - latents).abs().max() > 1e-2
+
+
+def test_conditions_carry_the_negative_prompt_wherever_they_go(pipeline):
+    conditions = editor_of(pipeline, true_cfg_scale=2.0).encode([picture(1), picture(2)], PROMPTS)
+    shapes = [c.negative_prompt_embeds.shape[0] for c in (conditions, conditions.repeat(3), conditions[:1])]
+    assert shapes == [2, 6, 1]
+    joined = Conditions.concatenate([conditions, conditions[1:]])
+    assert len(joined.negative_pooled_prompt_embeds) == len(joined.prompt_embeds) == 3
+    assert editor_of(pipeline).encode([picture(1)], PROMPTS[:1]).negative_prompt_embeds is None
+
+
+def test_the_negative_pass_leaves_no_trace_in_the_attention_record(pipeline):
+    readings = []
+    for scale in (1.0, 3.0):
+        editor = editor_of(pipeline, true_cfg_scale=scale, negative_prompt="blurry")
+        conditions = editor.encode([picture(1)], PROMPTS[:1])
+        recorder = AttentionRecorder(pipeline.transformer)
+        region = torch.rand(1, 64, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad(), recorder.record(region, conditions.text_weights):
+            editor.velocity(pipeline.transformer, noise(1), torch.tensor([700.0]), conditions)
+        readings.append(recorder.concentration())
+    assert torch.equal(readings[0].mass, readings[1].mass)

@@ -8,13 +8,24 @@ diffusers does, or a rollout differs from the pipeline in the last bits.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
 from diffusers.pipelines.flux.pipeline_flux_kontext import FluxKontextPipeline, calculate_shift, retrieve_timesteps
 from PIL import Image
 from torch import Tensor, nn
+
+from ..attention import unrecorded
+
+Solver = Literal["euler", "heun", "dpmpp_2m", "unipc"]
+SOLVERS: tuple[Solver, ...] = get_args(Solver)
 
 
 @dataclass(frozen=True)
@@ -23,7 +34,7 @@ class Conditions:
 
     `prompt_embeds` `[batch, text tokens, width]`, `pooled_prompt_embeds` `[batch, width]`, `text_weights`
     `[batch, text tokens]` (1 for the instruction's own tokens), `image_latents` `[batch, reference tokens, channels]`;
-    `height` and `width` of the pictures in pixels.
+    `height` and `width` of the pictures in pixels; with true CFG the negative prompt's embeddings.
     """
 
     prompt_embeds: Tensor
@@ -32,6 +43,8 @@ class Conditions:
     image_latents: Tensor
     height: int
     width: int
+    negative_prompt_embeds: Tensor | None = None
+    negative_pooled_prompt_embeds: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.prompt_embeds)
@@ -57,13 +70,59 @@ class Conditions:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Noise levels: `sigmas` `[steps + 1]` from 1 to 0, and what the model is told, `timesteps` `[steps]`."""
+    """Noise levels: `sigmas` `[steps + 1]` from 1 to 0, and what the model is told, `timesteps` `[steps]`.
+
+    A second-order solver calls the model twice in a step: `order` 2. Its last step is of first order.
+    """
 
     sigmas: Tensor
     timesteps: Tensor
+    order: int = 1
 
     def __len__(self) -> int:
         return len(self.timesteps)
+
+    @property
+    def stages(self) -> Tensor:
+        """The timesteps of all model calls of a rollout, in order."""
+        if self.order == 1:
+            return self.timesteps
+        return torch.cat([self.timesteps[:1], self.timesteps[1:].repeat_interleave(2)])
+
+    def completes(self, stage: int) -> bool:
+        """Whether a step ends with this model call."""
+        return self.order == 1 or stage % 2 == 1 or stage == len(self.stages) - 1
+
+
+def make_solver(solver: Solver, sigmas: Tensor) -> Any:
+    """One of diffusers' schedulers, ready to step through given noise levels of a flow.
+
+    Args:
+        solver: `"euler"`; `"heun"`, which calls the model twice a step; `"dpmpp_2m"` (DPM-Solver++ 2M) and `"unipc"`,
+            which remember the step before. All but Euler's are of second order.
+        sigmas: `[steps + 1]` from 1 to 0.
+    """
+    steps = len(sigmas) - 1
+    flow = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "solver_order": 2}
+    made: Any = {
+        "euler": FlowMatchEulerDiscreteScheduler,
+        "heun": FlowMatchHeunDiscreteScheduler,
+        "dpmpp_2m": lambda: DPMSolverMultistepScheduler(algorithm_type="dpmsolver++", **flow),
+        "unipc": lambda: UniPCMultistepScheduler(solver_type="bh2", **flow),
+    }[solver]()
+    made.set_timesteps(steps)
+    # These schedulers take no sigmas, take them only shifted, or round the times that belong to them. Written over
+    # theirs, all solvers walk the same levels.
+    if solver == "heun":
+        levels = torch.cat([sigmas[:1], sigmas[1:-1].repeat_interleave(2), sigmas[-1:]])
+    else:
+        levels = sigmas.clone()
+        if solver in ("dpmpp_2m", "unipc"):  # at 1 the logarithm of the signal's share is infinite
+            levels[0] = levels[0].clamp(max=1 - 1e-6)
+    made.sigmas = levels.cpu()
+    made.timesteps = 1000 * levels[:-1]
+    made.set_begin_index(0)
+    return made
 
 
 def fit_size(height: int, width: int, max_area: int, multiple: int) -> tuple[int, int]:
@@ -98,6 +157,9 @@ class FluxKontextEditor:
         num_inference_steps: steps of the ODE.
         guidance_scale: distilled guidance, ignored by models without guidance embedding.
         max_sequence_length: T5 tokens.
+        solver: what rollouts step with; the pipeline's own scheduler by default.
+        true_cfg_scale: above 1, every velocity is guided away from the negative prompt, at twice the cost.
+        negative_prompt: what true CFG guides away from.
     """
 
     def __init__(
@@ -107,12 +169,25 @@ class FluxKontextEditor:
         num_inference_steps: int,
         guidance_scale: float = 3.5,
         max_sequence_length: int = 512,
+        solver: Solver | None = None,
+        true_cfg_scale: float = 1.0,
+        negative_prompt: str = "",
     ) -> None:
         self.pipeline = pipeline
         self.resolution = resolution
         self.num_inference_steps = num_inference_steps
         self.guidance_scale = guidance_scale
         self.max_sequence_length = max_sequence_length
+        self.solver = solver
+        self.true_cfg_scale = true_cfg_scale
+        self.negative_prompt = negative_prompt
+        self.scheduler = pipeline.scheduler
+        if solver is not None and not isinstance(pipeline.scheduler, FlowMatchEulerDiscreteScheduler):
+            raise ValueError(
+                f"solver: got {solver!r} with a pipeline whose scheduler is {type(pipeline.scheduler).__name__}, "
+                "expected FlowMatchEulerDiscreteScheduler, whose noise levels the solver takes over; leave solver "
+                "unset to step with the pipeline's own"
+            )
         self.multiple = pipeline.vae_scale_factor * 2
         if resolution < self.multiple:
             raise ValueError(f"resolution: got {resolution}, expected at least {self.multiple} pixels for this model")
@@ -163,12 +238,22 @@ class FluxKontextEditor:
             latents=torch.empty(0),
         )
         weights = instruction_token_weights(pipe, prompts, self.max_sequence_length)
-        return Conditions(prompt_embeds, pooled, weights, image_latents, height, width)
+        negative_embeds = negative_pooled = None
+        if self.true_cfg_scale > 1:
+            negative_embeds, negative_pooled, _ = pipe.encode_prompt(
+                prompt=[self.negative_prompt] * len(images),
+                prompt_2=None,
+                device=device,
+                max_sequence_length=self.max_sequence_length,
+            )
+        return Conditions(
+            prompt_embeds, pooled, weights, image_latents, height, width, negative_embeds, negative_pooled
+        )
 
     # -------------------------------------------------------------------------------- integrate
 
     def schedule(self, height: int, width: int) -> Schedule:
-        """Sigmas and timesteps of the pipeline's own scheduler at this size; leaves the scheduler ready to step."""
+        """Sigmas and timesteps at this size, shifted as the pipeline does; leaves `scheduler` ready to step."""
         scheduler = self.pipeline.scheduler
         rows, columns = self.grid_for(height, width)
         mu = calculate_shift(
@@ -183,7 +268,12 @@ class FluxKontextEditor:
             scheduler, self.num_inference_steps, self.pipeline._execution_device, sigmas=sigmas, mu=mu
         )
         scheduler.set_begin_index(0)
-        return Schedule(scheduler.sigmas.to(timesteps.device, torch.float32), timesteps)
+        levels = scheduler.sigmas.to(timesteps.device, torch.float32)
+        if self.solver is None:
+            self.scheduler = scheduler
+        else:
+            self.scheduler = make_solver(self.solver, levels)
+        return Schedule(levels, timesteps, order=2 if self.solver == "heun" else 1)
 
     def velocity(self, model: nn.Module, latents: Tensor, timestep: Tensor, conditions: Conditions) -> Tensor:
         """The model's velocity `[batch, tokens, channels]` at noisy latents.
@@ -202,17 +292,26 @@ class FluxKontextEditor:
         guidance = None
         if self.pipeline.transformer.config.guidance_embeds:
             guidance = torch.full([len(latents)], self.guidance_scale, device=device, dtype=torch.float32)
-        prediction = model(
-            hidden_states=torch.cat([latents.to(device, dtype), conditions.image_latents], dim=1),
-            timestep=timestep.to(device, dtype) / 1000,
-            guidance=guidance,
-            pooled_projections=conditions.pooled_prompt_embeds,
-            encoder_hidden_states=conditions.prompt_embeds,
-            txt_ids=torch.zeros(conditions.prompt_embeds.shape[1], 3, device=device, dtype=dtype),
-            img_ids=torch.cat([ids, reference_ids]),
-            return_dict=False,
-        )[0]
-        return prediction[:, : latents.shape[1]]
+
+        def predict(prompt_embeds: Tensor, pooled_prompt_embeds: Tensor) -> Tensor:
+            prediction = model(
+                hidden_states=torch.cat([latents.to(device, dtype), conditions.image_latents], dim=1),
+                timestep=timestep.to(device, dtype) / 1000,
+                guidance=guidance,
+                pooled_projections=pooled_prompt_embeds,
+                encoder_hidden_states=prompt_embeds,
+                txt_ids=torch.zeros(prompt_embeds.shape[1], 3, device=device, dtype=dtype),
+                img_ids=torch.cat([ids, reference_ids]),
+                return_dict=False,
+            )[0]
+            return prediction[:, : latents.shape[1]]
+
+        velocity = predict(conditions.prompt_embeds, conditions.pooled_prompt_embeds)
+        if conditions.negative_prompt_embeds is None or conditions.negative_pooled_prompt_embeds is None:
+            return velocity
+        with unrecorded():
+            negative = predict(conditions.negative_prompt_embeds, conditions.negative_pooled_prompt_embeds)
+        return negative + self.true_cfg_scale * (velocity - negative)
 
     # -------------------------------------------------------------------------------- decode
 
