@@ -13,7 +13,7 @@ import argparse
 import numpy as np
 from peft import LoraConfig
 
-from rcgrpo import RCGRPOConfig, RCGRPOTrainer, compbench_mini
+from rcgrpo import RCGRPOConfig, RCGRPOTrainer, compbench_mini, load_edit_dataset
 
 
 def colourful(images, masks, **columns):
@@ -34,15 +34,13 @@ def main() -> None:
     arguments = parser.parse_args()
     common = dict(output_dir=arguments.output_dir, max_steps=arguments.max_steps, report_to="none")
     if arguments.tiny:
-        from rcgrpo.tiny import WEIGHTS
+        from rcgrpo.tiny import CALL, WEIGHTS
 
-        model, data = str(WEIGHTS), compbench_mini("train", 64)
-        config = RCGRPOConfig(**common, resolution=64, max_sequence_length=16, per_device_train_batch_size=2)
+        model, data, length = str(WEIGHTS), compbench_mini("train", 64), CALL["max_sequence_length"]
+        config = RCGRPOConfig(**common, resolution=64, max_sequence_length=length, per_device_train_batch_size=2)
     else:
-        from datasets import load_dataset
-
         model = "black-forest-labs/FLUX.1-Kontext-dev"
-        data = load_dataset("BohanJia/CompBench", split="train").filter(lambda row: row["mask"] is not None)
+        data = load_edit_dataset("BohanJia/CompBench", split="train", held_out=0.1, on_missing="drop")
         config = RCGRPOConfig(
             **common,
             model_init_kwargs={"torch_dtype": "bfloat16"},

@@ -12,8 +12,8 @@ import rcgrpo
 from rcgrpo import RCGRPOConfig
 from rcgrpo.cli import main
 from rcgrpo.cli.edit import EditArguments
-from rcgrpo.cli.parsing import UsageError, parse
-from rcgrpo.cli.train import ScriptArguments, free_folder
+from rcgrpo.cli.parsing import UsageError, free_folder, parse
+from rcgrpo.cli.train import ScriptArguments
 from rcgrpo.rewards import available_rewards
 
 RECIPE = Path(rcgrpo.__file__).parent / "recipes" / "tiny.yaml"

@@ -7,10 +7,9 @@ from PIL import Image
 from rcgrpo.report import (
     PairedDifference,
     compare,
-    contact_sheet,
-    heatmap,
+    macro_bootstrap,
     markdown_table,
-    outline,
+    pad_table,
     paired_bootstrap,
     plot_curves,
     write_atomically,
@@ -83,83 +82,6 @@ def test_a_narrow_interval_gets_the_digits_it_needs():
     assert "99 % interval" in markdown_table([dataclasses.replace(row, confidence=0.99)])
 
 
-# Pictures
-
-RED, GREEN = (255, 0, 0), (0, 128, 0)
-
-
-def flat(color: tuple[int, int, int], size: tuple[int, int] = (64, 64)) -> Image.Image:
-    return Image.new("RGB", size, color)
-
-
-def box_of(sheet: Image.Image, color: tuple[int, int, int]) -> tuple[int, int, int, int]:
-    rows, columns = np.nonzero((np.asarray(sheet) == color).all(axis=-1))
-    return columns.min(), rows.min(), columns.max() + 1, rows.max() + 1
-
-
-def test_contact_sheet_places_pictures(tmp_path):
-    path = tmp_path / "sheet.png"
-    sheet = contact_sheet({"before": [flat(RED)], "after": [flat(GREEN)]}, ["make it green"], path=path)
-    left, top, right, bottom = box_of(sheet, RED)
-    assert (left, right - left, bottom - top) == (16, 128, 128)
-    assert box_of(sheet, GREEN) == (right + 4, top, right + 4 + 128, bottom)
-    assert sheet.width == 16 + 128 + 4 + 128 + 16
-    assert np.asarray(sheet)[bottom + 1 :].min() < 128  # the caption
-    with Image.open(path) as saved:
-        assert saved.tobytes() == sheet.tobytes()
-
-
-def test_small_pictures_grow_by_whole_factors_and_large_ones_shrink():
-    picture = flat(RED, (50, 20))
-    picture.putpixel((0, 0), GREEN)
-    sheet = contact_sheet({"small": [picture], "large": [flat((0, 0, 255), (400, 200))]})
-    left, top, right, bottom = box_of(sheet, RED)
-    assert (right - left, bottom - top) == (100, 40)
-    assert box_of(sheet, GREEN) == (left, top, left + 2, top + 2)
-    left, top, right, bottom = box_of(sheet, (0, 0, 255))
-    assert (right - left, bottom - top) == (128, 64)
-
-
-def test_more_than_eight_rows_make_two_blocks():
-    pictures = [flat(GREEN)] * 8 + [flat(RED)]
-    one, two = (contact_sheet({"a": pictures[start:]}, cell=64) for start in (1, 0))
-    assert two.width == 2 * one.width - 2 * 16 + 28
-    assert two.height < one.height
-    left, top, *_ = box_of(two, RED)  # nine: five on the left, four on the right
-    assert left == 16 + 64 + 28
-    assert (top - box_of(two, GREEN)[1]) % (64 + 4) == 0
-
-
-def test_contact_sheet_refuses_ragged_columns():
-    with pytest.raises(ValueError, match="'a': 1, 'b': 2"):
-        contact_sheet({"a": [flat(RED)], "b": [flat(RED)] * 2})
-    for nothing in ({}, {"a": []}):
-        with pytest.raises(ValueError, match="needs one picture"):
-            contact_sheet(nothing)
-
-
-def test_outline_runs_just_outside_the_region():
-    mask = Image.new("L", (32, 32))
-    mask.paste(255, (8, 8, 16, 16))
-    drawn = outline(flat(GREEN, (64, 64)), mask, color="red")
-    assert box_of(drawn, RED) == (15, 15, 33, 33)
-    assert drawn.getpixel((16, 16)) == drawn.getpixel((31, 31)) == GREEN
-
-
-def test_heatmap_scale():
-    picture = flat((128, 128, 128), (8, 8))
-    values = np.zeros((2, 2))
-    values[0, 0] = 2
-    drawn = np.asarray(heatmap(values, picture)).astype(int)
-    assert drawn[0, 0].sum() > drawn[7, 7].sum()
-    # 0.15 of inferno's near-black over grey 128.
-    assert drawn[7, 7] == pytest.approx([109, 109, 109], abs=1)
-    assert np.array_equal(heatmap(values, picture, vmax=4), heatmap(values / 2, picture, vmax=2))
-    assert np.ptp(np.asarray(heatmap(np.zeros((2, 2)), picture)), axis=(0, 1)).tolist() == [0, 0, 0]
-    with pytest.raises(ValueError, match=r"\(4,\)"):
-        heatmap(np.zeros(4), picture)
-
-
 # Curves and files
 
 
@@ -193,3 +115,55 @@ def test_write_atomically(tmp_path):
         raise RuntimeError
     assert path.read_text() == "old"
     assert list(path.parent.iterdir()) == [path]
+
+
+# Macro means
+
+
+def test_macro_mean_weighs_strata_alike():
+    values = [[1.0, 0.0], [1.0, float("nan")], [1.0, 2.0], [4.0, 6.0]]
+    first, second = macro_bootstrap(values, ["a", "a", "a", "b"], num_resamples=200)
+    assert (first.mean, first.n) == (2.5, 4)
+    assert (second.mean, second.n) == (3.5, 3)
+    assert first.low <= first.mean <= first.high
+
+
+def test_interval_of_one_stratum_is_the_paired_one():
+    rng = np.random.default_rng(1)
+    values = rng.normal(0.2, 1, size=400)
+    (row,) = macro_bootstrap(values[:, None], ["all"] * 400)
+    half = 1.96 * values.std(ddof=1) / 20
+    assert (row.low, row.high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.08 * half)
+
+
+def test_interval_over_strata_is_the_normal_one():
+    rng = np.random.default_rng(2)
+    few, many = rng.normal(0, 2, size=200), rng.normal(1, 1, size=800)
+    (row,) = macro_bootstrap(np.concatenate([few, many])[:, None], ["few"] * 200 + ["many"] * 800)
+    half = 1.96 * 0.5 * (few.var(ddof=1) / 200 + many.var(ddof=1) / 800) ** 0.5
+    centre = (few.mean() + many.mean()) / 2
+    assert row.mean == pytest.approx(centre)
+    assert (row.low, row.high) == pytest.approx((centre - half, centre + half), abs=0.1 * half)
+
+
+def test_copies_of_a_cluster_do_not_narrow_its_interval():
+    rng = np.random.default_rng(3)
+    once = rng.normal(size=(50, 1))
+    copies = np.repeat(once, 8, axis=0)
+    (alone,) = macro_bootstrap(once, ["a"] * 50)
+    (together,) = macro_bootstrap(copies, ["a"] * 400, clusters=[i // 8 for i in range(400)])
+    (fooled,) = macro_bootstrap(copies, ["a"] * 400)
+    assert (together.low, together.high) == pytest.approx((alone.low, alone.high))
+    assert fooled.high - fooled.low < 0.5 * (alone.high - alone.low)
+
+
+def test_where_there_is_nothing_to_resample():
+    one, none = macro_bootstrap([[1.0, None], [3.0, None]], ["a", "a"], clusters=["v", "v"])
+    assert (one.mean, one.n) == (2, 2) and np.isnan([one.low, one.high]).all()
+    assert none.n == 0 and np.isnan(none.mean)
+    with pytest.raises(ValueError, match=r"shape \(2, 1\), 3 strata and 2 clusters"):
+        macro_bootstrap([[1.0], [2.0]], ["a"] * 3)
+
+
+def test_one_letter_columns_still_make_a_markdown_rule():
+    assert pad_table([["x", "n"], ["a", "4"]]).splitlines()[1] == "| -- | -: |"

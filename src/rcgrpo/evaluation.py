@@ -1,38 +1,190 @@
-"""Before and after on held-out edits: one candidate each, always from the same noise, so that differences are paired.
+"""What is measured on an edit, by name, and the report that a training run writes of itself.
 
-Reads pictures from the rollout and numbers from `metrics` and `rewards`; `report` turns them into tables and pictures.
+Held-out edits are compared pairwise: one candidate each, always from the same noise. Reads pictures from the rollout
+and numbers from `metrics`, `compbench` and `rewards`; `report` and `sheets` turn them into tables and pictures. A whole
+benchmark, with several LoRAs and in pieces that survive a crash, is `benchmark`'s work.
 """
 
 import json
+import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from PIL import Image
+from torch import Tensor
 from tqdm.auto import tqdm
 
+from .compbench import CLIP_MODEL, Clip, local_clip_scores
 from .data.edits import Edit
-from .metrics import background_psnr, background_ssim
-from .report import (
-    PairedDifference,
-    compare,
-    contact_sheet,
-    heatmap,
-    markdown_table,
-    outline,
-    plot_curves,
-    write_atomically,
-)
-from .rollout import Group
-from .trainer import RCGRPOTrainer
+from .metrics import background_lpips, background_psnr, background_ssim, load_lpips
+from .report import PairedDifference, compare, markdown_table, plot_curves, write_atomically
+from .sheets import contact_sheet, heatmap, outline
+
+if TYPE_CHECKING:
+    from .rollout import Group
+    from .trainer import RCGRPOTrainer
 
 Scores = dict[str, list[float | None]]
 
 
+# Metrics by name ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How tables call a metric, and which way is better."""
+
+    label: str
+    higher_is_better: bool = True
+
+
+METRICS = {
+    "lc_t": Metric("LC-T"),
+    "lc_i": Metric("LC-I"),
+    "psnr": Metric("background PSNR (dB)"),
+    "ssim": Metric("background SSIM"),
+    "lpips": Metric("background LPIPS", higher_is_better=False),
+    "lp_t": Metric("LP-T"),
+    "lp_i": Metric("LP-I"),
+    "edit_score": Metric("edit score"),
+}
+COMPBENCH_METRICS = ("lc_t", "lc_i", "psnr", "ssim", "lpips")
+"""CompBench's own; the first two need CLIP ViT-L/14, the last SqueezeNet, both fetched on first use."""
+
+MINI_METRICS = ("psnr", "ssim", "lp_t", "lp_i", "edit_score")
+"""Those that need no download; the last three know the objects of CompBench-mini and nothing else."""
+
+NEEDS_CLIP = frozenset({"lc_t", "lc_i"})
+
+
+@dataclass(frozen=True)
+class Result:
+    """An edited picture and what it is judged by; source, mask (255 = edit) and target may have another size."""
+
+    image: Image.Image
+    source: Image.Image
+    mask: Image.Image
+    target: Image.Image | None = None
+    caption: str | None = None
+    task: str = ""
+
+    @classmethod
+    def of(cls, image: Image.Image, edit: Edit) -> "Result":
+        """What one edit became, judged by CompBench's columns as far as there are any."""
+        columns = edit.columns
+        return cls(
+            image,
+            edit.source,
+            mask_picture(edit.mask),
+            columns.get("edited_image"),
+            columns.get("caption"),
+            columns.get("task") or "",
+        )
+
+    def at_own_size(self) -> "Result":
+        """Everything at the edited picture's size."""
+        size = self.image.size
+        return replace(
+            self,
+            source=self.source.resize(size, Image.Resampling.BICUBIC),
+            mask=self.mask.resize(size, Image.Resampling.NEAREST),
+            target=None if self.target is None else self.target.convert("RGB").resize(size, Image.Resampling.BICUBIC),
+        )
+
+
+def mask_picture(mask: Tensor) -> Image.Image:
+    """A `[height, width]` mask in 0..1 as a picture with 255 = edit."""
+    return Image.fromarray((mask * 255).round().to(torch.uint8).numpy())
+
+
+class Scorer:
+    """Measures edited pictures; loads what the metrics need when it is made, so that a long run fails at its start.
+
+    Args:
+        metrics: names from `METRICS`.
+        size: side in pixels at which backgrounds and crops are compared, CompBench's is 512; None compares at the
+            edited picture's own size. LP-T, LP-I and the edit score always do.
+        clip_model: Hub id or folder; LC-T and LC-I are defined with the default.
+        lpips_weights: see `load_lpips`.
+
+    Raises:
+        ValueError: an unknown metric, or weights that cannot be loaded.
+    """
+
+    def __init__(
+        self,
+        metrics: Sequence[str],
+        size: int | None = 512,
+        clip_model: str = CLIP_MODEL,
+        lpips_weights: str | os.PathLike[str] | None = None,
+    ) -> None:
+        unknown = [name for name in metrics if name not in METRICS]
+        if unknown or not metrics or len(set(metrics)) < len(metrics):
+            raise ValueError(f"metrics: got {list(metrics)}, expected some of {', '.join(METRICS)}, each once")
+        self.metrics, self.size = tuple(metrics), size
+        others = " ".join(name for name in metrics if name not in {*NEEDS_CLIP, "lpips"}) or " ".join(MINI_METRICS[:2])
+        try:
+            self.clip = Clip(clip_model) if NEEDS_CLIP & {*metrics} else None
+            self.lpips = load_lpips(lpips_weights) if "lpips" in metrics else None
+        except ValueError as error:
+            raise ValueError(f"{error}. Metrics that need neither: {others}") from error
+        if self.lpips is not None:
+            self.lpips.to("cuda" if torch.cuda.is_available() else "cpu")
+
+    def __call__(self, results: Sequence[Result]) -> Scores:
+        """Metric to one value per picture, in the order asked for; None where a metric does not apply.
+
+        PSNR, SSIM and LPIPS do not apply where the mask leaves no background; LC-I and LP-I without a target; LP-T to
+        removals, whose caption names what must be gone; LP-T, LP-I and the edit score to unknown objects.
+        """
+        own = [result.at_own_size() for result in results] if self.size is None or self._embedded else []
+        compared = own if self.size is None else results
+        images, sources, masks = zip(*((r.image, r.source, r.mask) for r in compared), strict=True)
+        scores: dict[str, Sequence[float | None]] = {}
+        if self.clip is not None:
+            targets, captions = [r.target for r in compared], [r.caption for r in compared]
+            scores["lc_t"], scores["lc_i"] = local_clip_scores(images, targets, masks, captions, self.clip, self.size)
+        if "psnr" in self.metrics:
+            scores["psnr"] = background_psnr(images, sources, masks, self.size)
+        if "ssim" in self.metrics:
+            scores["ssim"] = background_ssim(images, sources, masks, self.size)
+        if self.lpips is not None:
+            scores["lpips"] = background_lpips(images, sources, masks, self.lpips, self.size)
+        if self._embedded:
+            scores |= _embedded_scores(own)
+        return {name: [None if v is None or v != v else v for v in scores[name]] for name in self.metrics}
+
+    @property
+    def _embedded(self) -> bool:
+        return not {"lp_t", "lp_i", "edit_score"}.isdisjoint(self.metrics)
+
+
+def _embedded_scores(results: Sequence[Result]) -> dict[str, list[float | None]]:
+    """LP-T, LP-I and the edit score, with `rewards.RegionScorer`."""
+    from .rewards import get_region_scorer, region_edit
+    from .rewards.builtin import REMOVES
+
+    images, masks, targets = zip(*((r.image, r.mask, r.target) for r in results), strict=True)
+    tasks, captions = [r.task for r in results], [r.caption or "" for r in results]
+    lp_t, lp_i = get_region_scorer().lp(images, masks, captions, targets)
+    return {
+        "lp_t": [None if task in REMOVES else value for task, value in zip(tasks, lp_t, strict=True)],
+        "lp_i": lp_i,
+        "edit_score": region_edit(
+            images=list(images), masks=list(masks), task=tasks, caption=captions, edited_image=list(targets)
+        ),
+    }
+
+
+# Before and after training --------------------------------------------------------------------------------------------
+
+
 def roll_out_held_out(
-    trainer: RCGRPOTrainer, edits: Sequence[Edit], description: str, batch_size: int = 32, maps: bool = True
-) -> list[Group]:
+    trainer: "RCGRPOTrainer", edits: Sequence[Edit], description: str, batch_size: int = 32, maps: bool = True
+) -> list["Group"]:
     """One scored candidate for each edit with the trainer's current weights."""
     groups: list[Group] = []
     trainer.model.eval()  # what is logged here belongs to no training step
@@ -46,36 +198,27 @@ def roll_out_held_out(
     return groups
 
 
-def measure(groups: Sequence[Group], rewards: Sequence[str]) -> Scores:
-    """Every metric of each group's first candidate: rewards, CompBench's background metrics, edit score, LP-T, LP-I.
+def measure(groups: Sequence["Group"], rewards: Sequence[str]) -> Scores:
+    """Every metric of each group's first candidate: rewards, the edit score, LP-I, LP-T, background PSNR and SSIM.
 
-    The background metrics are taken at the pictures' own size. The last three (see `rcgrpo.rewards.RegionScorer`) need
-    the columns `task`, `caption` and `edited_image`, and objects of CompBench-mini; elsewhere they are left out.
+    All are taken at the pictures' own size, and left out where fewer than two edits have a value, such as the embedded
+    ones where the objects are not CompBench-mini's.
     """
-    images = [group.images[0] for group in groups]
-    sources, masks = [group.source for group in groups], [group.mask for group in groups]
     scores: Scores = {"reward": [float(group.scores[0]) for group in groups]}  # type: ignore[index]
     for i, name in enumerate(rewards):
         if len(rewards) > 1:
             scores[name] = [float(group.rewards[0, i]) for group in groups]  # type: ignore[index]
-    if {"task", "caption", "edited_image"} <= groups[0].edit.columns.keys():
-        from .rewards import get_region_scorer, region_edit
-
-        task, caption = ([group.edit.columns[name] for group in groups] for name in ("task", "caption"))
-        targets = [group.edit.columns["edited_image"].resize(group.images[0].size) for group in groups]
-        scores["edit score"] = region_edit(images=images, masks=masks, task=task, caption=caption, edited_image=targets)
-        lp_t, scores["LP-I"] = get_region_scorer().lp(images, masks, caption, targets)
-        # For a removal the caption names what must be gone, so its text score is not one of success.
-        scores["LP-T"] = [None if name == "remove" else value for name, value in zip(task, lp_t, strict=True)]
-    scores["background PSNR (dB)"] = list(background_psnr(images, sources, masks, size=None))
-    scores["background SSIM"] = list(background_ssim(images, sources, masks, size=None))
+    embedded = {"task", "caption", "edited_image"} <= groups[0].edit.columns.keys()
+    names = [*(("edit_score", "lp_i", "lp_t") if embedded else ()), "psnr", "ssim"]
+    measured = Scorer(names, size=None)([Result.of(group.images[0], group.edit) for group in groups])
+    scores |= {METRICS[name].label: values for name, values in measured.items()}
     return {name: values for name, values in scores.items() if sum(v is not None and v == v for v in values) > 1}
 
 
 def write_report(
     folder: Path,
-    before: Sequence[Group],
-    after: Sequence[Group],
+    before: Sequence["Group"],
+    after: Sequence["Group"],
     rewards: Sequence[str],
     log_history: list[dict[str, float]],
     settings: Mapping[str, Any],

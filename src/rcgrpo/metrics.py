@@ -1,8 +1,8 @@
 """How well an edit keeps the background: the metrics of CompBench (arXiv 2505.12200), pictures in, floats out.
 
-Evaluation and the preservation rewards call these on decoded pictures; nothing here knows a model. PSNR and SSIM follow
-the benchmark's own code: pictures (bicubic) and masks (nearest) are resized to 512x512, the edit region is multiplied
-to black in both pictures, and the *whole* frame is compared.
+Evaluation and the preservation rewards call these on decoded pictures; nothing here knows an editor. PSNR, SSIM and
+LPIPS follow the benchmark's own code: pictures (bicubic) and masks (nearest) are resized to 512x512, the edit region is
+multiplied to black in both pictures, and the *whole* frame is compared. The foreground's metrics are in `compbench`.
 
 Gotchas:
 - Black against black is a perfect match, so `background_psnr` reads `-10·log10(background share)` dB above
@@ -12,11 +12,15 @@ Gotchas:
 """
 
 import math
+import os
+import pickle
+import re
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import nn
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 COMPBENCH_SIZE = 512
@@ -71,6 +75,56 @@ def background_ssim(
     return _per_picture(ssim, images, references, masks, size)
 
 
+def background_lpips(
+    images: Sequence[Image.Image],
+    references: Sequence[Image.Image],
+    masks: Sequence[Image.Image],
+    network: nn.Module,
+    size: int | None = COMPBENCH_SIZE,
+) -> list[float]:
+    """LPIPS (0 = identical, lower is better) over the frame with the edit region blacked out, as CompBench reports it.
+
+    Arguments, returns and errors are those of `background_psnr`; `network` comes from `load_lpips`.
+    """
+    device = next(network.parameters()).device
+
+    @torch.no_grad()
+    def lpips(image: torch.Tensor, reference: torch.Tensor, background: torch.Tensor) -> torch.Tensor:
+        shown, kept = ((2 * picture * background - 1).to(device) for picture in (image, reference))
+        return network(shown, kept)
+
+    return _per_picture(lpips, images, references, masks, size)
+
+
+def load_lpips(weights: str | os.PathLike[str] | None = None) -> nn.Module:
+    """torchmetrics' LPIPS with the SqueezeNet 1.1 trunk, frozen: `network(image, reference)` on RGB in -1..1.
+
+    torchmetrics brings the linear heads; the trunk's ImageNet weights are torchvision's, fetched (4.7 MB) on first use.
+
+    Args:
+        weights: the trunk as a local file instead: torchvision's `squeezenet1_1-*.pth`, or any state dict of its names.
+
+    Raises:
+        ValueError: the weights cannot be fetched, read, or do not fit.
+    """
+    from torchmetrics.functional.image.lpips import _NoTrainLpips
+
+    try:
+        if weights is None:
+            return _NoTrainLpips(net="squeeze")
+        network = _NoTrainLpips(net="squeeze", pnet_rand=True)
+        given = torch.load(weights, map_location="cpu", weights_only=True)
+        # torchmetrics cuts torchvision's `features.K` into `slices.I.K`.
+        trunk = {name: given[f"features.{name.split('.', 2)[2]}"] for name in network.net.state_dict()}
+        network.net.load_state_dict(trunk)
+        return network
+    except (OSError, KeyError, RuntimeError, ImportError, pickle.UnpicklingError) as error:
+        raise ValueError(
+            f"LPIPS: got {weights or 'no file'}, expected SqueezeNet 1.1's weights, which could not be loaded "
+            f"({first_words(error)}); give torchvision's squeezenet1_1 file, or leave LPIPS out"
+        ) from error
+
+
 def masked_psnr(
     images: Sequence[Image.Image],
     references: Sequence[Image.Image],
@@ -87,6 +141,11 @@ def masked_psnr(
         return -10 * torch.log10(squared_error / background.square().mean())
 
     return [min(value, MAX_PSNR) for value in _per_picture(psnr, images, references, masks, size)]
+
+
+def first_words(error: Exception) -> str:
+    """The kind of an error and its first sentence: libraries add advice that would not help here."""
+    return f"{type(error).__name__}: {re.split(r'[.] |$', str(error).strip(), maxsplit=1, flags=re.MULTILINE)[0]}"
 
 
 def _per_picture(

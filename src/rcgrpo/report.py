@@ -1,18 +1,18 @@
-"""What a run shows for itself: paired differences with error bars, tables, contact sheets and training curves.
+"""What a run shows for itself: means and differences with error bars, tables and training curves.
 
-Evaluation, the model card and the command line draw from here. Plain numbers and pictures come in; no model, no metric
-and no trainer is known. Every file is written through `write_atomically`, so a reader never meets half of one.
+Evaluation, the model card and the command line draw from here; pictures are drawn by `sheets`. Plain numbers come in;
+no model, no metric and no trainer is known. Every file is written through `write_atomically`, so a reader never meets
+half of one.
 
 Gotchas:
-- The interval of `paired_bootstrap` covers the choice of test samples only, not that of the training seed.
+- The intervals cover the choice of test samples only, not that of the training seed.
 - matplotlib is imported where it is used, and through its object API: no backend or global style of the caller changes.
-- Captions use Pillow's built-in font, which knows Latin letters only.
 """
 
 import math
 import os
 import uuid
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
-from PIL import Image, ImageChops, ImageColor, ImageDraw, ImageFilter, ImageFont
 
 PathLike = str | os.PathLike[str]
 
@@ -140,6 +139,90 @@ def compare(
     ]
 
 
+@dataclass(frozen=True)
+class Estimate:
+    """A mean with the ends of its bootstrap interval, NaN where there is nothing to resample; `n` values took part."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+
+def macro_bootstrap(
+    values: ArrayLike,
+    strata: Sequence[Hashable],
+    clusters: Sequence[Hashable] | None = None,
+    confidence: float = 0.95,
+    num_resamples: int = 10_000,
+    seed: int = 0,
+) -> list[Estimate]:
+    """The mean over strata of each stratum's mean, and a percentile bootstrap of it, for several columns at once.
+
+    All columns see the same resamples. A column of differences gives a paired interval.
+
+    Args:
+        values: `[samples, columns]`; NaN (or None) is left out of its column.
+        strata: of each sample, such as its sub-task; all of one stratum make a plain mean.
+        clusters: what is drawn again as a whole, such as the video that a frame comes from; by default each sample
+            by itself. Neighbouring frames drawn one by one would make the interval too narrow.
+        confidence: in (0, 1).
+        num_resamples: how many times the clusters are drawn again.
+        seed: the same seed and values give the same intervals.
+
+    Returns:
+        One estimate per column; its interval is NaN where fewer than two clusters have a value.
+
+    Raises:
+        ValueError: values, strata and clusters of different lengths, or no samples.
+    """
+    table = np.asarray(values, dtype=np.float64)
+    clusters = range(len(table)) if clusters is None else clusters
+    if table.ndim != 2 or not len(table) == len(strata) == len(clusters) or not len(table):
+        raise ValueError(
+            f"macro_bootstrap: got values of shape {table.shape}, {len(strata)} strata and {len(clusters)} clusters; "
+            "expected [samples, columns] and one of each for every sample."
+        )
+    known = ~np.isnan(table)
+    stratum, cluster = (_codes(labels) for labels in (strata, clusters))
+    num_strata, num_clusters = stratum.max() + 1, cluster.max() + 1
+    # [2, strata, clusters, columns]: sums and counts
+    totals = np.zeros((2, num_strata, num_clusters, table.shape[1]))
+    np.add.at(totals[0], (stratum, cluster), np.where(known, table, 0))
+    np.add.at(totals[1], (stratum, cluster), known)
+
+    def macro_mean(drawn: np.ndarray) -> np.ndarray:
+        """`[resamples, columns]` from how often each cluster was drawn, `[resamples, clusters]`."""
+        sums, counts = np.einsum("rc,tsck->tsrk", drawn, totals, optimize=True)
+        means = np.divide(sums, counts, out=np.full_like(sums, np.nan), where=counts > 0)
+        present = ~np.isnan(means)
+        number = present.sum(axis=0)
+        return np.divide(np.nansum(means, axis=0), number, out=np.full(number.shape, np.nan), where=number > 0)
+
+    rng = np.random.default_rng(seed)
+    chunk = max(1, 2**21 // num_clusters)  # 16 MiB at a time
+    resampled = []
+    for start in range(0, num_resamples, chunk):
+        size = min(chunk, num_resamples - start)
+        places = rng.integers(num_clusters, size=(size, num_clusters)) + num_clusters * np.arange(size)[:, None]
+        drawn = np.bincount(places.ravel(), minlength=size * num_clusters).reshape(size, num_clusters)
+        resampled.append(macro_mean(drawn.astype(np.float64)))
+    means = macro_mean(np.ones((1, num_clusters)))[0]
+    ends = [(1 - confidence) / 2, (1 + confidence) / 2]
+    estimates = []
+    for column, draws in enumerate(np.concatenate(resampled).T):
+        with_value = len(np.unique(cluster[known[:, column]]))
+        low, high = np.nanquantile(draws, ends) if with_value > 1 else (math.nan, math.nan)
+        estimates.append(Estimate(float(means[column]), float(low), float(high), int(known[:, column].sum())))
+    return estimates
+
+
+def _codes(labels: Sequence[Hashable]) -> np.ndarray:
+    """Each label's number, in the order of first appearance."""
+    numbers = {label: number for number, label in enumerate(dict.fromkeys(labels))}
+    return np.array([numbers[label] for label in labels])
+
+
 # Tables ---------------------------------------------------------------------------------------------------------------
 
 
@@ -162,8 +245,12 @@ def markdown_table(rows: Sequence[PairedDifference]) -> str:
                 row.verdict,
             ]
         )
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    left = {0, len(widths) - 1}  # text to the left, numbers to the right
+    return pad_table(lines, left=(0, len(lines[0]) - 1))
+
+
+def pad_table(lines: Sequence[Sequence[str]], left: Collection[int] = (0,)) -> str:
+    """A markdown table of cells, the first line its head; columns in `left` are set left, numbers to the right."""
+    widths = [max(2, *(len(line[column]) for line in lines)) for column in range(len(lines[0]))]
     rule = ["-" * width if column in left else "-" * (width - 1) + ":" for column, width in enumerate(widths)]
     padded = [
         [
@@ -185,149 +272,6 @@ def _number(value: float, places: int, sign: str = "-") -> str:
     return f"{round(value, places) + 0.0:{sign}.{places}f}"  # adding 0.0 turns -0.0 into 0.0
 
 
-# Pictures -------------------------------------------------------------------------------------------------------------
-
-MARGIN, GAP, BLOCK_GAP = 16, 4, 28
-MAX_ROWS_IN_ONE_BLOCK = 8
-INK, FAINT, HAIR = "#1f2328", "#57606a", "#c9ced6"
-
-
-def contact_sheet(
-    columns: Mapping[str, Sequence[Image.Image]],
-    captions: Sequence[str] | None = None,
-    cell: int = 128,
-    path: PathLike | None = None,
-) -> Image.Image:
-    """Pictures in a grid on white: one row per sample with its caption below, one column per entry with a header.
-
-    Args:
-        columns: Header to one picture per sample, such as source, before, after. A picture that fits into the cell is
-            enlarged by a whole factor without smoothing, a larger one is reduced; both are centred.
-        captions: One per sample, such as the instruction; wrapped to the row's width.
-        cell: Side of a picture's place in pixels.
-        path: Where to save it as well.
-
-    Returns:
-        The sheet, RGB. More than eight samples are laid out in two blocks side by side, left block first.
-
-    Raises:
-        ValueError: No picture at all, or columns and captions of different lengths.
-    """
-    lengths = {name: len(pictures) for name, pictures in columns.items()}
-    if captions is not None:
-        lengths["captions"] = len(captions)
-    if not columns or len(set(lengths.values())) != 1 or 0 in lengths.values():
-        raise ValueError(f"A contact sheet needs one picture and caption per sample in every column; got {lengths}.")
-    num_rows = len(next(iter(columns.values())))
-    num_blocks = 2 if num_rows > MAX_ROWS_IN_ONE_BLOCK else 1
-    rows_in_block = math.ceil(num_rows / num_blocks)
-
-    head_size, size = max(13, cell // 9), max(12, cell // 10)
-    head_font, font = ImageFont.load_default(head_size), ImageFont.load_default(size)
-    block_width = len(columns) * (cell + GAP) - GAP
-    headers = [_wrap(name, head_font, cell) for name in columns]
-    wrapped = [_wrap(caption, font, block_width) for caption in captions or [""] * num_rows]
-    head_line, line = round(1.3 * head_size), round(1.3 * size)
-    head_height = head_line * max(len(lines) for lines in headers) + GAP
-    caption_height = line * max(len(lines) for lines in wrapped) + 3 * GAP if captions is not None else 0
-    row_height = cell + GAP + caption_height
-
-    width = 2 * MARGIN + num_blocks * (block_width + BLOCK_GAP) - BLOCK_GAP
-    last_gap = GAP if captions is None else 3 * GAP
-    sheet = Image.new("RGB", (width, 2 * MARGIN + head_height + rows_in_block * row_height - last_gap), "white")
-    draw = ImageDraw.Draw(sheet)
-    for block in range(num_blocks):
-        for column, lines in enumerate(headers):
-            x = MARGIN + block * (block_width + BLOCK_GAP) + column * (cell + GAP) + cell / 2
-            for i, text in enumerate(lines):
-                draw.text((x, MARGIN + i * head_line), text, INK, head_font, anchor="ma")
-    for row in range(num_rows):
-        block, place = divmod(row, rows_in_block)
-        left, top = MARGIN + block * (block_width + BLOCK_GAP), MARGIN + head_height + place * row_height
-        for column, pictures in enumerate(columns.values()):
-            picture = _fit(pictures[row], cell)
-            corner = left + column * (cell + GAP) + (cell - picture.width) // 2, top + (cell - picture.height) // 2
-            sheet.paste(picture, corner)
-            draw.rectangle(
-                (corner[0] - 1, corner[1] - 1, corner[0] + picture.width, corner[1] + picture.height), None, HAIR
-            )
-        for i, text in enumerate(wrapped[row]):
-            draw.text((left, top + cell + GAP + i * line), text, FAINT, font)
-    if path is not None:
-        with write_atomically(path) as part:
-            sheet.save(part)
-    return sheet
-
-
-def outline(image: Image.Image, mask: Image.Image, color: str = "#ff2d78", width: int | None = None) -> Image.Image:
-    """The picture (RGB) with a line drawn just outside the edit region, so that nothing in the region is hidden.
-
-    Args:
-        mask: 255 = edit; resized to the picture if need be.
-        color: Any colour name or code Pillow knows.
-        width: Of the line in the picture's pixels; by default about a hundredth of the side.
-    """
-    region = mask.convert("L").resize(image.size, Image.Resampling.NEAREST).point(lambda value: 255 * (value > 127))
-    width = width or max(1, round(min(image.size) / 100))
-    line = ImageChops.subtract(region.filter(ImageFilter.MaxFilter(2 * width + 1)), region)
-    drawn = image.convert("RGB")
-    drawn.paste(ImageColor.getrgb(color), mask=line)
-    return drawn
-
-
-def heatmap(values: ArrayLike, image: Image.Image, vmax: float | None = None, colormap: str = "inferno") -> Image.Image:
-    """A map such as attention, laid in colour over the greyed picture; the higher the value, the more it covers.
-
-    Args:
-        values: `height width`, non-negative, on any grid; stretched to the picture.
-        image: What lies below.
-        vmax: The value of full colour, by default the map's largest. Give before and after the same one.
-        colormap: A matplotlib name.
-
-    Raises:
-        ValueError: `values` is not two-dimensional.
-    """
-    from matplotlib import colormaps
-
-    grid = np.asarray(values, dtype=np.float32)
-    if grid.ndim != 2:
-        raise ValueError(f"heatmap: values have shape {grid.shape}; expected height x width.")
-    top = float(grid.max()) if vmax is None else vmax
-    level = np.asarray(Image.fromarray(grid).resize(image.size, Image.Resampling.BILINEAR))
-    level = np.clip(level / top, 0, 1) if top > 0 else np.zeros_like(level)
-    grey = np.asarray(image.convert("L"), dtype=np.float32)[..., None]
-    colour = 255 * colormaps[colormap](level)[..., :3]
-    cover = 0.15 + 0.7 * level[..., None]
-    return Image.fromarray(np.round((1 - cover) * grey + cover * colour).astype(np.uint8))
-
-
-def _fit(picture: Image.Image, cell: int) -> Image.Image:
-    """RGB, within `cell x cell`: enlarged by a whole factor, or reduced keeping its proportions."""
-    picture = picture.convert("RGB")
-    longest = max(picture.size)
-    if longest <= cell:
-        factor = cell // longest
-        return picture.resize((factor * picture.width, factor * picture.height), Image.Resampling.NEAREST)
-    width, height = (max(1, round(side * cell / longest)) for side in picture.size)
-    return picture.resize((width, height), Image.Resampling.LANCZOS)
-
-
-def _wrap(text: str, font: Any, width: float) -> list[str]:
-    """Lines no wider than `width` pixels, broken between words, and inside a word only if it fills a line alone."""
-    lines = [""]
-    for word in text.split():
-        if font.getlength(f"{lines[-1]} {word}".strip()) <= width:
-            lines[-1] = f"{lines[-1]} {word}".strip()
-            continue
-        if lines[-1]:
-            lines.append("")
-        for letter in word:
-            if lines[-1] and font.getlength(lines[-1] + letter) > width:
-                lines.append("")
-            lines[-1] += letter
-    return lines
-
-
 # Curves ---------------------------------------------------------------------------------------------------------------
 
 SINGLE_CURVES = {
@@ -339,6 +283,7 @@ SINGLE_CURVES = {
 MAX_PANELS_IN_ONE_ROW = 3
 FEWEST_TO_SMOOTH = 20
 BLUE, ORANGE = "#2563eb", "#ea580c"
+INK, FAINT, HAIR = "#1f2328", "#57606a", "#c9ced6"
 
 
 def plot_curves(log_history: Sequence[Mapping[str, Any]], path: PathLike) -> None:

@@ -11,8 +11,12 @@ from .parsing import UsageError
 
 COMMANDS = {
     "train": "train, then report before and after on held-out edits",
+    "evaluate": "compare a model with and without LoRAs on a data set, with CompBench's metrics",
+    "diagnose": "say where candidates differ, where their rewards come from, and whether a LoRA cheats",
     "edit": "edit one picture",
-    "rewards": "list the registered rewards and the columns that they read",
+    "app": "edit in the browser, base and LoRA side by side",
+    "data": "look at a data set, make masks, build one (inspect, masks, build-tux)",
+    "rewards": "list the registered rewards and the columns that they read; serve them over HTTP (serve)",
 }
 
 

@@ -5,6 +5,7 @@ Flags and YAML come from dataclasses through TRL's parser. A key that nobody kno
 
 import difflib
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -69,3 +70,9 @@ def use_embedded_model() -> None:
 
     diffusers.utils.logging.set_verbosity_error()
     transformers.utils.logging.set_verbosity_error()
+
+
+def free_folder(name: str) -> str:
+    """`name`, or `name-2`, `name-3`, ... if earlier runs hold it."""
+    candidates = (name if i == 1 else f"{name}-{i}" for i in range(1, sys.maxsize))
+    return next(folder for folder in candidates if not Path(folder).exists())

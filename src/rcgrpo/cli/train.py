@@ -1,6 +1,5 @@
 """`rcgrpo train`: the main job. Train, then report before and after on held-out edits."""
 
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.resources import files
@@ -8,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
-from .parsing import MINI, TINY, UsageError, parse, use_embedded_model
+from .parsing import MINI, TINY, UsageError, free_folder, parse, use_embedded_model
 
 if TYPE_CHECKING:
     from ..trainer import RCGRPOTrainer
@@ -37,7 +36,13 @@ class ScriptArguments:
     """What to train on what, for `rcgrpo train`."""
 
     model: str = field(default=TINY, metadata={"help": f"{TINY} (embedded), or a Hub id or folder of a Kontext model."})
-    dataset: str = field(default=MINI, metadata={"help": f"{MINI} (embedded), or what `datasets.load_dataset` opens."})
+    dataset: str = field(default=MINI, metadata={"help": f"{MINI} (embedded), or a Hub id, folder or file."})
+    preset: str | None = field(
+        default=None, metadata={"help": "The data set's columns and masks, e.g. compbench; see docs/datasets.md."}
+    )
+    held_out: float = field(
+        default=0.0, metadata={"help": "Share of the groups (videos) kept from training; --eval_split held_out."}
+    )
     train_split: str = field(default="train", metadata={"help": "Split to train on."})
     eval_split: str = field(default="test", metadata={"help": "Held-out split; an empty string for none."})
     num_train_samples: int | None = field(default=None, metadata={"help": "Use this many training rows."})
@@ -53,12 +58,6 @@ class ScriptArguments:
     )
 
 
-def free_folder(name: str) -> str:
-    """`name`, or `name-2`, `name-3`, ... if earlier runs hold it."""
-    candidates = (name if i == 1 else f"{name}-{i}" for i in range(1, sys.maxsize))
-    return next(folder for folder in candidates if not Path(folder).exists())
-
-
 def load_rows(script: ScriptArguments) -> tuple[Any, Any]:
     """Training and held-out rows."""
     if script.dataset == MINI:
@@ -68,11 +67,21 @@ def load_rows(script: ScriptArguments) -> tuple[Any, Any]:
         return train, compbench_mini("test", script.num_eval_samples or 192) if script.eval_split else None
     import datasets
 
-    splits = []
-    for split, count in ((script.train_split, script.num_train_samples), (script.eval_split, script.num_eval_samples)):
-        rows = datasets.load_dataset(script.dataset, split=split) if split else None
-        splits.append(rows if rows is None or count is None else rows.select(range(min(count, len(rows)))))
-    return splits[0], splits[1]
+    from ..data import load_edit_dataset
+
+    def load(split: str, count: int | None) -> Any:
+        if not split:
+            return None
+        if script.preset is None and not script.held_out:
+            rows = datasets.load_dataset(script.dataset, split=split)
+        else:
+            # A row without a mask has no region to constrain to.
+            rows = load_edit_dataset(script.dataset, script.preset, split, held_out=script.held_out, on_missing="drop")
+        if count is None or count >= len(rows):
+            return rows
+        return rows.select([i * len(rows) // count for i in range(count)])  # evenly, as rows are often sorted by task
+
+    return load(script.train_split, script.num_train_samples), load(script.eval_split, script.num_eval_samples)
 
 
 def run(arguments: Sequence[str]) -> None:

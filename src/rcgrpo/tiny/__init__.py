@@ -1,8 +1,8 @@
 """Kontext-tiny: a real, small FLUX.1-Kontext editor that ships with the package, and the recipe that made it.
 
 64×64 pixels, 2.9 M parameters in the transformer, trained by `rcgrpo.tiny.recipe` on CompBench-mini. The folder is a
-plain diffusers one: `FluxKontextPipeline.from_pretrained(rcgrpo.tiny.WEIGHTS)` opens it. It knows 24 objects and three
-kinds of instruction (add, remove, replace) and nothing else.
+plain diffusers one: `FluxKontextPipeline.from_pretrained(rcgrpo.tiny.WEIGHTS)` opens it. It knows the 24 objects and
+the instructions of that set and nothing else.
 """
 
 from pathlib import Path
@@ -18,7 +18,7 @@ CALL = {
     "width": RESOLUTION,
     "max_area": RESOLUTION**2,
     "_auto_resize": False,
-    "max_sequence_length": 16,
+    "max_sequence_length": 20,
     "num_inference_steps": 8,
 }
 """Arguments that a call of the stock pipeline needs at this size."""

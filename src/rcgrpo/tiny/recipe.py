@@ -10,10 +10,10 @@ flow-matching loss, the region weighted; `export` writes a plain diffusers folde
 import argparse
 import copy
 import json
-import math
 import string
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,15 @@ from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
 
-from rcgrpo.data.mini import OBJECTS, PLACES, render
+from rcgrpo.data.mini import KINDS, OBJECTS, render
+from rcgrpo.data.scenes import PLACES
 
 SIZE = 64
-TEXT_LENGTH = 16
-REGION_WEIGHT = 5.0
+TEXT_LENGTH = 20  # the longest instruction has 16 words
+REGION_WEIGHT = 12.0
+DRAWING_SHARE = 3.0
+"""How much more often an edit that draws an object is trained on than one that only removes."""
+KL_WEIGHT = 3e-3
 BF16 = torch.cpu._is_amx_tile_supported()  # without matrix units bf16 is slower than fp32
 
 
@@ -39,8 +43,8 @@ BF16 = torch.cpu._is_amx_tile_supported()  # without matrix units bf16 is slower
 def build_tokenizers() -> tuple[CLIPTokenizer, T5TokenizerFast]:
     """Word-level tokenizers over the data set's instructions; other words fall back to letters."""
     words = sorted(
-        {word for text in [*PLACES, *(thing.name for thing in OBJECTS)] for word in text.split()}
-        | set(["a", "an", "add", "remove", "replace", "with", "in", "the"])
+        {word for text in [*PLACES, *KINDS, *(thing.name for thing in OBJECTS)] for word in text.split()}
+        | {"a", "an", "add", "and", "in", "remove", "replace", "the", "with"}
     )
     letters = list(string.ascii_lowercase + string.digits + string.punctuation)
     pieces = ["<pad>", "</s>", "<unk>", "▁", *("▁" + word for word in words), *letters]
@@ -51,12 +55,15 @@ def build_tokenizers() -> tuple[CLIPTokenizer, T5TokenizerFast]:
         extra_ids=0,
         model_max_length=TEXT_LENGTH,
     )
-    merges: dict[tuple[str, str], None] = {}
+    merges: dict[tuple[str, str], int] = {}
     for word in words:
         symbols = [*word[:-1], word[-1] + "</w>"]
         while len(symbols) > 1:
-            merges[symbols[0], symbols[1]] = None
-            symbols = [symbols[0] + symbols[1], *symbols[2:]]
+            # Byte-pair encoding applies the oldest rule first; where none applies, this word gets a new one.
+            pairs = list(pairwise(symbols))
+            best = min(range(len(pairs)), key=lambda i: merges.get(pairs[i], len(merges)))
+            merges.setdefault(pairs[best], len(merges))
+            symbols[best : best + 2] = ["".join(pairs[best])]
     tokens = ["<|startoftext|>", "<|endoftext|>", *letters, *(letter + "</w>" for letter in letters)]
     tokens += [left + right for left, right in merges]
     clip = CLIPTokenizer(
@@ -139,6 +146,11 @@ def build_editor() -> dict[str, Any]:
 # ---------------------------------------------------------------- one training loop for both networks
 
 
+def as_matrix(kernel: torch.Tensor) -> torch.Tensor:
+    """`[out, in]`, or `[out, height · width · in]` of a kernel in channels-last memory, without a copy."""
+    return kernel.permute(0, 2, 3, 1).flatten(1) if kernel.ndim == 4 else kernel
+
+
 def fit(
     name: str,
     modules: torch.nn.ModuleDict,
@@ -147,37 +159,53 @@ def fit(
     steps: int,
     learning_rate: float,
     report: Callable[[], dict[str, float]],
+    muon_learning_rate: float | None = None,
+    save_every: int = 250,
 ) -> None:
-    """AdamW, warm-up and cosine decay, EMA; a checkpoint every 250 steps, from which it goes on with the same batches.
+    """AdamW, warm-up, a linear decay at the end, EMA; a stopped run goes on with the same batches.
 
-    `modules` holds the averaged weights at the end.
+    With a rate for it, Muon takes the matrices and convolution kernels, and AdamW the rest. `modules` holds the
+    averaged weights at the end.
     """
     parameters = [p for p in modules.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.98), weight_decay=1e-3)
+    tables = {m.weight for m in modules.modules() if isinstance(m, torch.nn.Embedding)}
+    kernels = [p for p in parameters if p.ndim >= 2 and p not in tables] if muon_learning_rate else []
+    others = [p for p in parameters if all(p is not kernel for kernel in kernels)]
+    # Muon wants matrices: one row for an output channel, in the kernel's own memory.
+    matrices = [torch.nn.Parameter(as_matrix(p.detach())) for p in kernels]
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=1e-3)]
+    peaks = [learning_rate]
+    if muon_learning_rate:
+        optimizers.append(torch.optim.Muon(matrices, weight_decay=0.0))
+        peaks.append(muon_learning_rate)
     ema = EMAModel(parameters, decay=0.999, use_ema_warmup=True, power=0.75)
     checkpoint, log = work / f"{name}.pt", work / f"{name}.jsonl"
     start, seconds = 0, 0.0
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
         modules.load_state_dict(state["modules"])
-        optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
         ema.load_state_dict(state["ema"])
         start, seconds = state["step"], state["seconds"]
     began = time.perf_counter()
     running = 0.0
     progress = tqdm(range(start, steps), initial=start, total=steps, desc=name, mininterval=5)
     for step in progress:
-        rate = min(1.0, (step + 1) / 200) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate * rate
+        rate = min(1.0, (step + 1) / 200, (steps - step) / (0.35 * steps))
+        for optimizer, peak in zip(optimizers, peaks, strict=True):
+            optimizer.param_groups[0]["lr"] = peak * rate
         loss = loss_function(torch.Generator().manual_seed(step))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for kernel, matrix in zip(kernels, matrices, strict=True):
+            matrix.grad, kernel.grad = as_matrix(kernel.grad), None
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         ema.step(parameters)
         running = 0.98 * running + 0.02 * loss.item() if step > start else loss.item()
-        if (step + 1) % 250 == 0 or step + 1 == steps:
+        if (step + 1) % save_every == 0 or step + 1 == steps:
             elapsed = seconds + time.perf_counter() - began
             ema.store(parameters)
             ema.copy_to(parameters)
@@ -188,7 +216,7 @@ def fit(
             progress.set_postfix({k: f"{v:.4g}" for k, v in row.items() if k != "step"})
             state = {
                 "modules": modules.state_dict(),
-                "optimizer": optimizer.state_dict(),
+                "optimizers": [optimizer.state_dict() for optimizer in optimizers],
                 "ema": ema.state_dict(),
                 "step": step + 1,
                 "seconds": elapsed,
@@ -231,6 +259,9 @@ def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
 def train_vae(work: Path, steps: int, pool: dict[str, Any], held_out: dict[str, Any], batch: int = 16) -> AutoencoderKL:
     torch.manual_seed(0)
     vae = build_vae().to(memory_format=torch.channels_last)
+    for name, module in vae.named_modules():
+        if name.endswith("conv2"):
+            torch.nn.init.zeros_(module.weight)  # residual blocks start as the identity: a shallow network learns first
     encoder, decoder = torch.compile(vae.encoder), torch.compile(vae.decoder)
     pictures = pool["pictures"].flatten(0, 1)
     test = held_out["pictures"][:64].flatten(0, 1).float() / 127.5 - 1
@@ -247,15 +278,15 @@ def train_vae(work: Path, steps: int, pool: dict[str, Any], held_out: dict[str, 
             mean, logvar = encoder(x).chunk(2, dim=1)
             logvar = logvar.clamp(-30, 20)
             decoded = decoder(mean + torch.exp(0.5 * logvar) * torch.randn(mean.shape, generator=generator))
-        error = decoded.float() - x
+        rmse = ((decoded.float() - x) ** 2).flatten(1).mean(1).sqrt()
         kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).float().mean()
-        return error.abs().mean() + 2 * (error**2).mean() + 1e-5 * kl
+        return rmse.mean() + KL_WEIGHT * kl
 
     @torch.no_grad()
     def report() -> dict[str, float]:
         return {"held_out_psnr": psnr(vae.decode(vae.encode(test).latent_dist.mode()).sample, test)}
 
-    fit("vae", torch.nn.ModuleDict({"vae": vae}), loss_function, work, steps, 2e-3, report)
+    fit("vae", torch.nn.ModuleDict({"vae": vae}), loss_function, work, steps, 2e-3, report, muon_learning_rate=0.02)
     with torch.no_grad():
         z = vae.encode(pictures[:2048].float() / 127.5 - 1).latent_dist.mode()
     vae.register_to_config(shift_factor=round(float(z.mean()), 6), scaling_factor=round(1 / float(z.std()), 6))
@@ -284,20 +315,24 @@ def encode_pool(work: Path, name: str, vae: AutoencoderKL, pool: dict[str, Any])
 def train_editor(
     work: Path,
     steps: int,
+    quarter_steps: int,
     data: tuple[torch.Tensor, torch.Tensor, list[str]],
     held_out: tuple[torch.Tensor, torch.Tensor, list[str]],
     batch: int = 32,
-    learning_rate: float = 1e-3,
 ) -> dict[str, Any]:
+    """First on single quarters of the pictures, three times as many for the same time, then on whole ones.
+
+    A quarter keeps its place in the position ids, so "in the top left" means what it says in both.
+    """
     torch.manual_seed(0)
     parts = build_editor()
     transformer, clip, t5 = parts["transformer"], parts["text_encoder"], parts["text_encoder_2"]
     side = SIZE // 8
     ids = FluxKontextPipeline._prepare_latent_image_ids(1, side, side, "cpu", torch.float32)
-    reference_ids = ids.clone()
-    reference_ids[:, 0] = 1
-    img_ids, txt_ids = torch.cat([ids, reference_ids]), torch.zeros(TEXT_LENGTH, 3)
-    forward = torch.compile(transformer)
+    everything = torch.arange(side**2)
+    quarters = everything.view(2, side // 2, 2, side // 2).transpose(1, 2).reshape(4, -1)
+    txt_ids = torch.zeros(TEXT_LENGTH, 3)
+    forward = torch.compile(transformer, dynamic=False)
 
     def tokenize(tokenizer: Any, texts: list[str]) -> torch.Tensor:
         return tokenizer(
@@ -309,39 +344,53 @@ def train_editor(
         return latents, weights, tokenize(parts["tokenizer"], texts), tokenize(parts["tokenizer_2"], texts)
 
     train, test = prepare(data), prepare(held_out)
+    odds = torch.tensor([1.0 if text.startswith("remove") else DRAWING_SHARE for text in data[2]])
 
     def flow_matching_loss(
-        arrays: tuple[torch.Tensor, ...], rows: torch.Tensor, generator: torch.Generator
+        arrays: tuple[torch.Tensor, ...], rows: torch.Tensor, tokens: torch.Tensor, generator: torch.Generator
     ) -> torch.Tensor:
         latents, weights, clip_ids, t5_ids = (array[rows] for array in arrays)
-        source, target = latents.float().unbind(1)
+        weights = weights[:, tokens]
+        source, target = latents[:, :, tokens].float().unbind(1)
         noise = torch.randn(target.shape, generator=generator)
         u = torch.rand(len(rows), generator=generator)
-        sigma = 1.6 * u / (1 + 0.6 * u)
+        sigma = 2.0 * u / (1 + u)
         x = torch.lerp(target, noise, sigma[:, None, None])
+        reference_ids = ids[tokens] + torch.tensor([1.0, 0.0, 0.0])
         with torch.autocast("cpu", torch.bfloat16, enabled=BF16):
             velocity = forward(
                 hidden_states=torch.cat([x, source], dim=1),
                 encoder_hidden_states=t5(t5_ids)[0],
                 pooled_projections=clip(clip_ids).pooler_output,
                 timestep=sigma,
-                img_ids=img_ids,
+                img_ids=torch.cat([ids[tokens], reference_ids]),
                 txt_ids=txt_ids,
                 return_dict=False,
             )[0][:, : target.shape[1]]
         return (weights * (velocity.float() - (noise - target)) ** 2).sum() / (weights.sum() * target.shape[-1])
 
-    def loss_function(generator: torch.Generator) -> torch.Tensor:
-        return flow_matching_loss(train, torch.randint(len(train[0]), (batch,), generator=generator), generator)
+    # A quarter is trained on mostly where the edit is, and now and then where nothing happens.
+    edited = (train[1][:, quarters, 0] > 1).any(-1)  # [rows, 4]
+    quarter_odds = odds[:, None] * torch.where(edited, 1.0, 0.05)
+
+    def quarters_loss(generator: torch.Generator) -> torch.Tensor:
+        place = int(torch.randint(4, (), generator=generator))
+        rows = torch.multinomial(quarter_odds[:, place], 3 * batch, generator=generator)
+        return flow_matching_loss(train, rows, quarters[place], generator)
+
+    def whole_loss(generator: torch.Generator) -> torch.Tensor:
+        return flow_matching_loss(train, torch.multinomial(odds, batch, generator=generator), everything, generator)
 
     @torch.no_grad()
     def report() -> dict[str, float]:
         generator = torch.Generator().manual_seed(7)
-        losses = [flow_matching_loss(test, torch.arange(i, i + batch), generator) for i in range(0, 4 * batch, batch)]
+        parts = [torch.arange(i, i + batch) for i in range(0, 4 * batch, batch)]
+        losses = [flow_matching_loss(test, rows, everything, generator) for rows in parts]
         return {"held_out_loss": float(torch.stack(losses).mean())}
 
     modules = torch.nn.ModuleDict({"transformer": transformer, "clip": clip, "t5": t5})
-    fit("editor", modules, loss_function, work, steps, learning_rate, report)
+    fit("quarters", modules, quarters_loss, work, quarter_steps, 1.5e-3, report)
+    fit("editor", modules, whole_loss, work, steps, 1.5e-3, report)
     return parts
 
 
@@ -361,8 +410,9 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/tiny"), help="checkpoints, logs, drawn pictures")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "weights", help="the folder to write")
     parser.add_argument("--pool", type=int, default=48_000, help="rows of CompBench-mini to draw")
-    parser.add_argument("--vae-steps", type=int, default=4_500)
-    parser.add_argument("--editor-steps", type=int, default=3_400)
+    parser.add_argument("--vae-steps", type=int, default=4_250)
+    parser.add_argument("--quarter-steps", type=int, default=2_500)
+    parser.add_argument("--editor-steps", type=int, default=1_250)
     arguments = parser.parse_args()
     work = arguments.work
     work.mkdir(parents=True, exist_ok=True)
@@ -370,7 +420,7 @@ def main() -> None:
     vae = train_vae(work, arguments.vae_steps, pool, held_out)
     data = (*encode_pool(work, "train", vae, pool), pool["instructions"])
     test = (*encode_pool(work, "test", vae, held_out), held_out["instructions"])
-    export(train_editor(work, arguments.editor_steps, data, test), vae, arguments.out)
+    export(train_editor(work, arguments.editor_steps, arguments.quarter_steps, data, test), vae, arguments.out)
 
 
 if __name__ == "__main__":

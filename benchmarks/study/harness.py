@@ -1,0 +1,299 @@
+"""Cells: what is planned, what is done already, and running the rest in parallel processes.
+
+A cell is one process with a folder of its own, named by a digest of everything that its result depends on, so that a
+finished cell is never repeated, two tables share the cells they have in common, and a changed setting or a retrained
+editor never meets an old result. `result.json` appears whole or not at all.
+"""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from rcgrpo.report import write_atomically
+
+from .tables import SHARED, Table, Variant, recipe
+
+ROOT = Path(__file__).resolve().parents[2]
+BACKWARD = 2
+"""A backward counts as two forwards, as usual."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How large cells are.
+
+    Args:
+        steps: updates of the recipe's settings; other settings get as many as the same compute pays for.
+        edits_per_update: edits of an update.
+        train_edits: training rows.
+        eval_edits: held-out rows, one candidate each.
+        survey_edits: held-out rows with a whole group each, for diversity, variance and leakage.
+        survey_generations: candidates of such a group.
+    """
+
+    steps: int = 12
+    edits_per_update: int = 6
+    train_edits: int = 512
+    eval_edits: int = 96
+    survey_edits: int = 16
+    survey_generations: int = 8
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One process's work.
+
+    Args:
+        kind: of the table.
+        config: all settings, recipe and variant together.
+        corruption: of the training masks.
+        trained: false evaluates the base.
+        budget: compute that training may spend, in units.
+        sizes, seed: as they say.
+        weights: digest of the editor's weights.
+        work: folder of the study.
+    """
+
+    kind: str
+    config: Mapping[str, Any]
+    corruption: tuple[str, float] | None
+    trained: bool
+    budget: float
+    sizes: Mapping[str, int]
+    seed: int
+    weights: str
+    work: Path
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """What the result depends on, as JSON has it."""
+        return json.loads(json.dumps({key: value for key, value in asdict(self).items() if key != "work"}))
+
+    @cached_property
+    def folder(self) -> Path:
+        """`work/cells/DIGEST`."""
+        return self.work / "cells" / digest(json.dumps(self.spec, sort_keys=True).encode())
+
+    def result(self) -> dict[str, Any] | None:
+        """What the cell found, `None` while it has not finished."""
+        path = self.folder / "result.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
+    @property
+    def units(self) -> float:
+        """Compute to expect: model calls on one sample, a backward as two."""
+        sizes, config = Sizes(**self.sizes), self.config
+        rollout = config["num_inference_steps"] * sizes.survey_edits * sizes.survey_generations
+        if self.kind == "train":
+            evaluation = 8 * sizes.eval_edits + rollout
+            return evaluation + (self.budget if self.trained else 0)
+        if self.kind == "leakage":
+            return 2 * rollout
+        # Three arms, each surveyed and with its gradients; about six rollouts to match the strengths.
+        return 9 * rollout + 3 * sizes.survey_edits * units_per_edit(config)
+
+
+def digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def finite(value: Any) -> Any:
+    """The same with None for NaN and infinities, which JSON does not know."""
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and (value != value or abs(value) == float("inf")) else value
+
+
+def weights_digest(folder: Path) -> str:
+    """Of all weights below a diffusers folder."""
+    whole = hashlib.sha256()
+    for path in sorted(folder.rglob("*.safetensors")):
+        whole.update(path.read_bytes())
+    return whole.hexdigest()[:16]
+
+
+# Equal compute --------------------------------------------------------------------------------------------------------
+
+
+def units_per_edit(config: Mapping[str, Any]) -> float:
+    """Forwards, and backwards as two forwards each, that one edit costs in one update with these settings."""
+    steps = config["num_inference_steps"]
+    calls = 2 * steps - 1 if config.get("solver") == "heun" else steps
+    transitions = config["num_anchors"] * config["num_policy_steps"]
+    forwards = config["num_generations"] * calls / config.get("num_iterations", 1)
+    forwards += transitions * (2 if config.get("beta") else 1)
+    guided = 2 if config.get("true_cfg_scale", 1) > 1 else 1
+    return guided * (forwards + BACKWARD * transitions)
+
+
+def updates_for(config: Mapping[str, Any], budget: float, edits_per_update: int) -> int:
+    """Updates that a budget pays for with these settings, at least one."""
+    return max(1, round(budget / (edits_per_update * units_per_edit(config))))
+
+
+class Compute:
+    """Counts samples that went through a transformer, forwards and backwards apart."""
+
+    def __init__(self) -> None:
+        self.forwards = self.backwards = 0
+
+    @property
+    def units(self) -> int:
+        return self.forwards + BACKWARD * self.backwards
+
+    def report(self) -> dict[str, int]:
+        return {"forwards": self.forwards, "backwards": self.backwards, "units": self.units}
+
+    @contextmanager
+    def counting(self, transformer: nn.Module) -> Iterator[None]:
+        """Count every call inside, also through wrappers such as PEFT's."""
+
+        def count(module: nn.Module, args: Any, output: Any) -> None:
+            states = output[0] if isinstance(output, tuple) else output.sample
+            self.forwards += len(states)
+            if states.requires_grad:
+                states.register_hook(self._count_backward)
+
+        handle = transformer.register_forward_hook(count)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _count_backward(self, gradient: Tensor) -> None:
+        self.backwards += len(gradient)
+
+
+# Planning -------------------------------------------------------------------------------------------------------------
+
+
+def plan(
+    table: Table,
+    sizes: Sizes,
+    seeds: Sequence[int],
+    weights: str,
+    work: Path,
+    overrides: Mapping[str, Any] | None = None,
+    only: Sequence[str] = (),
+) -> dict[tuple[str, int], Cell]:
+    """The table's cells by variant and seed.
+
+    Args:
+        overrides: settings for all variants, below their own.
+        only: names of variants; all by default.
+
+    Raises:
+        ValueError: a name that the table does not have.
+    """
+    names = [variant.name for variant in table.variants]
+    if unknown := [name for name in only if name not in names]:
+        raise ValueError(f"only: got {unknown}, expected some of {', '.join(names)}")
+    chosen = [variant for variant in table.variants if not only or variant.name in only]
+    common = {**recipe(), **SHARED, **(overrides or {})}
+    budget = sizes.steps * sizes.edits_per_update * units_per_edit(common)
+
+    def cell(variant: Variant, seed: int) -> Cell:
+        return Cell(
+            kind=table.kind,
+            config={**common, **variant.config},
+            corruption=variant.corruption,
+            trained=variant.trained,
+            budget=budget if variant.trained and table.kind == "train" else 0.0,
+            sizes=asdict(sizes),
+            seed=seed,
+            weights=weights,
+            work=work,
+        )
+
+    return {(variant.name, seed): cell(variant, seed) for variant in chosen for seed in seeds}
+
+
+def unfinished(cells: Sequence[Cell]) -> list[Cell]:
+    """Those without a result, each once."""
+    return list({cell.folder: cell for cell in cells if cell.result() is None}.values())
+
+
+def estimate(cells: Sequence[Cell], seconds_per_unit: float, workers: int, overhead: float = 20.0) -> float:
+    """Seconds that the unfinished cells will take; `overhead` is a cell's start and pictures."""
+    todo = unfinished(cells)
+    total = sum(cell.units * seconds_per_unit + overhead for cell in todo)
+    longest = max((cell.units * seconds_per_unit + overhead for cell in todo), default=0.0)
+    return max(total / workers, longest)
+
+
+def measured_rate(cells: Sequence[Cell]) -> float | None:
+    """Seconds per unit of the cells that have finished, `None` where none has."""
+    finished = {cell.folder: (cell, result) for cell in cells if (result := cell.result()) is not None}
+    units = sum(cell.units for cell, _ in finished.values())
+    return sum(result["seconds"]["total"] for _, result in finished.values()) / units if units else None
+
+
+# Running --------------------------------------------------------------------------------------------------------------
+
+
+def cell_command(folder: Path) -> list[str]:
+    """What runs a cell in its folder."""
+    return [sys.executable, "-m", "benchmarks.study.cell", str(folder)]
+
+
+def run_cells(
+    cells: Sequence[Cell],
+    workers: int = 2,
+    threads: int = 1,
+    command: Callable[[Path], list[str]] = cell_command,
+    report: Callable[[str], None] = print,
+) -> list[Cell]:
+    """Run what has no result yet, so many processes at a time; the output of each goes to `log.txt` in its folder.
+
+    A cell that fails stops no other. Ends its processes when it is interrupted.
+
+    Returns:
+        The cells that failed.
+    """
+    waiting, failed = unfinished(cells), []
+    total, done = len(waiting), 0
+    running: dict[subprocess.Popen[bytes], tuple[Cell, float]] = {}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
+    try:
+        while waiting or running:
+            while waiting and len(running) < workers:
+                cell = waiting.pop(0)
+                with write_atomically(cell.folder / "cell.json") as path:
+                    path.write_text(json.dumps(cell.spec, indent=1))
+                with (cell.folder / "log.txt").open("wb") as log:
+                    process = subprocess.Popen(
+                        command(cell.folder), stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=ROOT
+                    )
+                running[process] = cell, time.perf_counter()
+            ended = [process for process in running if process.poll() is not None]
+            for process in ended:
+                cell, began = running.pop(process)
+                done += 1
+                took = f"{time.perf_counter() - began:.0f} s"
+                if process.returncode or cell.result() is None:
+                    failed.append(cell)
+                    report(f"[{done}/{total}] FAILED after {took}: see {cell.folder / 'log.txt'}")
+                else:
+                    report(f"[{done}/{total}] {cell.folder.name} in {took}")
+            if not ended:
+                time.sleep(0.05)
+    finally:
+        for process in running:
+            process.terminate()
+        for process in running:
+            process.wait()
+    return failed

@@ -1,0 +1,253 @@
+"""What the study compares: every table, every variant, every option's name. To change the study, change this file.
+
+A variant is a set of differences to `rcgrpo train`'s recipe for the embedded editor; the recipe itself is read when a
+table is planned, so new defaults reach the study by themselves.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.resources import files
+from typing import Any, Literal
+
+import yaml
+
+from rcgrpo.regions import CORRUPTIONS
+
+Kind = Literal["train", "variance", "leakage"]
+
+RUN_KEYS = ("model", "dataset", "num_train_samples", "num_eval_samples", "max_steps", "save_steps", "logging_steps")
+"""Keys of the recipe that say how long a run is or where its data are, which sizes and cells decide here."""
+
+
+def recipe() -> dict[str, Any]:
+    """The recipe's settings that a variant may change: `RCGRPOConfig`'s fields, `reward_funcs`, `lora_*`."""
+    text = (files("rcgrpo") / "recipes" / "tiny.yaml").read_text()
+    return {key: value for key, value in yaml.safe_load(text).items() if key not in RUN_KEYS}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row of a table: differences to the recipe.
+
+    Args:
+        name: in tables and plots.
+        config: settings that differ from the recipe and from `SHARED`.
+        corruption: kind and severity of a fault in the training masks; rewards see the same fault, evaluation none.
+        trained: false for the base model, which is only evaluated.
+    """
+
+    name: str
+    config: Mapping[str, Any] = field(default_factory=dict)
+    corruption: tuple[str, float] | None = None
+    trained: bool = True
+
+
+@dataclass(frozen=True)
+class Table:
+    """One table of the study.
+
+    Args:
+        title: of its page.
+        question: what it answers, one sentence.
+        kind: what its cells do.
+        variants: its rows.
+        metrics: columns, name to title.
+        lower_is_better: of the metrics.
+        baseline: the variant that the others are tested against; by default none.
+        baseline_arm: for cells with several arms, the arm that the others are tested against.
+        plotted: metrics, or the curve's name, in the plot.
+        seeds: default number of seeds.
+    """
+
+    title: str
+    question: str
+    kind: Kind
+    variants: Sequence[Variant]
+    metrics: Mapping[str, str]
+    lower_is_better: frozenset[str] = frozenset()
+    baseline: str | None = None
+    baseline_arm: str | None = None
+    plotted: Sequence[str] = ()
+    curves: Sequence[str] = ()
+    seeds: int = 5
+
+
+SHARED: dict[str, Any] = {"attention_reward_weight": 0.0}
+"""What every variant has instead of the recipe's, so that each part is switched on by itself."""
+
+EDITING = {
+    "edit_score": "edit score",
+    "lp_t": "LP-T",
+    "lp_i": "LP-I",
+    "psnr": "PSNR (dB)",
+    "ssim": "SSIM",
+    "reward": "reward",
+}
+ARTEFACTS = {
+    "held_out": "held-out reward",
+    "edge_density": "edge density",
+    "colour_entropy": "colour entropy",
+    "diversity_inside": "diversity inside",
+    "attention_density": "attention density",
+    "attention_mass": "attention mass",
+}
+
+BASE = Variant("base", trained=False)
+NEIGHBOR = Variant("Neighbor GRPO", {"exploration": "global", "keep_weight": 1.0})
+RC_GRPO = Variant("RC-GRPO")
+ATTENTION = Variant("RC-GRPO + attention", {"attention_reward_weight": 0.05})
+
+# The edit's and the background's reward apart: once summed, once each on latents of its own.
+PARTS: dict[str, Any] = {"reward_funcs": ["region_edit", "background_keep"]}
+SUMMED = Variant("RC-GRPO, edit + keep summed", {**PARTS, "reward_weights": [1.0, 0.3]})
+REGION_ADVANTAGES = Variant(
+    "RC-GRPO, region advantages",
+    {
+        **PARTS,
+        "reward_weights": None,
+        "region_advantages": True,
+        "reward_regions": ["edit", "keep"],
+        "region_advantage_weights": [1.0, 0.3],
+    },
+)
+
+# The relatives start every candidate from noise of its own, as their papers do; the region's share is in `region`.
+FREE: dict[str, Any] = {"exploration": "global", "edit_strength": 1.0, "keep_weight": 1.0, "antithetic": False}
+REGION: dict[str, Any] = {"exploration": "region", "edit_strength": 1.0, "antithetic": False}
+FLOW: dict[str, Any] = {"policy": "flow_grpo", "policy_steps_range": [0.0, 0.875], "distance_space": "latents"}
+NFT: dict[str, Any] = {"policy": "nft", "distance_space": "latents"}
+
+MAIN = Table(
+    "The algorithm beside its relatives",
+    "Does the region constraint help at equal compute, and against whom?",
+    "train",
+    [
+        BASE,
+        NEIGHBOR,
+        RC_GRPO,
+        ATTENTION,
+        SUMMED,
+        REGION_ADVANTAGES,
+        Variant("Flow-GRPO", {**FLOW, **FREE}),
+        Variant("Flow-GRPO + region", {**FLOW, **REGION}),
+        Variant("DiffusionNFT", {**NFT, **FREE}),
+        Variant("DiffusionNFT + region", {**NFT, **REGION}),
+    ],
+    {**EDITING, "reward_per_minute": "reward gain per minute", "units": "compute (units)"},
+    baseline=NEIGHBOR.name,
+    plotted=("edit_score", "psnr"),
+)
+
+STRENGTHS = (0.3, 0.5, 0.7, 1.0)
+VARIANCE = Table(
+    "Reward variance within groups, at equal diversity inside",
+    "Does region noise reduce the variance that teaches nothing, or only the diversity?",
+    "variance",
+    [Variant(f"strength {s:g}", {"edit_strength": s, "antithetic": False}) for s in STRENGTHS],
+    {
+        "strength": "strength used",
+        "latent_var_inside": "latent variance inside",
+        "latent_var_outside": "latent variance outside",
+        "reward_var": "reward variance",
+        "split_edit": "of it: edit",
+        "split_keep": "of it: keep",
+        "edit_spearman": "Spearman edit",
+        "keep_spearman": "Spearman keep",
+        "gradient_snr": "gradient SNR",
+        "gradient_snr_unbiased": "gradient SNR², unbiased",
+    },
+    lower_is_better=frozenset({"latent_var_outside", "keep_spearman", "split_keep"}),
+    baseline_arm="global, matched",
+    plotted=("split_edit", "split_keep", "gradient_snr"),
+)
+
+LEAKAGE = Table(
+    "Leakage through the ODE",
+    "How much of the region's noise reaches the background, by step and by model depth?",
+    "leakage",
+    [Variant(f"strength {s:g}", {"edit_strength": s, "antithetic": False}) for s in STRENGTHS],
+    {
+        "latent_var_inside": "latent variance inside, σ = 0",
+        "latent_var_outside": "latent variance outside, σ = 0",
+        "leakage": "leakage",
+    },
+    lower_is_better=frozenset({"latent_var_outside", "leakage"}),
+    baseline_arm="global",
+    curves=("outside_by_step", "leakage_by_step", "leakage_by_block_first", "leakage_by_block_middle"),
+)
+
+MASKS = Table(
+    "Imperfect masks",
+    "Where does the region constraint's benefit end as the training masks get worse?",
+    "train",
+    [
+        BASE,
+        NEIGHBOR,
+        RC_GRPO,
+        *(
+            Variant(f"{kind} {severity:g}", corruption=(kind, severity))
+            for kind in CORRUPTIONS
+            for severity in (0.5, 1.0)
+        ),
+    ],
+    EDITING,
+    baseline=NEIGHBOR.name,
+    plotted=("edit_score", "psnr"),
+    seeds=3,
+)
+
+ATTENTION_SWEEP = Table(
+    "The attention reward",
+    "What does the attention reward do to concentration, diversity, artefacts and the background?",
+    "train",
+    [
+        BASE,
+        RC_GRPO,
+        *(Variant(f"weight {w:g}", {"attention_reward_weight": w}) for w in (0.02, 0.05, 0.2, 1.0)),
+        Variant("attention alone", {"attention_reward_weight": 1.0, "reward_weights": [0.0, 0.0]}),
+    ],
+    {**EDITING, **ARTEFACTS},
+    baseline=RC_GRPO.name,
+    plotted=("attention_density", "diversity_inside", "held_out", "psnr"),
+    seeds=3,
+)
+
+SWEEPS: dict[str, Sequence[Any]] = {
+    "keep_strength": (0.1, 0.3),
+    "edit_strength": (0.3, 0.5, 1.0),
+    "keep_weight": (0.0, 1.0),
+    "num_generations": (6, 24),
+    "num_anchors": (2, 8),
+    "num_policy_steps": (2, 8),
+    "num_inference_steps": (4, 12),
+    "solver": ("heun", "dpmpp_2m", "unipc"),
+}
+"""Around the recipe, one at a time."""
+
+SETTINGS = Table(
+    "One setting at a time",
+    "Which settings matter at equal compute?",
+    "train",
+    [
+        BASE,
+        RC_GRPO,
+        *(
+            Variant(f"{name} {value:g}" if isinstance(value, float | int) else f"{name} {value}", {name: value})
+            for name, values in SWEEPS.items()
+            for value in values
+        ),
+    ],
+    {**EDITING, "updates": "updates"},
+    baseline=RC_GRPO.name,
+    plotted=("edit_score", "psnr"),
+    seeds=3,
+)
+
+TABLES: dict[str, Table] = {
+    "a": MAIN,
+    "b": VARIANCE,
+    "c": LEAKAGE,
+    "d": MASKS,
+    "e": ATTENTION_SWEEP,
+    "f": SETTINGS,
+}

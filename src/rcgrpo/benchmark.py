@@ -1,0 +1,374 @@
+"""A model with and without LoRAs on a data set: sampled in batches, measured, kept on disk as it goes.
+
+Where it fits: `rcgrpo evaluate` reads flags, calls `run`, and hands the records to `results`. Pictures come from the
+stock diffusers pipeline, without masks, as anybody gets them; what is measured stands in `evaluation`. Every contender
+starts each edit from the same noise, which depends on the seed and the row alone.
+
+A folder holds `settings.json` (what decides the numbers), `samples.jsonl` (one line per row, appended batch by batch)
+and `images/CONTENDER/ID.png`.
+
+Gotchas:
+- In a multi-turn edit turn 2 starts from the contender's own turn 1, but its background is compared with the data
+  set's source of turn 2, as CompBench's owners do.
+- A batch is repeated whole after a crash, so that a resumed run equals an uninterrupted one. With another batch size
+  it does up to rounding.
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from diffusers import FluxKontextPipeline
+from huggingface_hub import hf_hub_download
+from PIL import Image
+from tqdm.auto import tqdm
+
+from .compbench import NOT_SCORED, parse_turn, sub_task
+from .data.edits import Edit, EditRows
+from .editors.flux_kontext import fit_size
+from .evaluation import Result, Scorer
+from .hub import LORA_FILE
+from .noise import keyed_generator
+from .report import write_atomically
+
+BASE = "base"
+SETTINGS, SAMPLES, IMAGES = "settings.json", "samples.jsonl", "images"
+Record = dict[str, Any]
+
+
+# Contenders -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Contender:
+    """The model as it is (no `lora`), or with one LoRA file."""
+
+    name: str
+    lora: Path | None = None
+
+
+def contenders(loras: Sequence[str]) -> list[Contender]:
+    """The base and one contender per LoRA, named after its folder, file or repository.
+
+    Args:
+        loras: each a file, a folder that holds `pytorch_lora_weights.safetensors`, or a Hub id.
+
+    Raises:
+        ValueError: a folder without the file, or a name that is neither here nor on the Hub.
+    """
+    found = [Contender(BASE)]
+    for lora in loras:
+        file = _lora_file(lora)
+        path = Path(lora).resolve() if Path(lora).exists() else Path(lora)
+        if path.is_file():
+            path = path.parent if path.name == LORA_FILE else path.with_suffix("")
+        name = re.sub(r"[^\w.-]+", "-", path.name)
+        same = sum(re.fullmatch(rf"{re.escape(name)}(-\d+)?", other.name) is not None for other in found)
+        found.append(Contender(f"{name}-{same + 1}" if same else name, file))
+    return found
+
+
+def _lora_file(lora: str) -> Path:
+    path = Path(lora)
+    if path.is_dir():
+        path /= LORA_FILE
+        if not path.is_file():
+            raise ValueError(f"lora: got the folder {lora}, expected {LORA_FILE} in it; name the file itself")
+    elif not path.exists():
+        try:
+            path = Path(hf_hub_download(lora, LORA_FILE))
+        except Exception as error:  # the client has a dozen kinds
+            raise ValueError(
+                f"lora: got {lora!r}, expected a folder or file that exists, or a Hub id whose repository holds "
+                f"{LORA_FILE} ({type(error).__name__}: {error})"
+            ) from error
+    return path
+
+
+def load_loras(pipeline: FluxKontextPipeline, entrants: Sequence[Contender]) -> None:
+    """Load every contender's LoRA beside the others; `switch_to` chooses among them."""
+    for contender in entrants:
+        if contender.lora is not None:
+            file = contender.lora
+            pipeline.load_lora_weights(
+                str(file.parent), weight_name=file.name, adapter_name=_adapter(contender), local_files_only=True
+            )
+
+
+def switch_to(pipeline: FluxKontextPipeline, contender: Contender) -> None:
+    """Make the pipeline draw as this contender."""
+    if contender.lora is not None:
+        pipeline.enable_lora()
+        pipeline.set_adapters(_adapter(contender))
+    elif pipeline.get_list_adapters():
+        pipeline.disable_lora()
+
+
+def _adapter(contender: Contender) -> str:
+    return f"rcgrpo_{contender.name}".replace(".", "_")  # PyTorch allows no dots in names of modules
+
+
+# Rows -----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which rows are edited, in units of one row or of one edit's turns; `not_scored` counts the others by reason."""
+
+    units: list[tuple[int, ...]]
+    not_scored: dict[str, int]
+
+    @property
+    def rows(self) -> list[int]:
+        """All row numbers, in the order of the units."""
+        return [row for unit in self.units for row in unit]
+
+
+def make_plan(rows: EditRows, num_samples: int | None = None) -> Plan:
+    """Pair the turns of multi-turn edits and leave out the tasks that no metric scores.
+
+    Args:
+        rows: with CompBench's columns `task` and `image_path` where there are any.
+        num_samples: so many units, evenly spaced over the data set; all by default.
+
+    Raises:
+        ValueError: nothing is left.
+    """
+    tasks, paths = _column(rows, "task"), _column(rows, "image_path")
+    not_scored: Counter[str] = Counter()
+    turns: dict[tuple[str, str], dict[int, int]] = {}
+    units: list[tuple[int, ...]] = []
+    for row, (task, path) in enumerate(zip(tasks, paths, strict=True)):
+        turn = parse_turn(path)
+        if task in NOT_SCORED:
+            not_scored[task] += 1
+        elif turn is None:
+            units.append((row,))
+        else:
+            turns.setdefault((task, turn.name), {})[turn.number] = row
+    for (task, _), members in turns.items():
+        ordered = sorted(members)
+        if ordered == list(range(1, len(ordered) + 1)):
+            units.append(tuple(members[number] for number in ordered))
+        else:
+            not_scored[f"{task} without its other turn"] += len(members)
+    units.sort()
+    if not units:
+        raise ValueError(f"dataset: got no rows that can be scored, only {dict(not_scored)}")
+    if num_samples is not None and num_samples < len(units):
+        units = [units[i * len(units) // num_samples] for i in range(num_samples)]
+    return Plan(units, dict(not_scored))
+
+
+def _column(rows: EditRows, name: str) -> list[str]:
+    """A text column, empty where the data set has none; pictures stay undecoded."""
+    known = getattr(rows.rows, "column_names", None)
+    if known is not None:
+        return [value or "" for value in rows.rows[name]] if name in known else [""] * len(rows)
+    return [rows.rows[i].get(name) or "" for i in range(len(rows))]
+
+
+def rows_digest(rows: EditRows, plan: Plan) -> str:
+    """A short digest of which rows are evaluated, to tell one selection from another."""
+    columns = [_column(rows, name) for name in ("task", "image_path", rows.prompt_column)]
+    text = repr([[column[row] for column in columns] for row in plan.rows])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+# Sampling -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How every contender draws.
+
+    Args:
+        resolution: pictures are made at `resolution²` pixels, keeping the source's aspect ratio.
+        num_inference_steps, guidance_scale, max_sequence_length: as in the pipeline.
+        seed: of the noise.
+    """
+
+    resolution: int
+    num_inference_steps: int
+    guidance_scale: float = 3.5
+    max_sequence_length: int = 512
+    seed: int = 0
+
+
+def sample(pipeline: FluxKontextPipeline, edits: Sequence[Edit], sampling: Sampling) -> list[Image.Image]:
+    """One picture per edit, whose noise depends on the seed and `edit.row` alone; one call for all of one size."""
+    area = sampling.resolution**2
+    sizes = [fit_size(e.source.height, e.source.width, area, pipeline.vae_scale_factor * 2) for e in edits]
+    pictures: dict[int, Image.Image] = {}
+    for height, width in dict.fromkeys(sizes):
+        chosen = [i for i, size in enumerate(sizes) if size == (height, width)]
+        drawn = pipeline(
+            image=[pipeline.image_processor.resize(edits[i].source, height, width) for i in chosen],
+            prompt=[edits[i].prompt for i in chosen],
+            height=height,
+            width=width,
+            max_area=height * width,
+            _auto_resize=False,
+            num_inference_steps=sampling.num_inference_steps,
+            guidance_scale=sampling.guidance_scale,
+            max_sequence_length=sampling.max_sequence_length,
+            generator=[keyed_generator(sampling.seed, "evaluate", edits[i].row) for i in chosen],
+        ).images
+        pictures.update(zip(chosen, drawn, strict=True))
+    return [pictures[i] for i in range(len(edits))]
+
+
+# Run ------------------------------------------------------------------------------------------------------------------
+
+
+def open_folder(folder: Path, settings: Mapping[str, Any], resume: bool) -> list[Record]:
+    """Make the folder for these settings, or check that it was made with them.
+
+    Returns:
+        The records that an earlier run left; a last line that a crash cut short is not among them.
+
+    Raises:
+        ValueError: the folder holds an evaluation and `resume` is False, or one with other settings.
+    """
+    file = folder / SETTINGS
+    settings = json.loads(json.dumps(settings))
+    if not file.exists():
+        with write_atomically(file) as path:
+            path.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+        return []
+    if not resume:
+        raise ValueError(
+            f"output_dir: {folder} holds an earlier evaluation, expected a new folder; name another one, or resume it"
+        )
+    earlier = json.loads(file.read_text(encoding="utf-8"))
+    differing = [key for key in {**earlier, **settings} if earlier.get(key) != settings.get(key)]
+    if differing:
+        changes = "; ".join(f"{key}: then {earlier.get(key)!r}, now {settings.get(key)!r}" for key in differing)
+        raise ValueError(
+            f"resume: {folder} was evaluated with other settings ({changes}); set them back, or name another output_dir"
+        )
+    return read_records(folder)
+
+
+def read_records(folder: Path) -> list[Record]:
+    """The records written so far."""
+    file = folder / SAMPLES
+    if not file.exists():
+        return []
+    lines = file.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1]]  # what follows the last line break was not finished
+
+
+def run(
+    pipeline: FluxKontextPipeline,
+    entrants: Sequence[Contender],
+    rows: EditRows,
+    plan: Plan,
+    sampling: Sampling,
+    scorer: Scorer,
+    folder: Path,
+    earlier: Sequence[Record] = (),
+    batch_size: int = 8,
+) -> list[Record]:
+    """Sample and measure what `earlier` lacks; each batch is on disk before the next one starts.
+
+    A row that cannot be read is recorded with its error and gets no scores.
+
+    Args:
+        pipeline: with the contenders' LoRAs loaded.
+        earlier: from `open_folder`.
+        batch_size: units of `plan` at a time.
+
+    Returns:
+        One record for each chosen row, in order: `id`, `row`, `task`, `sub_task`, `image_path`, `instruction`, and
+        `scores` (contender to metric to value or None) or `error`.
+    """
+    pipeline.set_progress_bar_config(disable=True)
+    known = {record["row"]: record for record in earlier}
+    batches = [plan.units[i : i + batch_size] for i in range(0, len(plan.units), batch_size)]
+    done = [all(row in known for unit in batch for row in unit) for batch in batches]
+    kept = [known[row] for batch, ready in zip(batches, done, strict=True) if ready for unit in batch for row in unit]
+    with write_atomically(folder / SAMPLES) as path:  # without the lines of half-written batches
+        path.write_text("".join(map(_line, kept)), encoding="utf-8")
+    records = {record["row"]: record for record in kept}
+    total = len(plan.rows)
+    with (
+        tqdm(total=total, initial=len(kept), desc="evaluating", unit="edit") as progress,
+        (folder / SAMPLES).open("a", encoding="utf-8") as stream,
+    ):
+        for batch, ready in zip(batches, done, strict=True):
+            if ready:
+                continue
+            fresh = _run_batch(pipeline, entrants, rows, batch, sampling, scorer, folder)
+            stream.write("".join(map(_line, fresh)))
+            stream.flush()
+            os.fsync(stream.fileno())
+            records |= {record["row"]: record for record in fresh}
+            progress.update(len(fresh))
+    return [records[row] for row in plan.rows]
+
+
+def _line(record: Record) -> str:
+    return json.dumps(record, ensure_ascii=False) + "\n"
+
+
+def _run_batch(
+    pipeline: FluxKontextPipeline,
+    entrants: Sequence[Contender],
+    rows: EditRows,
+    batch: Sequence[tuple[int, ...]],
+    sampling: Sampling,
+    scorer: Scorer,
+    folder: Path,
+) -> list[Record]:
+    edits: list[list[Edit]] = []
+    records: dict[int, Record] = {}
+    for unit in batch:
+        try:
+            decoded = [rows.edit(row) for row in unit]
+        except ValueError as error:
+            records |= {row: _record(rows, row, error=str(error)) for row in unit}
+            continue
+        edits.append(decoded)
+        records |= {edit.row: _record(rows, edit.row, scores={}) for edit in decoded}
+    for contender in entrants:
+        switch_to(pipeline, contender)
+        results: list[tuple[int, Result]] = []
+        previous: dict[int, Image.Image] = {}
+        for turn in range(max(map(len, edits), default=0)):
+            members = [i for i, unit in enumerate(edits) if turn < len(unit)]
+            starts = [replace(edits[i][turn], source=previous.get(i, edits[i][turn].source)) for i in members]
+            for i, picture in zip(members, sample(pipeline, starts, sampling), strict=True):
+                previous[i] = picture
+                results.append((edits[i][turn].row, Result.of(picture, edits[i][turn])))
+        scores = scorer([result for _, result in results]) if results else {}
+        for place, (row, result) in enumerate(results):
+            with write_atomically(picture_path(folder, contender.name, row)) as path:
+                result.image.save(path)
+            records[row]["scores"][contender.name] = {name: values[place] for name, values in scores.items()}
+    return [records[row] for unit in batch for row in unit]
+
+
+def _record(rows: EditRows, row: int, **outcome: Any) -> Record:
+    columns = rows.rows[row]
+    task, path = (columns.get(name) or "" for name in ("task", "image_path"))
+    return {
+        "id": f"{row:05d}",
+        "row": row,
+        "task": task,
+        "sub_task": sub_task(task, path) or "all",
+        "image_path": path,
+        "instruction": str(columns[rows.prompt_column]),
+        **outcome,
+    }
+
+
+def picture_path(folder: Path, contender: str, row: int) -> Path:
+    """Where a contender's picture of a row lies."""
+    return folder / IMAGES / contender / f"{row:05d}.png"

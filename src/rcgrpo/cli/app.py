@@ -1,0 +1,95 @@
+"""`rcgrpo app`: a page to paint a region and compare base and LoRA."""
+
+import importlib.util
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from .parsing import TINY, UsageError, parse, use_embedded_model
+
+AUTH_VARIABLE = "RCGRPO_APP_AUTH"
+
+
+@dataclass
+class AppArguments:
+    """What to show, and to whom, for `rcgrpo app`."""
+
+    model: str = field(default=TINY, metadata={"help": f"{TINY} (embedded), or a Hub id or folder of a Kontext model."})
+    lora: list[str] = field(
+        default_factory=list, metadata={"help": "LoRAs to choose from: folders, files or Hub ids; others can be typed."}
+    )
+    host: str = field(
+        default="127.0.0.1",
+        metadata={"help": f"Address to listen on; other than this machine's own, it takes {AUTH_VARIABLE}."},
+    )
+    port: int = field(default=7860, metadata={"help": "0 for the first free one from 7860."})
+    auth_variable: str = field(
+        default=AUTH_VARIABLE, metadata={"help": "Environment variable that holds `user:password`."}
+    )
+    resolution: int | None = field(
+        default=None, metadata={"help": f"Edit at resolution² pixels; 1024 by default, 64 for {TINY}."}
+    )
+    num_inference_steps: int | None = field(default=None, metadata={"help": f"ODE steps; 28 by default, 8 for {TINY}."})
+    guidance_scale: float = field(default=3.5, metadata={"help": "Distilled guidance."})
+
+
+def run(arguments: Sequence[str]) -> None:
+    """`rcgrpo app`: load the model, serve the page until interrupted."""
+    (args,) = parse((AppArguments,), arguments, None, "rcgrpo app")
+    from ..rewards.transport import is_loopback
+
+    auth = read_auth(args.auth_variable)
+    if auth is None and not is_loopback(args.host):
+        raise UsageError(
+            f"--host: got {args.host!r}, which other machines can reach; set {args.auth_variable}=user:password in the "
+            "environment, or listen on 127.0.0.1"
+        )
+    for name in ("resolution", "num_inference_steps"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UsageError(f"--{name}: got {value}, expected at least 1")
+    if importlib.util.find_spec("gradio") is None:  # known before a large model is loaded
+        raise UsageError("the app needs Gradio: pip install 'rcgrpo[app]'")
+    tiny = args.model == TINY
+    if tiny:
+        os.environ.setdefault("HF_HUB_OFFLINE", "0")  # a LoRA may come from the Hub all the same
+        use_embedded_model()
+    import torch
+
+    from ..app import create_app, serve
+    from ..benchmark import Sampling
+    from ..pipeline import RegionDecoupledFluxKontextPipeline
+    from ..tiny import CALL, WEIGHTS
+
+    pipeline = RegionDecoupledFluxKontextPipeline.from_pretrained(
+        str(WEIGHTS) if tiny else args.model, torch_dtype=torch.float32 if tiny else torch.bfloat16
+    )
+    if torch.cuda.is_available():
+        pipeline.to("cuda")
+    sampling = Sampling(
+        args.resolution or (CALL["width"] if tiny else 1024),
+        args.num_inference_steps or (CALL["num_inference_steps"] if tiny else 28),
+        args.guidance_scale,
+        CALL["max_sequence_length"] if tiny else 512,
+    )
+    # The tiny model's vocabulary is the data set's.
+    prepare = (lambda text: text.lower().strip(" .!")) if tiny else str.strip
+    try:
+        serve(create_app(pipeline, sampling, args.lora, prepare), args.host, args.port, auth)
+    except OSError as error:
+        raise UsageError(f"--port: got {args.port}, expected a free one, or 0 to find it ({error})") from error
+
+
+def read_auth(variable: str) -> tuple[str, str] | None:
+    """User and password from the environment, if they are there.
+
+    Raises:
+        UsageError: something else than `user:password`.
+    """
+    given = os.environ.get(variable)
+    if not given:
+        return None
+    user, colon, password = given.partition(":")
+    if not (user and colon and password):
+        raise UsageError(f"{variable}: got no `user:password`, expected both, with a colon between them")
+    return user, password

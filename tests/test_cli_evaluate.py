@@ -1,0 +1,126 @@
+"""`rcgrpo evaluate`: its defaults, its answers, and the whole command in miniature."""
+
+import json
+from pathlib import Path
+
+import pytest
+from datasets import Dataset
+
+from rcgrpo.cli import evaluate
+from rcgrpo.cli.evaluate import COMPBENCH, EvaluateArguments, fill_in, gather_repeated, load_rows
+from rcgrpo.cli.parsing import UsageError, parse
+from rcgrpo.data import EditRows, compbench_mini
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+def settled(*arguments):
+    (args,) = parse((EvaluateArguments,), gather_repeated(arguments, "--lora"), None, "rcgrpo evaluate")
+    fill_in(args)
+    return args
+
+
+def test_defaults_follow_model_and_data():
+    tiny = settled()
+    assert (tiny.resolution, tiny.num_inference_steps, tiny.max_sequence_length) == (64, 8, 16)
+    assert tiny.metrics == ["psnr", "ssim", "lp_t", "lp_i", "edit_score"] and tiny.metric_size is None
+    assert (tiny.splits, tiny.intervals_by, tiny.output_dir) == (["test"], "edit", "rcgrpo-evaluation")
+    real = settled("--model", "black-forest-labs/FLUX.1-Kontext-dev", "--dataset", COMPBENCH)
+    assert (real.resolution, real.num_inference_steps, real.max_sequence_length) == (1024, 28, 512)
+    assert real.metrics == ["lc_t", "lc_i", "psnr", "ssim", "lpips"] and real.metric_size == 512
+    assert (real.splits, real.intervals_by) == (["train", "multi_turn"], "video")
+    kept = settled("--dataset", COMPBENCH, "--held_out", "0.1", "--metric_size", "256", "--metrics", "psnr", "ssim")
+    assert kept.splits == ["train:held_out", "multi_turn:held_out"]
+    assert (kept.metric_size, kept.metrics) == (256, ["psnr", "ssim"])
+    Path("rcgrpo-evaluation").mkdir()
+    assert settled().output_dir == "rcgrpo-evaluation-2"
+
+
+def test_loras_may_be_repeated_or_listed():
+    for given in (["--lora", "a", "--lora", "b"], ["--lora", "a", "b"], ["--lora=a", "--seed", "3", "--lora=b"]):
+        assert settled(*given).lora == ["a", "b"]
+    assert settled("--lora", "a", "--resume", "--output_dir", "x", "--lora", "b").lora == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--metrics", "mse"], "--metrics: got 'mse', expected some of lc_t lc_i psnr"),
+        (["--resume"], "--resume: got no --output_dir"),
+        (["--num_samples", "0"], "--num_samples: got 0, expected at least 1"),
+        (["--intervals_by", "frame"], "--intervals_by: got 'frame', expected 'video' or 'edit'"),
+        (["--held_out", "0.1"], "--held_out: got 0.1, expected 0 on compbench-mini"),
+        (["--lroa", "x"], "the nearest known one is --lora"),
+        (["--splits", "validation"], "--splits: got validation, expected test or train"),
+    ],
+)
+def test_typing_errors(arguments, said):
+    with pytest.raises(UsageError, match=said):
+        evaluate.run(arguments)
+    assert not list(Path().iterdir())
+
+
+def test_a_missing_clip_stops_it_at_the_start(tmp_path):
+    with pytest.raises(ValueError, match=r"CLIP: got .*nowhere.*Metrics that need neither: psnr"):
+        evaluate.run(["--metrics", "lc_t", "psnr", "--clip_model", str(tmp_path / "nowhere"), "--num_samples", "2"])
+    assert not list(Path().iterdir())
+
+
+def write_split(folder, name, rows):
+    features = compbench_mini("test", 1).features
+    Dataset.from_list(rows, features=features).to_parquet(folder / "data" / f"{name}-00000-of-00001.parquet")
+
+
+@pytest.fixture
+def compbench_like(tmp_path):
+    """A folder with CompBench's two splits: one row without a mask, and one pair of turns."""
+    folder = tmp_path / "set"
+    (folder / "data").mkdir(parents=True)
+    data = list(compbench_mini("test", 6))
+    data[1] |= {"task": "action", "mask": None, "image_path": "00000.png"}
+    write_split(folder, "train", data[:4])
+    for turn, row in enumerate(data[4:], start=1):
+        row |= {"task": "multi_turn_add", "image_path": f"turn{turn}_add/02b72b8d_00002_t1.png"}
+    write_split(folder, "multi_turn", data[4:])
+    return str(folder)
+
+
+def test_splits_are_read_one_after_another(compbench_like):
+    rows = EditRows(load_rows(settled("--dataset", compbench_like, "--splits", "train", "multi_turn")), "evaluation")
+    assert len(rows) == 6
+    first, last = rows.edit(0), rows.edit(5)
+    assert first.columns["task"] == "add" and first.columns["edited_image"].size == (64, 64)
+    assert last.columns["image_path"] == "turn2_add/02b72b8d_00002_t1.png" and last.mask.max() == 1
+
+
+def test_the_command_on_a_benchmark_in_a_folder(compbench_like, capsys):
+    call = ["--dataset", compbench_like, "--splits", "train", "multi_turn", "--metrics", "psnr", "--metric_size", "96"]
+    call += ["--num_inference_steps", "1", "--output_dir", "out"]
+    evaluate.run(call)
+    results = json.loads(Path("out/results.json").read_text())
+    assert results["not_scored"] == {"action": 1}
+    assert {s["name"] for s in results["sub_tasks"]} >= {"add", "turn1_add", "turn2_add"}
+    shown = capsys.readouterr().out
+    assert "Not scored: action (1)." in shown and "published" not in shown
+    assert len(Path("out/samples.jsonl").read_text().splitlines()) == 5
+    before = Path("out/samples.jsonl").read_bytes()
+    evaluate.run([*call, "--resume"])
+    assert Path("out/samples.jsonl").read_bytes() == before
+    with pytest.raises(ValueError, match=r"resume: .*seed.*: 0.*now"):
+        evaluate.run([*call, "--resume", "--seed", "1"])
+    with pytest.raises(ValueError, match="output_dir: out holds an earlier evaluation"):
+        evaluate.run(call)
+
+
+def test_the_command_without_arguments_in_miniature(capsys):
+    evaluate.run(["--num_samples", "2", "--num_inference_steps", "1", "--metrics", "psnr", "ssim"])
+    folder = Path("rcgrpo-evaluation")
+    assert {p.name for p in folder.iterdir()} == {
+        *("images", "report.html", "results.json", "results.md", "samples.jsonl", "settings.json")
+    }
+    assert "background SSIM" in capsys.readouterr().out
+    assert len(list((folder / "images" / "base").glob("*.png"))) == 2
