@@ -3,8 +3,8 @@
     python -m rcgrpo.tiny.recipe --work runs/tiny --out src/rcgrpo/tiny/weights
 
 Stages, each skipped when its result is there: `pool` draws CompBench-mini's training pictures; `vae` trains the
-autoencoder on them; `latents` encodes them once; `editor` trains transformer and text encoders together with the
-flow-matching loss, the region weighted; `export` writes a plain diffusers folder in half precision.
+autoencoder on them; `latents` encodes them once; `quarters`, then `editor` train transformer and text encoders together
+with the flow-matching loss, the region weighted; `export` writes a plain diffusers folder in half precision.
 """
 
 import argparse
@@ -162,7 +162,7 @@ def fit(
     muon_learning_rate: float | None = None,
     save_every: int = 250,
 ) -> None:
-    """AdamW, warm-up, a linear decay at the end, EMA; a stopped run goes on with the same batches.
+    """AdamW, warm-up, a linear decay over the last three quarters, EMA; a stopped run goes on with the same batches.
 
     With a rate for it, Muon takes the matrices and convolution kernels, and AdamW the rest. `modules` holds the
     averaged weights at the end.
@@ -192,7 +192,7 @@ def fit(
     running = 0.0
     progress = tqdm(range(start, steps), initial=start, total=steps, desc=name, mininterval=5)
     for step in progress:
-        rate = min(1.0, (step + 1) / 200, (steps - step) / (0.35 * steps))
+        rate = min(1.0, (step + 1) / 200, (steps - step) / (0.75 * steps))
         for optimizer, peak in zip(optimizers, peaks, strict=True):
             optimizer.param_groups[0]["lr"] = peak * rate
         loss = loss_function(torch.Generator().manual_seed(step))
@@ -411,8 +411,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "weights", help="the folder to write")
     parser.add_argument("--pool", type=int, default=48_000, help="rows of CompBench-mini to draw")
     parser.add_argument("--vae-steps", type=int, default=4_250)
-    parser.add_argument("--quarter-steps", type=int, default=2_500)
-    parser.add_argument("--editor-steps", type=int, default=1_250)
+    parser.add_argument("--quarter-steps", type=int, default=1_250)
+    parser.add_argument("--editor-steps", type=int, default=2_150)
     arguments = parser.parse_args()
     work = arguments.work
     work.mkdir(parents=True, exist_ok=True)
