@@ -72,7 +72,15 @@ class Table:
     seeds: int = 5
 
 
-SHARED: dict[str, Any] = {"attention_reward_weight": 0.0}
+SHARED: dict[str, Any] = {
+    "attention_reward_weight": 0.0,
+    "region_advantages": False,
+    "reward_regions": None,
+    "region_advantage_weights": None,
+    "reward_funcs": ["compbench_mini", "region_edit"],
+    "reward_weights": [1.0, 2.0],
+    "keep_weight": 0.3,
+}
 """What every variant has instead of the recipe's, so that each part is switched on by itself."""
 
 EDITING = {
@@ -104,10 +112,10 @@ REGION_ADVANTAGES = Variant(
     "RC-GRPO, region advantages",
     {
         **PARTS,
-        "reward_weights": None,
+        "reward_weights": [1.0, 1.0],
         "region_advantages": True,
         "reward_regions": ["edit", "keep"],
-        "region_advantage_weights": [1.0, 0.3],
+        "region_advantage_weights": [1.0, 1.0],
     },
 )
 
