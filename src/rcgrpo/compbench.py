@@ -27,6 +27,9 @@ from .metrics import COMPBENCH_SIZE, first_words
 CLIP_MODEL = "openai/clip-vit-large-patch14"
 """The CLIP that LC-T and LC-I are defined with. Any other one gives other numbers."""
 
+CLIP_BATCH = 32
+"""Pictures that CLIP looks at together."""
+
 CATEGORIES: dict[str, tuple[str, ...]] = {
     "Local": ("add", "remove", "replace"),
     "Multi-object": ("multi_object_add", "multi_object_remove"),
@@ -100,16 +103,17 @@ def foreground_box(mask: Image.Image) -> tuple[int, int, int, int] | None:
 
 
 class Clip:
-    """CLIP's two towers, frozen, in fp32, on the GPU if there is one. Features have unit norm.
+    """CLIP's two towers, frozen, in fp32. Features have unit norm.
 
     Args:
         name: Hub id or folder of a `CLIPModel`, such as `CLIP_MODEL`.
+        device: where it runs; by default the current GPU if there is one.
 
     Raises:
         ValueError: it cannot be loaded.
     """
 
-    def __init__(self, name: str = CLIP_MODEL) -> None:
+    def __init__(self, name: str = CLIP_MODEL, device: str | None = None) -> None:
         from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
         try:
@@ -122,18 +126,21 @@ class Clip:
                 f"CLIP: got {name!r}, expected a Hub id or folder of a CLIP model, which could not be loaded "
                 f"({first_words(error)})"
             ) from error
-        self.model = model.eval().requires_grad_(False).to("cuda" if torch.cuda.is_available() else "cpu")
+        self.model = model.eval().requires_grad_(False).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
     @torch.no_grad()
     def image_features(self, images: Sequence[Image.Image]) -> Tensor:
         """`[images, width]` on the CPU."""
-        pixels = self.image_processor(
-            [np.asarray(image.convert("RGB")) for image in images],
-            return_tensors="pt",
-            input_data_format="channels_last",  # a crop of three rows would be taken for three channels
-        )["pixel_values"]
-        pooled = self.model.vision_model(pixel_values=pixels.to(self.model.device)).pooler_output
-        return normalize(self.model.visual_projection(pooled), dim=-1).cpu()
+        rows = []
+        for start in range(0, len(images), CLIP_BATCH):
+            pixels = self.image_processor(
+                [np.asarray(image.convert("RGB")) for image in images[start : start + CLIP_BATCH]],
+                return_tensors="pt",
+                input_data_format="channels_last",  # a crop of three rows would be taken for three channels
+            )["pixel_values"]
+            pooled = self.model.vision_model(pixel_values=pixels.to(self.model.device)).pooler_output
+            rows.append(normalize(self.model.visual_projection(pooled), dim=-1).cpu())
+        return torch.cat(rows)
 
     @torch.no_grad()
     def text_features(self, texts: Sequence[str]) -> Tensor:

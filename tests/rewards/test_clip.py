@@ -2,7 +2,7 @@ import pytest
 import torch
 from PIL import Image
 from torch.nn.functional import cosine_similarity
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTokenizer
 
 from rcgrpo.rewards import ClipDirectionReward, ClipImageReward, ClipTextReward, resolve_rewards
 from rcgrpo.rewards.clip import load_clip, split_caption
@@ -44,11 +44,11 @@ NOWHERE = Image.new("L", (20, 20), 0)
 
 def embed(folder, picture=None, text=None):
     """By transformers' own joint forward, for comparison."""
-    encoder = load_clip(folder, "cpu")
+    processor = CLIPProcessor(CLIPImageProcessorPil.from_pretrained(folder), CLIPTokenizer.from_pretrained(folder))
     one = picture or Image.new("RGB", (32, 32))
-    inputs = encoder.processor(text=[text or "x"], images=[one], return_tensors="pt")
+    inputs = processor(text=[text or "x"], images=[one], return_tensors="pt")
     with torch.no_grad():
-        output = encoder.model(**inputs)
+        output = load_clip(folder, "cpu").model(**inputs)
     return output.text_embeds[0] if text else output.image_embeds[0]
 
 

@@ -9,67 +9,22 @@ longer than CLIP's 77 tokens are cut. A crop is squeezed to CLIP's square by its
 ratio and cuts the longer side's ends.
 """
 
-from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
 from torch.nn.functional import normalize
 
+from ..compbench import CLIP_MODEL, Clip
 from .pictures import crop_to_region
 from .registry import register_reward
 
-DEFAULT_CLIP = "openai/clip-vit-large-patch14"
-BATCH_SIZE = 32
-
-
-class ClipEncoder:
-    """CLIP's two towers with unit-norm outputs. Use the shared one, `load_clip`.
-
-    Args:
-        model: Hub id or folder of a CLIP model with its processor.
-        device: where it runs.
-    """
-
-    def __init__(self, model: str, device: str) -> None:
-        from transformers import AutoProcessor, CLIPModel
-
-        self.model = CLIPModel.from_pretrained(model).to(device).eval().requires_grad_(False)
-        self.processor = AutoProcessor.from_pretrained(model)
-        self.device = device
-
-    @torch.no_grad()
-    def images(self, pictures: Sequence[Image.Image]) -> Tensor:
-        """fp32 `[n, width]` on the CPU, unit norm."""
-        rows = []
-        for start in range(0, len(pictures), BATCH_SIZE):
-            batch = [picture.convert("RGB") for picture in pictures[start : start + BATCH_SIZE]]
-            pixels = self.processor(images=batch, return_tensors="pt")["pixel_values"].to(self.device)
-            pooled = self.model.vision_model(pixel_values=pixels).pooler_output
-            rows.append(self.model.visual_projection(pooled).float().cpu())
-        return normalize(torch.cat(rows), dim=-1)
-
-    @torch.no_grad()
-    def texts(self, captions: Sequence[str]) -> Tensor:
-        """fp32 `[n, width]` on the CPU, unit norm; equal captions are encoded once."""
-        unique = list(dict.fromkeys(captions))
-        limit = self.model.config.text_config.max_position_embeddings
-        tokens = self.processor(text=unique, padding=True, truncation=True, max_length=limit, return_tensors="pt").to(
-            self.device
-        )
-        pooled = self.model.text_model(
-            input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]
-        ).pooler_output
-        rows = normalize(self.model.text_projection(pooled).float().cpu(), dim=-1)
-        return rows[[unique.index(caption) for caption in captions]]
-
 
 @lru_cache(maxsize=4)
-def load_clip(model: str, device: str) -> ClipEncoder:
+def load_clip(model: str, device: str) -> Clip:
     """The shared encoder of a model on a device; loaded on first use."""
-    return ClipEncoder(model, device)
+    return Clip(model, device)
 
 
 class _ClipReward:
@@ -80,11 +35,11 @@ class _ClipReward:
         device: "cuda", "cpu", …; by default the current GPU if there is one.
     """
 
-    def __init__(self, model: str = DEFAULT_CLIP, device: str | None = None) -> None:
+    def __init__(self, model: str = CLIP_MODEL, device: str | None = None) -> None:
         self.model, self.device = model, device
 
     @property
-    def encoder(self) -> ClipEncoder:
+    def encoder(self) -> Clip:
         # With its number, because several processes or threads may each have a GPU of their own.
         current = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
         return load_clip(self.model, self.device or current)
@@ -116,11 +71,12 @@ class ClipTextReward(_ClipReward):
         if not pairs:
             return scores
         shown = {row: crop for row, crop, _ in pairs}
-        features = dict(zip(shown, self.encoder.images(list(shown.values())), strict=True))
-        words = self.encoder.texts([text for *_, text in pairs])
+        features = dict(zip(shown, self.encoder.image_features(list(shown.values())), strict=True))
+        texts = list(dict.fromkeys(text for *_, text in pairs))  # a group shares its caption
+        words = dict(zip(texts, self.encoder.text_features(texts), strict=True))
         cosines: dict[int, list[float]] = {}
-        for (row, *_), text in zip(pairs, words, strict=True):
-            cosines.setdefault(row, []).append(max(0.0, float(features[row] @ text)))
+        for row, _, text in pairs:
+            cosines.setdefault(row, []).append(max(0.0, float(features[row] @ words[text])))
         for row, values in cosines.items():
             scores[row] = min(1.0, sum(values) / len(values))
         return scores
@@ -148,7 +104,7 @@ class ClipImageReward(_ClipReward):
                 pairs[row] = shown, wanted
         scores: list[float | None] = [None] * len(images)
         if pairs:
-            both = self.encoder.images([crop for side in zip(*pairs.values(), strict=True) for crop in side])
+            both = self.encoder.image_features([crop for side in zip(*pairs.values(), strict=True) for crop in side])
             shown_rows, wanted_rows = both.chunk(2)
             for row, cosine in zip(pairs, (shown_rows * wanted_rows).sum(-1).clamp(-1, 1).tolist(), strict=True):
                 scores[row] = cosine
@@ -170,7 +126,7 @@ class ClipDirectionReward(_ClipReward):
 
     def __init__(
         self,
-        model: str = DEFAULT_CLIP,
+        model: str = CLIP_MODEL,
         device: str | None = None,
         source_caption: str = "source_caption",
         target_caption: str = "target_caption",
@@ -188,10 +144,12 @@ class ClipDirectionReward(_ClipReward):
             return scores
         sources = {id(source_images[row]): source_images[row] for row in rows}  # a group shares its source
         position = {key: index for index, key in enumerate(sources)}
-        features = self.encoder.images([*sources.values(), *(images[row] for row in rows)])
+        features = self.encoder.image_features([*sources.values(), *(images[row] for row in rows)])
         source_rows = features[[position[id(source_images[row])] for row in rows]]
         moved = features[len(sources) :] - source_rows
-        words = self.encoder.texts([after[row] for row in rows]) - self.encoder.texts([before[row] for row in rows])
+        words = self.encoder.text_features([after[row] for row in rows]) - self.encoder.text_features(
+            [before[row] for row in rows]
+        )
         cosines = (normalize(moved, dim=-1) * normalize(words, dim=-1)).sum(-1).clamp(-1, 1)
         for row, distance, cosine in zip(rows, moved.norm(dim=-1).tolist(), cosines.tolist(), strict=True):
             scores[row] = cosine if distance > 1e-4 else None
