@@ -10,7 +10,7 @@ from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from rcgrpo.cli.data import VERBS, InspectArguments, MaskArguments, run, tint
+from rcgrpo.cli.data import VERBS, InspectArguments, MaskArguments, _maker, run, tint
 from rcgrpo.cli.parsing import UsageError
 from rcgrpo.data.loading import CanonicalRows, load_edit_dataset
 
@@ -156,6 +156,30 @@ def test_masks_of_every_row_by_the_embedded_editors_velocity(capsys):
     assert {json.loads(line)["method"] for line in Path("v/metadata.jsonl").read_text().splitlines()} == {"velocity"}
 
 
+def test_flags_reach_the_text_prompted_makers(monkeypatch):
+    from rcgrpo.data import make_masks
+
+    seen = {}
+    for name in ("FromText", "FromConcept"):
+        monkeypatch.setattr(make_masks, name, lambda *args, name=name: seen.setdefault(name, args))
+    _maker(MaskArguments("x", method="grounding-sam", box_threshold=0.2, phrase_column="caption"))
+    _maker(MaskArguments("x", method="sam3", score_threshold=0.7, segmenter="mine"))
+    models = ("IDEA-Research/grounding-dino-tiny", "facebook/sam2.1-hiera-small")
+    assert seen["FromText"][:-1] == (*models, "caption", 0.2, 0.25)
+    assert seen["FromConcept"][:-1] == ("mine", None, 0.7)
+
+
+def test_a_column_of_phrases_that_is_not_there_is_refused_before_a_model_is_loaded():
+    save()
+    with pytest.raises(UsageError, match="--phrase_column: got 'captoin', expected one of input_image, instruction"):
+        run(["masks", "set", "--preset", "compbench", "--method", "sam3", "--phrase_column", "captoin"])
+
+
+def test_a_set_that_lacks_no_mask_is_said_to():
+    with pytest.raises(UsageError, match="set: no row lacks a mask; --every_row true makes one"):
+        run(["masks", save(2, ()), "--preset", "compbench"])
+
+
 def test_rows_that_get_none_are_listed(capsys):
     save()
     rows = load_edit_dataset("set", "compbench").with_format(None).remove_columns(["edited_image", "id", "group"])
@@ -172,10 +196,11 @@ def test_rows_that_get_none_are_listed(capsys):
         (["inspct"], "got 'inspct', expected one of inspect: draw"),
         (["inspect", "x", "--num_sample", "3"], "unknown flag '--num_sample'; the nearest known one is --num_samples"),
         (["inspect", "set", "--num_samples", "0"], "--num_samples: got 0"),
+        (["inspect", "set", "--output", "sheet"], "--output: got 'sheet', expected a picture's name"),
         (["inspect", "set", "--columns", "input_image"], "--columns: got 'input_image', expected canonical=own"),
         (
             ["masks", "set", "--method", "magic"],
-            "--method: got 'magic', expected one of difference, velocity, grounding",
+            "--method: got 'magic', expected one of difference, velocity, grounding-sam, sam3",
         ),
     ],
 )

@@ -4,7 +4,6 @@ import io
 import json
 import logging
 import pickle
-import tarfile
 
 import numpy as np
 import pytest
@@ -413,12 +412,6 @@ def test_it_survives_what_users_do_with_a_dataset():
 # Files and folders
 
 
-def png(image):
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
-
-
 def write_pictures(folder):
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(3):
@@ -444,69 +437,6 @@ def table():
     ]
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "parquet"])
-def test_a_table_with_paths_relative_to_it(tmp_path, suffix, streaming):
-    write_pictures(tmp_path / "p")
-    path = tmp_path / f"edits.{suffix}"
-    rows = Dataset.from_list(table())
-    if suffix == "parquet":
-        rows.to_parquet(str(path))
-    elif suffix == "csv":
-        rows.to_csv(str(path))
-    else:
-        rows.to_json(str(path), lines=suffix == "jsonl")
-    check(load_edit_dataset(path, columns=COLUMNS, streaming=streaming), "v")
-    check(load_edit_dataset(tmp_path, columns=COLUMNS, streaming=streaming), "v")  # the only table of its folder
-    check(load_edit_dataset(str(tmp_path / f"*.{suffix}"), columns=COLUMNS, streaming=streaming), "v")
-    sliced = load_edit_dataset(path, columns=COLUMNS, split="train[1:]") if not streaming else None
-    assert sliced is None or sliced["instruction"][:] == ["edit 1", "edit 2"]
-
-
-def test_parquet_with_pictures_in_it(tmp_path):
-    rows = [{"src": photo(i), "region": white_mask(), "say": f"edit {i}", "video": f"v{i}"} for i in range(3)]
-    Dataset.from_list(rows).to_parquet(str(tmp_path / "a.parquet"))
-    check(load_edit_dataset(tmp_path / "a.parquet", columns=COLUMNS), "v")
-
-
-@pytest.mark.parametrize("streaming", [False, True])
-def test_an_imagefolder_with_metadata(tmp_path, streaming):
-    write_pictures(tmp_path / "set" / "train")
-    lines = [
-        {"input_image_file_name": f"src{i}.png", "mask_file_name": f"mask{i}.png", "instruction": f"edit {i}"}
-        for i in range(3)
-    ]
-    (tmp_path / "set" / "train" / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    check(load_edit_dataset(tmp_path / "set", streaming=streaming))
-
-
-def test_a_metadata_file_that_names_no_files_is_a_table(tmp_path):
-    write_pictures(tmp_path / "p")
-    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, table())))
-    check(load_edit_dataset(tmp_path, columns=COLUMNS))
-
-
-@pytest.mark.parametrize("streaming", [False, True])
-def test_webdataset_archives(tmp_path, streaming):
-    for shard in range(3):
-        with tarfile.open(tmp_path / f"edits-{shard:03d}.tar", "w") as tar:
-            record = json.dumps({"say": f"edit {shard}", "video": f"v{shard}"}).encode()
-            for end, content in (("src.png", png(photo(shard))), ("region.png", png(white_mask())), ("json", record)):
-                info = tarfile.TarInfo(f"{shard:05d}.{end}")
-                info.size = len(content)
-                tar.addfile(info, io.BytesIO(content))
-    columns = {
-        "input_image": "src.png",
-        "mask": "region.png",
-        "instruction": "json.say",
-        "group": "json.video",
-        "id": "__key__",
-    }
-    data = load_edit_dataset(tmp_path, columns=columns, streaming=streaming)
-    check(data, "v")
-    assert [row["id"] for row in data] == ["00000", "00001", "00002"]
-
-
 def test_a_dot_reaches_into_one_mapping_and_leaves_others_whole():
     inside = REGION.T.ravel().view(np.int8)
     counts = np.diff([0, *(np.flatnonzero(np.diff(inside)) + 1), inside.size]).tolist()
@@ -521,12 +451,6 @@ def test_rows_taken_from_a_stream_can_be_trained_on():
     stream = load_edit_dataset(with_and_without(), "compbench", streaming=True)
     taken = EditRows(Dataset.from_list(list(stream.take(2))), "train")
     assert taken.edit(0).mask.sum() == REGION.sum() and taken.edit(1).columns["mask_source"] == "difference"
-
-
-def test_what_datasets_saved(tmp_path):
-    rows = [{"src": photo(i), "region": white_mask(), "say": f"edit {i}", "video": f"v{i}"} for i in range(3)]
-    Dataset.from_list(rows).save_to_disk(str(tmp_path / "one"))
-    check(load_edit_dataset(tmp_path / "one", columns=COLUMNS), "v")
 
 
 def test_boxes_and_coco_masks_through_a_column_map(tmp_path):
@@ -549,23 +473,132 @@ def test_a_column_in_the_way_gives_way_to_the_one_that_is_asked_for():
 
 
 def test_a_picture_that_cannot_be_read_is_named_by_row_and_column(tmp_path):
+    write_pictures(tmp_path / "p")
+    (tmp_path / "p" / "src0.png").write_bytes(photo_bytes()[:60])
     (tmp_path / "a.jsonl").write_text(json.dumps(table()[0]))
     data = load_edit_dataset(tmp_path / "a.jsonl", columns=COLUMNS)
     with pytest.raises(ValueError, match=r"train row 0, column 'input_image': got .*p/src0.png', expected a picture"):
         EditRows(data, "train").edit(0)
+
+
+def photo_bytes():
+    buffer = io.BytesIO()
+    photo().save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_paths_that_lead_nowhere_are_found_at_loading_and_root_says_where_else(tmp_path):
     write_pictures(tmp_path / "elsewhere" / "p")
-    elsewhere = load_edit_dataset(tmp_path / "a.jsonl", columns=COLUMNS, root=tmp_path / "elsewhere")
-    assert elsewhere[0]["input_image"].size == SIZE
+    (tmp_path / "elsewhere" / "p" / "mask1.png").unlink()
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(map(json.dumps, table())))
+    with pytest.raises(
+        ValueError, match=rf"column 'src': 3 of 3 files are not there, first 'p/src0.png' .* {tmp_path}:"
+    ):
+        load_edit_dataset(path, columns=COLUMNS)
+    with pytest.raises(
+        ValueError, match=r"column 'region': 1 of 3 files are not there, first 'p/mask1.png' of row train/1"
+    ):
+        load_edit_dataset(path, columns=COLUMNS, root=tmp_path / "elsewhere")
+    write_pictures(tmp_path / "elsewhere" / "p")
+    check(load_edit_dataset(path, columns=COLUMNS, root=tmp_path / "elsewhere"))
+    lines = [
+        {**line, "src": str(tmp_path / "elsewhere" / line["src"])} for line in table()
+    ]  # absolute, whatever the root
+    lines = [{**line, "region": str(tmp_path / "elsewhere" / line["region"])} for line in lines]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    check(load_edit_dataset(path, columns=COLUMNS, root="/nowhere"))
 
 
-def test_unknown_files_and_splits_are_refused(tmp_path):
-    (tmp_path / "a.txt").write_text("x")
-    with pytest.raises(ValueError, match=r"ending in '.txt', expected one of .jsonl, .json"):
-        load_edit_dataset(tmp_path / "a.txt")
-    with pytest.raises(ValueError, match=r"name_or_path: got .*0 files"):
-        load_edit_dataset(str(tmp_path / "*.jsonl"))
-    with pytest.raises(ValueError, match="split: got 'dev', expected one of train"):
-        load_edit_dataset({"train": Dataset.from_list([compbench()])}, "compbench", "dev")
+# Odd pictures
+
+
+def one(tmp_path, **columns):
+    """A JSONL file of one row with pictures by path, and its only row."""
+    line = {"instruction": "edit 0"}
+    for name, (suffix, image, options) in columns.items():
+        image.save(tmp_path / f"{name}.{suffix}", **options)
+        line[name] = f"{name}.{suffix}"
+    (tmp_path / "a.jsonl").write_text(json.dumps(line))
+    return load_edit_dataset(tmp_path / "a.jsonl")[0]
+
+
+def test_a_cmyk_jpeg_and_a_16_bit_mask(tmp_path):
+    sixteen = Image.fromarray(REGION.astype(np.uint16) * 65535)
+    row = one(tmp_path, input_image=("jpg", photo().convert("CMYK"), {"quality": 95}), mask=("png", sixteen, {}))
+    assert row["input_image"].mode == "RGB" and row["mask_source"] == "own"
+    assert np.abs(np.asarray(row["input_image"]).astype(int).mean() - np.asarray(photo()).mean()) < 3
+    assert np.array_equal(np.asarray(row["mask"]) == 255, REGION)
+
+
+def test_a_turned_photograph_is_upright_and_a_mask_of_the_file_as_stored_is_refused(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored lying on its side
+    turned = photo().transpose(Image.Transpose.ROTATE_90)
+    columns = {"input_image": ("png", turned, {"exif": exif})}
+    row = one(tmp_path, **columns, mask=("png", white_mask(), {}))
+    assert row["input_image"].tobytes() == photo().tobytes() and np.array_equal(np.asarray(row["mask"]) == 255, REGION)
+    with pytest.raises(ValueError, match=r"column 'mask': got a mask of width × height \(12, 16\), .*the orientation"):
+        one(tmp_path, **columns, mask=("png", white_mask().transpose(Image.Transpose.ROTATE_90), {}))
+
+
+def test_a_mask_of_another_size_is_fitted_or_refused(tmp_path):
+    twice = white_mask().resize((32, 24), Image.Resampling.NEAREST)
+    columns = {"input_image": ("png", photo(), {})}
+    assert np.array_equal(np.asarray(one(tmp_path, **columns, mask=("png", twice, {}))["mask"]) == 255, REGION)
+    with pytest.raises(ValueError, match=r"row train/0, column 'mask': got a mask of width × height \(20, 20\)"):
+        one(tmp_path, **columns, mask=("png", Image.new("L", (20, 20), 255), {}))
+
+
+def test_a_palette_with_transparency(tmp_path):
+    picture = Image.new("P", SIZE, 1)
+    picture.putpalette([9, 9, 9, 200, 30, 30])
+    picture.paste(0, BOX)
+    row = one(tmp_path, input_image=("png", picture, {"transparency": 0}), mask=("png", white_mask(), {}))
+    assert (np.asarray(row["input_image"])[REGION] == 255).all()
+    assert (np.asarray(row["input_image"])[~REGION] == (200, 30, 30)).all()
+
+
+@pytest.mark.parametrize("value", ["", None, {"bytes": None, "path": None}])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_every_way_to_say_that_there_is_no_mask(value, streaming):
+    rows = [{"input_image": photo(), "instruction": "x", "mask": value, "edited_image": value} for _ in range(2)]
+    data = load_edit_dataset(rows, streaming=streaming)
+    assert [row["mask_source"] for row in data] == ["full", "full"]
+    assert streaming or data.format["format_kwargs"]["transform"].missing == 2
+    assert next(iter(data))["edited_image"] is None
+
+
+@pytest.mark.parametrize("instruction", [5, None, " ", []])
+def test_an_instruction_that_is_no_text_is_named(instruction):
+    data = load_edit_dataset([{"input_image": photo(), "instruction": instruction, "mask": white_mask()}])
+    with pytest.raises(ValueError, match=r"row train/0, column 'instruction': got .*, expected a text; fill it in"):
+        data[0]
+
+
+def test_a_row_without_a_source_is_named():
+    rows = [{"input_image": picture, "instruction": "x", "mask": white_mask()} for picture in (photo(), None)]
+    data = load_edit_dataset(rows)
+    with pytest.raises(
+        ValueError, match=r"row train/1, column 'input_image': got None, expected a picture; fill it in"
+    ):
+        data[1]
+
+
+@pytest.mark.parametrize("high", [1, 7])
+def test_a_mask_of_small_numbers_is_refused_unless_it_is_said_to_be_one(high):
+    labels = Image.fromarray(REGION.astype(np.uint8) * np.uint8(high))
+    rows = [{"input_image": photo(), "instruction": "x", "mask": labels}]
+    with pytest.raises(ValueError, match=rf"brightest pixel is {high} of 255, expected white = edit.*'nonzero'"):
+        load_edit_dataset(rows)[0]
+    mask = load_edit_dataset(rows, mask_encoding="nonzero")[0]["mask"]
+    assert np.array_equal(np.asarray(mask) == 255, REGION)
+
+
+def test_a_field_that_is_not_in_a_mapping_is_named():
+    rows = [{"src": photo(i), "meta": {"say": "x"}} for i in range(2)]
+    with pytest.raises(ValueError, match="columns: got 'text', expected one of say"):
+        load_edit_dataset(rows, columns={"input_image": "src", "instruction": "meta.text"})
 
 
 def test_stored_masks_come_before_the_fallbacks(tmp_path):

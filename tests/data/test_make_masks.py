@@ -12,6 +12,7 @@ from PIL import Image
 from rcgrpo.data.loading import read_stored_masks
 from rcgrpo.data.make_masks import (
     SKIPPED,
+    FromConcept,
     FromText,
     FromVelocity,
     MaskFolder,
@@ -265,6 +266,130 @@ def test_what_is_not_found_gets_no_mask(text_models):
         named(row(instruction="add a cat", caption="a cat"))
     with pytest.raises(NoMask, match="no object to look for in ''"):
         named(row(caption=None))
+
+
+# Concepts
+
+
+@pytest.fixture(scope="module")
+def concept_model(tmp_path_factory):
+    """SAM 3 of 64,000 random weights, saved as its own classes save it. It reads one letter as one token."""
+    from transformers import (
+        CLIPTextConfig,
+        CLIPTokenizer,
+        Sam3Config,
+        Sam3ImageProcessor,
+        Sam3Model,
+        Sam3Processor,
+        Sam3VisionConfig,
+        Sam3ViTConfig,
+    )
+
+    folder = tmp_path_factory.mktemp("sam3")
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    pieces = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    tokenizer = CLIPTokenizer(vocab={piece: i for i, piece in enumerate(pieces)}, merges=[], model_max_length=32)
+    torch.manual_seed(0)
+    small = {"hidden_size": 16, "num_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    backbone = Sam3ViTConfig(
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=56,
+        pretrain_image_size=56,
+        window_size=2,
+        global_attn_indexes=[1],
+    )
+    config = Sam3Config(
+        vision_config=Sam3VisionConfig(
+            backbone_config=backbone, fpn_hidden_size=16, backbone_feature_sizes=[[16, 16], [8, 8], [4, 4]]
+        ),
+        text_config=CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=16,
+            intermediate_size=16,
+            projection_dim=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=32,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        ),
+        geometry_encoder_config=small,
+        detr_encoder_config=small,
+        detr_decoder_config={**small, "num_queries": 6},
+        mask_decoder_config={"hidden_size": 16, "num_attention_heads": 2},
+    )
+    Sam3Model(config).save_pretrained(folder)
+    Sam3Processor(Sam3ImageProcessor(size={"height": 56, "width": 56}), tokenizer).save_pretrained(folder)
+    return str(folder)
+
+
+def test_the_union_of_all_instances_that_are_sure_enough_is_the_mask(concept_model):
+    maker = FromConcept(concept_model)
+    seen = []
+
+    def draw(module, args, kwargs, output):
+        """Instance 0 is the left half, 1 the upper half, 2 everything but unsure; nothing else is found."""
+        seen.append((kwargs, output.pred_masks.clone()))
+        output.pred_masks.fill_(-9)
+        output.pred_masks[0, 0, :, :8] = 9
+        output.pred_masks[0, 1, :8] = 9
+        output.pred_masks[0, 2] = 9
+        output.pred_logits.fill_(-9)
+        output.pred_logits[0, :2], output.pred_logits[0, 2] = 9, 1  # sigmoid(1) · sigmoid(0.5) = 0.46
+        output.presence_logits.fill_(0.5)
+
+    hook = maker.segmenter.register_forward_hook(draw, with_kwargs=True)
+    mask = maker(row())
+    hook.remove()
+    given, outlined = seen[0]
+    assert outlined.shape == (1, 6, 16, 16) and outlined.isfinite().all()
+    words = maker.processor.tokenizer.decode(given["input_ids"][0], skip_special_tokens=True)
+    assert words.replace(" ", "") == "theapple" and given["pixel_values"].shape == (1, 3, 56, 56)
+    assert mask.mode == "L" and mask.size == (40, 24)
+    inside = np.asarray(mask) == 255
+    assert inside[:, :18].all() and inside[:10].all() and not inside[14:, 22:].any()
+
+    hook = maker.segmenter.register_forward_hook(draw, with_kwargs=True)
+    everything = FromConcept.__call__(with_threshold(maker, 0.4), row())
+    with pytest.raises(NoMask, match="'the apple' was not found in the picture"):
+        with_threshold(maker, 0.99)(row())
+    hook.remove()
+    assert (np.asarray(everything) == 255).all()
+
+
+def with_threshold(maker, threshold):
+    maker.score_threshold = threshold
+    return maker
+
+
+def test_the_phrase_decides_what_a_concept_model_looks_for(concept_model):
+    maker = FromConcept(concept_model, score_threshold=0.0)
+    first = np.asarray(maker(row()))
+    assert np.array_equal(first, np.asarray(maker(row(caption="a cat"))))
+    named = FromConcept(concept_model, phrase_column="caption", score_threshold=0.0)
+    assert not np.array_equal(first, np.asarray(named(row(caption="a zebra with stripes"))))
+    with pytest.raises(NoMask, match="no object to look for in 'add a cat'"):
+        maker(row(instruction="add a cat"))
+    with pytest.raises(NoMask, match="no object to look for in ''"):
+        named(row(caption=None))
+    with pytest.raises(NoMask, match="has 42 tokens, and SAM 3 reads 32"):
+        named(row(caption="a" * 40))
+
+
+def test_a_model_of_another_kind_or_none_is_refused(concept_model, text_models, tmp_path):
+    with pytest.raises(ValueError, match=r"segmenter: got .*, which is a 'sam2', expected a folder .*facebook/sam3"):
+        FromConcept(text_models[1])
+    with pytest.raises(ValueError, match=r"segmenter: got .*, which is a 'sam3', expected .* a SAM 2 such as"):
+        FromText(text_models[0], concept_model)
+    with pytest.raises(ValueError, match=r"segmenter: got .*none', expected .*gated, ask for access .*hf auth login"):
+        FromConcept(str(tmp_path / "none"))
+    with pytest.raises(ValueError, match=r"detector: got .*none', expected a folder or Hub id of a zero-shot detector"):
+        FromText(str(tmp_path / "none"), text_models[1])
+    with pytest.raises(ValueError, match=r"score_threshold: got 1\.0, expected a number in"):
+        FromConcept(concept_model, score_threshold=1.0)
 
 
 # The folder

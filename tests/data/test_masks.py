@@ -55,6 +55,21 @@ def test_luma_keeps_grey_and_reads_colours_by_their_brightness():
     assert on(decode_mask(Image.new("1", (2, 2), 1), "luma", None)).all()
 
 
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_luma_keeps_what_is_transparent_whatever_lies_beneath(mode):
+    layer = Image.new("RGBA", (6, 4), (255, 255, 255, 0))  # an empty layer of a painting program is often white
+    layer.paste((255, 255, 255, 255), (2, 1, 5, 3))
+    mask = np.asarray(decode_mask(layer.convert(mode), "luma", (6, 4)))
+    assert (mask[1:3, 2:5] == 255).all() and mask.sum() == 6 * 255
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32])
+def test_nonzero_reads_small_numbers_of_deep_instance_maps(dtype):
+    instances = np.zeros((3, 4), dtype=dtype)
+    instances[0, 1], instances[2, 3] = 1, 300
+    assert np.array_equal(on(decode_mask(Image.fromarray(instances), "nonzero", (4, 3))), instances > 0)
+
+
 def test_nonzero_takes_any_colour_of_an_instance_map():
     instances = Image.fromarray(np.array([[0, 1, 2], [0, 0, 3]], dtype=np.uint8), mode="P")
     instances.putpalette([0, 0, 0, 40, 0, 0, 0, 0, 60, 255, 255, 255])

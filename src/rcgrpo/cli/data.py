@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from itertools import chain, islice
+from pathlib import Path
 from typing import Any
 
 from .parsing import MINI, TINY, UsageError, parse, use_embedded_model
@@ -14,7 +15,8 @@ VERBS = {
     "masks": "make masks for rows that have none, once",
     "build-tux": "build a set of edits from photographic cut-outs",
 }
-METHODS = ("difference", "velocity", "grounding-sam")
+SEGMENTERS = {"grounding-sam": "facebook/sam2.1-hiera-small", "sam3": "facebook/sam3"}
+METHODS = ("difference", "velocity", *SEGMENTERS)
 
 
 @dataclass
@@ -67,12 +69,17 @@ class MaskArguments(DataArguments):
     detector: str = field(
         default="IDEA-Research/grounding-dino-tiny", metadata={"help": "grounding-sam: zero-shot detector."}
     )
-    segmenter: str = field(default="facebook/sam2.1-hiera-small", metadata={"help": "grounding-sam: SAM 2."})
+    segmenter: str | None = field(
+        default=None,
+        metadata={"help": "; ".join(f"{method}: {name} if not given" for method, name in SEGMENTERS.items()) + "."},
+    )
     phrase_column: str | None = field(
-        default=None, metadata={"help": "grounding-sam: column that names the object; else read off the instruction."}
+        default=None,
+        metadata={"help": "grounding-sam, sam3: column that names the object; else read off the instruction."},
     )
     box_threshold: float = field(default=0.35, metadata={"help": "grounding-sam: least confidence of a box."})
     text_threshold: float = field(default=0.25, metadata={"help": "grounding-sam: least confidence of its words."})
+    score_threshold: float = field(default=0.5, metadata={"help": "sam3: least confidence of an instance."})
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -130,11 +137,15 @@ def load(args: DataArguments, **settings: Any) -> Any:
 
 def inspect(args: InspectArguments) -> None:
     """Draw a contact sheet and print counts."""
+    from PIL import Image
+
     from ..data.masks import mask_share
     from ..sheets import contact_sheet
 
     if args.num_samples < 1:
         raise UsageError(f"--num_samples: got {args.num_samples}, expected at least 1")
+    if Path(args.output).suffix.lower() not in Image.registered_extensions():
+        raise UsageError(f"--output: got {args.output!r}, expected a picture's name, such as sheet.png")
     rows = load(args, on_missing=tuple(args.on_missing), masks=args.masks)
     stream = not hasattr(rows, "__len__")
     if stream:
@@ -216,9 +227,13 @@ def make(args: MaskArguments) -> None:
     before = len(folder.made)
     todo = _todo(rows, folder, args)
     first = next(todo, None)
+    if first is not None and args.phrase_column is not None and args.phrase_column not in first:
+        raise UsageError(f"--phrase_column: got {args.phrase_column!r}, expected one of {', '.join(first)}")
     if first is not None:  # the models are loaded only if there is something for them to do
         maker = _maker(args)
         folder.fill(tqdm(chain([first], todo), desc="masks", unit=" rows"), maker)
+    elif not folder.made and not folder.skipped:
+        raise UsageError(f"{args.name}: no row lacks a mask; --every_row true makes one for each of them all the same")
     print(
         f"{args.output}: {len(folder.made)} masks ({len(folder.made) - before} new), {len(folder.skipped)} rows without"
         + (", see skipped.log" if folder.skipped else "")
@@ -239,17 +254,18 @@ def _todo(rows: Any, folder: Any, args: MaskArguments) -> Iterator[Mapping[str, 
 
 
 def _maker(args: MaskArguments) -> Any:
-    from ..data.make_masks import FromText, FromVelocity, from_difference
+    from ..data.make_masks import FromConcept, FromText, FromVelocity, from_difference
 
     if args.method == "difference":
         return from_difference
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if args.method == "grounding-sam":
-        return FromText(
-            args.detector, args.segmenter, args.phrase_column, args.box_threshold, args.text_threshold, device
-        )
+    if args.method in SEGMENTERS:
+        segmenter = args.segmenter or SEGMENTERS[args.method]
+        if args.method == "sam3":
+            return FromConcept(segmenter, args.phrase_column, args.score_threshold, device)
+        return FromText(args.detector, segmenter, args.phrase_column, args.box_threshold, args.text_threshold, device)
     from diffusers import FluxKontextPipeline
 
     from ..editors import FluxKontextEditor

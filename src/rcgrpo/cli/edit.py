@@ -1,5 +1,6 @@
 """`rcgrpo edit`: one picture."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,9 +30,14 @@ class EditArguments:
 def run(arguments: Sequence[str]) -> None:
     """`rcgrpo edit`: one picture."""
     (args,) = parse((EditArguments,), arguments, None, "rcgrpo edit")
+    if args.num_candidates < 1:
+        raise UsageError(f"--num_candidates: got {args.num_candidates}, expected at least 1")
     if args.model == TINY:
+        if args.lora is not None and not Path(args.lora).exists():
+            os.environ.setdefault("HF_HUB_OFFLINE", "0")  # a LoRA on the Hub is fetched all the same
         use_embedded_model()
     import torch
+    from diffusers import FluxKontextPipeline
     from PIL import Image
 
     from ..data.edits import decode_picture
@@ -41,8 +47,14 @@ def run(arguments: Sequence[str]) -> None:
 
     source = decode_picture(Path(args.image), "--image").convert("RGB")
     mask = None if args.mask is None else decode_picture(Path(args.mask), "--mask").convert("L")
-    if args.num_candidates < 1:
-        raise UsageError(f"--num_candidates: got {args.num_candidates}, expected at least 1")
+    if args.lora is not None:  # before a large model is loaded
+        try:
+            FluxKontextPipeline.lora_state_dict(args.lora)
+        except Exception as error:  # the Hub's client alone has a dozen kinds
+            raise UsageError(
+                f"--lora: got {args.lora!r}, expected a folder or file that is there, or a Hub id, with a LoRA that "
+                f"diffusers can read ({type(error).__name__}: {error})"
+            ) from error
     tiny = args.model == TINY
     pipe = RegionDecoupledFluxKontextPipeline.from_pretrained(
         str(WEIGHTS) if tiny else args.model, torch_dtype=torch.float32 if tiny else torch.bfloat16
@@ -50,7 +62,7 @@ def run(arguments: Sequence[str]) -> None:
     if torch.cuda.is_available():
         pipe.to("cuda")
     if args.lora is not None:
-        pipe.load_lora_weights(args.lora)
+        load_lora(pipe, args.lora, args.model)
     call: dict[str, Any] = dict(CALL) if tiny else {}
     if tiny:
         args.instruction = args.instruction.lower().strip(" .!")  # its vocabulary is the data set's
@@ -77,3 +89,18 @@ def run(arguments: Sequence[str]) -> None:
     with write_atomically(Path(args.output)) as path:
         strip.save(path)
     print(f"Written: {args.output} ({len(images)} candidate{'s' if len(images) > 1 else ''})")
+
+
+def load_lora(pipe: Any, lora: str, model: str) -> None:
+    """Load a LoRA, and refuse one that is for another model.
+
+    Raises:
+        UsageError: its shapes do not fit, or nothing in it is for the model's transformer.
+    """
+    try:
+        pipe.load_lora_weights(lora)
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UsageError(f"--lora: got {lora!r}, expected one for {model} ({reason})") from error
+    if not pipe.get_list_adapters():
+        raise UsageError(f"--lora: got {lora!r}, expected one for {model}; it holds nothing for its transformer")

@@ -1,6 +1,7 @@
 """A dataset whose masks are wrong in a known way, for studies of how good a mask has to be."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from datasets import Dataset, Features, Image
@@ -8,6 +9,7 @@ from PIL import Image as PILImage
 
 from ..regions import CORRUPTIONS, Corruption, corrupt
 from .edits import decode_picture
+from .loading import CanonicalRows
 
 
 def corrupt_dataset(
@@ -21,16 +23,19 @@ def corrupt_dataset(
     """The same rows with `rcgrpo.regions.corrupt` applied to every mask; other columns keep their bytes.
 
     Args:
-        dataset: any dataset with a column of masks, 255 = edit.
+        dataset: one that `load_edit_dataset` opened, whatever the encoding of its masks: each is decoded at its
+            source's size, and what the loader does later (growth, feather, stand-ins for missing masks) is done to the
+            spoilt one. Or any dataset with a column of masks, 255 = edit.
         kind, severity: see `corrupt`. `missing` writes a full mask, with which the trainer runs unconstrained and says
             so.
         seed: with the row's number the key of the fault, so corrupt before shuffling or selecting.
-        mask_column: the column that is replaced, stored as lossless "L". A row without a mask stays without one.
-        other_column: for `wrong_object`, a column with the mask of another object; without it, or where it is empty,
-            the region moves to a mirrored place.
+        mask_column: the column that is replaced, stored as lossless "L", 255 = edit. A row without a mask stays without
+            one; so does a row with an empty one that `load_edit_dataset` opened, since that counts as missing there.
+        other_column: for `wrong_object`, a column with the mask of another object, in the same encoding; without it, or
+            where it is empty, the region moves to a mirrored place.
 
     Raises:
-        ValueError: a missing column, masks in another encoding, or what `corrupt` refuses, naming the row.
+        ValueError: a missing column, or what the decoder or `corrupt` refuses, naming the row.
     """
     for field, column in {"mask_column": mask_column, "other_column": other_column}.items():
         if column is not None and column not in dataset.column_names:
@@ -41,33 +46,54 @@ def corrupt_dataset(
         raise ValueError(
             f"kind, severity: got {kind!r}, {severity}, expected one of {', '.join(CORRUPTIONS)} and a number in [0, 1]"
         )
-    encoding = getattr(dataset.format["format_kwargs"].get("transform"), "encoding", "luma")
-    if encoding != "luma":
-        raise ValueError(
-            f"dataset: its masks are read as {encoding!r}, expected plain 255 = edit; make them once with `rcgrpo data "
-            "masks --every_row true` and open the data set with `masks=`"
-        )
+    opened = dataset.format["format_kwargs"].get("transform")
+    opened = opened if isinstance(opened, CanonicalRows) else None
     columns = [mask_column] if other_column is None else [mask_column, other_column]
-    undecoded = dataset
-    for column in columns:
-        undecoded = undecoded.cast_column(column, Image(decode=False))
-    return undecoded.map(
+    needed = columns if opened is None or "input_image" not in dataset.column_names else [*columns, "input_image"]
+    undecoded = dataset if opened is None else dataset.with_format(None)
+    for column in needed:
+        if opened is None or isinstance(dataset.features[column], Image):
+            undecoded = undecoded.cast_column(column, Image(decode=False))
+    spoilt = undecoded.map(
         _corrupt_row,
         with_indices=True,
-        input_columns=columns,
-        fn_kwargs={"column": mask_column, "kind": kind, "severity": severity, "seed": seed},
+        input_columns=needed,
+        fn_kwargs={"columns": needed, "other": other_column, "opened": opened}
+        | {"kind": kind, "severity": severity, "seed": seed},
         features=Features({**dataset.features, mask_column: Image()}),
         desc=f"{kind} {severity}",
     )
+    if opened is None:
+        return spoilt
+    return spoilt.with_transform(replace(opened, encoding="luma") if mask_column == "mask" else opened)
 
 
-def _corrupt_row(*values: Any, column: str, kind: Corruption, severity: float, seed: int) -> Mapping[str, Any]:
-    mask, *others, row = values
+def _corrupt_row(
+    *values: Any,
+    columns: list[str],
+    other: str | None,
+    opened: CanonicalRows | None,
+    kind: Corruption,
+    severity: float,
+    seed: int,
+) -> Mapping[str, Any]:
+    """Of the values of `columns`, the mask's first, and the row's number."""
+    stored, row = dict(zip(columns, values[:-1], strict=True)), values[-1]
+    where, size = f"row {row}, column {columns[0]!r}", None
+    if opened is not None and stored[columns[0]] is not None and stored.get("input_image") is not None:
+        size = opened.picture(stored["input_image"], f"row {row}, column 'input_image'").size
+
+    def decoded(column: str, where: str) -> PILImage.Image | None:
+        if opened is not None:
+            return opened.own_mask(stored[column], size, where)
+        return None if stored[column] is None else decode_picture(stored[column], where)
+
+    mask = decoded(columns[0], where)
     if mask is None:
-        return {column: None}
-    other = decode_picture(others[0], f"row {row}, other column") if others and others[0] is not None else None
+        return {columns[0]: None}
+    another = None if other is None else decoded(other, f"row {row}, column {other!r}")
     try:
-        spoilt = corrupt(decode_picture(mask, "mask"), kind, severity, key=(seed, row), other=other)
+        spoilt = corrupt(mask, kind, severity, key=(seed, row), other=another)
     except ValueError as error:
-        raise ValueError(f"row {row}, column {column!r}: {error}") from error
-    return {column: PILImage.fromarray((spoilt * 255).round().byte().numpy())}
+        raise ValueError(f"{where}: {error}") from error
+    return {columns[0]: PILImage.fromarray((spoilt * 255).round().byte().numpy())}

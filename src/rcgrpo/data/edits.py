@@ -35,11 +35,18 @@ class Edit:
 
 
 def decode_picture(value: Any, where: str) -> Image.Image:
+    """`open_picture` with 8 bits a channel: 16-bit, 32-bit and floating pictures become 8-bit grey.
+
+    The other modes stay as stored, as an alpha channel may be the mask; see `to_rgb`.
+    """
+    return _eight_bits(open_picture(value, where))
+
+
+def open_picture(value: Any, where: str) -> Image.Image:
     """A PIL image, upright, from what a dataset may hold: PIL image, path, bytes, or `{"bytes", "path"}`.
 
-    Nothing is resized. The mode stays as stored, as an alpha channel may be the mask; 16-bit, 32-bit and floating
-    pictures become 8-bit grey (see `to_rgb` for the rest). A path with a protocol (`hf://`, `zip://`), as a stream from
-    afar brings, is read through `datasets`.
+    Nothing is resized, and the mode stays as stored. A path with a protocol (`hf://`, `zip://`), as a stream from afar
+    brings, is read through `datasets`.
 
     Raises:
         ValueError: naming `where`, when the value is missing or no picture that Pillow can read.
@@ -56,7 +63,7 @@ def decode_picture(value: Any, where: str) -> Image.Image:
             else:
                 image = Image.open(io.BytesIO(value) if isinstance(value, bytes) else Path(value))
             image.load()
-        return _eight_bits(ImageOps.exif_transpose(image))
+        return ImageOps.exif_transpose(image)
     except (OSError, TypeError, KeyError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(
             f"{where}: got {_short(value)}, expected a picture that Pillow can decode; fix or drop the row ({error})"

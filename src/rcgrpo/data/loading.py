@@ -1,15 +1,14 @@
 """`load_edit_dataset`: any editing data set with the canonical columns, on top of `datasets.load_dataset`.
 
-Columns are renamed and two key columns are added, which copies no picture; pictures and masks are decoded when a row is
-looked at, so a set of 100,000 opens at once. `CanonicalRows` is that last step: a `with_transform` of a
-`datasets.Dataset`, a `map` of a stream.
+`opening` finds the rows; here they get their columns, their keys and their split. Columns are renamed and two key
+columns are added, which copies no picture; pictures and masks are decoded when a row is looked at, so a set of 100,000
+opens at once. `CanonicalRows` is that last step: a `with_transform` of a `datasets.Dataset`, a `map` of a stream.
 
 Gotchas: a held-out part is drawn by a hash of the `group`, so its share of the rows is only about what was asked for,
 but never depends on order, number of rows, machine or mode. Renaming columns after loading takes them from the
 transform.
 """
 
-import glob
 import hashlib
 import json
 import logging
@@ -20,7 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import pyarrow.parquet as pq
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset
 from PIL import Image
 
@@ -35,7 +36,8 @@ from .masks import (
     fit_mask,
     grow_mask,
 )
-from .presets import CANONICAL, PRESETS, ColumnMap, Preset, find_preset, map_columns, read
+from .opening import open_rows
+from .presets import CANONICAL, PICTURES, PRESETS, ColumnMap, Preset, find_preset, map_columns, read
 
 logger = logging.getLogger(__name__)
 
@@ -45,16 +47,6 @@ LADDER = ("difference", "full")
 """What stands in for a missing mask by default: the difference with the ground truth, or else the full picture."""
 
 METADATA = "metadata.jsonl"
-BUILDERS = {
-    ".jsonl": "json",
-    ".json": "json",
-    ".parquet": "parquet",
-    ".csv": "csv",
-    ".arrow": "arrow",
-    ".tar": "webdataset",
-}
-"""Which builder of `datasets` opens a file."""
-
 SAID = {
     "stored": "the stored one is used",
     "difference": "the difference between source and target is used",
@@ -128,47 +120,81 @@ class CanonicalRows(RowTransform):
         row = dict(stored)
         where = where or f"{self.name}, row {row.get('id', '?')}"
         for key in ("input_image", "edited_image"):
-            if row.get(key) is not None:
-                row[key] = self._picture(row[key], f"{where}, column {key!r}")
+            if key in row:
+                absent = is_missing(row[key]) and key != "input_image"
+                row[key] = None if absent else self.picture(row[key], f"{where}, column {key!r}")
         if isinstance(row.get("instruction"), list | tuple):
             texts = [text for text in row["instruction"] if text]
             digest = hashlib.sha256(str(row.get("id")).encode()).digest()
             row["instruction"] = texts[int.from_bytes(digest[:8], "big") % len(texts)] if texts else None
-        if row.get("input_image") is not None:
+        if "instruction" in row and not (isinstance(row["instruction"], str) and row["instruction"].strip()):
+            given = row["instruction"]
+            raise ValueError(
+                f"{where}, column 'instruction': got {given!r}, expected a text; fill it in or drop the row"
+            )
+        if "input_image" in row:
             row["mask"], row["mask_source"] = self._mask(row, where)
-        elif row.get("mask") is not None:
-            row["mask"] = self._own_mask(row["mask"], None, f"{where}, column 'mask'")
+        elif "mask" in row:
+            row["mask"] = self.own_mask(row["mask"], None, f"{where}, column 'mask'")
         return row
+
+    def own_mask(self, value: Any, size: Size | None, where: str) -> Image.Image | None:
+        """The mask that a row itself holds, neither grown nor feathered, or `None` where there is none.
+
+        Args:
+            value: as it is stored, in the data set's encoding.
+            size: the source's (width, height), which the mask is brought to; `None` leaves it.
+            where: what messages call it.
+
+        Raises:
+            ValueError: naming `where`, for a mask that cannot be decoded, that has other proportions than the source,
+                or that was meant to be read as something else than `luma`.
+        """
+        if is_missing(value):
+            return None
+        mask = decode_mask(
+            self.located(value) if self.encoding in PICTURE_DECODERS else value, self.encoding, size, where
+        )
+        if mask.getbbox() is None:
+            return None
+        peak = int(np.asarray(mask).max())
+        if self.encoding == "luma" and peak < 128:
+            raise ValueError(
+                f"{where}: got a mask whose brightest pixel is {peak} of 255, expected white = edit; masks of 0 and 1, "
+                "label maps and coloured regions are read with mask_encoding='nonzero'"
+            )
+        return mask
 
     def has_mask(self, stored: Mapping[str, Any]) -> bool:
         """Whether the row has a mask, of its own or another, so that it is not dropped."""
         return self.row(stored)["mask"] is not None
 
-    def _located(self, value: Any) -> Any:
+    def located(self, value: Any) -> Any:
+        """A stored picture, a relative path made absolute with `root`."""
         if isinstance(value, Mapping) and value.get("bytes") is None and "path" in value:
             value = value["path"]
         if isinstance(value, str) and self.root is not None and "://" not in value:
             return str(Path(self.root) / value)
         return value
 
-    def _picture(self, value: Any, where: str) -> Image.Image:
+    def picture(self, value: Any, where: str) -> Image.Image:
+        """A stored picture, of a list the first, decoded.
+
+        Raises:
+            ValueError: naming `where`, where there is none that can be decoded.
+        """
         if isinstance(value, list | tuple):
             if not value:
                 raise ValueError(f"{where}: got an empty list, expected at least one picture; fix or drop the row")
             value = value[0]
-        return to_rgb(decode_picture(self._located(value), where))
-
-    def _own_mask(self, value: Any, size: Size | None, where: str) -> Image.Image:
-        return decode_mask(
-            self._located(value) if self.encoding in PICTURE_DECODERS else value, self.encoding, size, where
-        )
+        if is_missing(value):
+            raise ValueError(f"{where}: got {value!r}, expected a picture; fill it in or drop the row")
+        return to_rgb(decode_picture(self.located(value), where))
 
     def _mask(self, row: Mapping[str, Any], where: str) -> tuple[Image.Image | None, str]:
         source, name, column = row["input_image"], str(row.get("id")), f"{where}, column 'mask'"
-        mask, kind = None, "own"
-        if row.get("mask") is not None:
-            mask = self._own_mask(row["mask"], source.size, column)
-        if mask is None or mask.getbbox() is None:
+        mask, kind = self.own_mask(row.get("mask"), source.size, column), "own"
+        if mask is None:
             mask, kind = self._stand_in(row, source, name, column)
             self.fallbacks.note(kind, name, where)
         if mask is not None:
@@ -195,6 +221,13 @@ class CanonicalRows(RowTransform):
             "add 'difference' (with a ground truth), 'full' (no region constraint) or 'drop', or make masks with "
             "`rcgrpo data masks` and pass their folder as `masks`"
         )
+
+
+def is_missing(value: Any) -> bool:
+    """Whether a column of pictures or masks holds nothing in a row: null, "", or neither bytes nor a path."""
+    if isinstance(value, Mapping) and value.keys() <= {"bytes", "path"}:
+        return all(part is None for part in value.values())
+    return value is None or (isinstance(value, str | bytes) and not value)
 
 
 # Splits ---------------------------------------------------------------------------------------------------------------
@@ -224,109 +257,6 @@ def parse_split(split: str, held_out: float) -> tuple[str, bool]:
             f"split: got {split!r} with held_out=0, expected the share that training holds out too, e.g. held_out=0.1"
         )
     return ("train" if split == HELD_OUT else base), wanted
-
-
-# Opening --------------------------------------------------------------------------------------------------------------
-
-
-def _one_split(data: Any, split: str, name: str) -> Any:
-    if not isinstance(data, Mapping):
-        return data
-    if split not in data:
-        raise ValueError(f"split: got {split!r}, expected one of {', '.join(data)} of {name}")
-    return data[split]
-
-
-def _pie_bench(path: Path) -> Dataset:
-    """PIE-Bench's `mapping_file.json`: one object of rows, keyed by their number."""
-    rows = [{"key": key, **row} for key, row in json.loads(path.read_text()).items()]
-    for row in rows:
-        row["mask"] = [int(number) for number in row["mask"]]
-    return Dataset.from_list(rows)
-
-
-def _names_files(metadata: Path) -> bool:
-    """Whether a metadata file says which pictures its rows are about, as `imagefolder` wants it."""
-    if metadata.suffix == ".parquet":
-        columns = pq.read_schema(metadata).names
-    elif metadata.suffix in (".jsonl", ".csv"):
-        with metadata.open() as file:
-            line = file.readline()
-        columns = list(json.loads(line or "{}")) if metadata.suffix == ".jsonl" else line.strip().split(",")
-    else:
-        return False
-    return any(column == "file_name" or column.endswith("_file_name") for column in columns)
-
-
-def _open_folder(folder: Path, split: str, streaming: bool, kwargs: dict[str, Any]) -> tuple[Any, str]:
-    if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():
-        return _one_split(datasets.load_from_disk(str(folder)), split, str(folder)), str(folder)
-    if (folder / "mapping_file.json").exists():
-        return _open_file(folder / "mapping_file.json", split, streaming, kwargs)
-    if any(_names_files(path) for pattern in ("metadata.*", "*/metadata.*") for path in folder.glob(pattern)):
-        data = datasets.load_dataset("imagefolder", data_dir=str(folder), split=split, streaming=streaming, **kwargs)
-        return data, str(folder)
-    archives = sorted(map(str, folder.glob("*.tar")))
-    if archives:
-        return _open_tables(archives, split, streaming, kwargs)
-    tables = [path for path in sorted(folder.iterdir()) if path.suffix in BUILDERS]
-    table = next((path for path in tables if path.stem == split), tables[0] if len(tables) == 1 else None)
-    if table is not None:
-        return _open_file(table, split, streaming, kwargs)
-    return datasets.load_dataset(str(folder), split=split, streaming=streaming, **kwargs), str(folder)
-
-
-def _open_file(path: Path, split: str, streaming: bool, kwargs: dict[str, Any]) -> tuple[Any, str]:
-    if path.name == "mapping_file.json":
-        pictures = path.parent / "annotation_images"
-        return _pie_bench(path), str(pictures if pictures.is_dir() else path.parent)
-    if path.suffix not in BUILDERS:
-        raise ValueError(f"{path}: got a file ending in {path.suffix!r}, expected one of {', '.join(BUILDERS)}")
-    return _open_tables([str(path)], split, streaming, kwargs)
-
-
-def _open_tables(files: list[str], split: str, streaming: bool, kwargs: dict[str, Any]) -> tuple[Any, str]:
-    first = Path(files[0])
-    data_files = {split.split("[")[0]: files}  # whatever split is asked for, without a slice of it, is these files
-    data = datasets.load_dataset(
-        BUILDERS[first.suffix], data_files=data_files, split=split, streaming=streaming, **kwargs
-    )
-    return data, str(first.parent)
-
-
-def open_rows(source: Any, split: str, streaming: bool, **kwargs: Any) -> tuple[Dataset | IterableDataset, str | None]:
-    """The rows as they are stored, and where relative paths in them start.
-
-    Args:
-        source: a Hub id; a folder (saved by `datasets`, `imagefolder` with metadata, PIE-Bench, WebDataset archives,
-            one table for the split, or whatever `load_dataset` makes of it); a JSONL, JSON, CSV, Parquet or tar file,
-            or a pattern of such; or rows that are in memory.
-        split: the data set's own.
-        streaming: open a stream.
-        kwargs: for `datasets.load_dataset`.
-    """
-    root: str | None = None
-    if isinstance(source, Dataset | IterableDataset | Mapping):
-        data = _one_split(source, split, "the data set")
-    elif not isinstance(source, str | Path):
-        data = Dataset.from_list(list(source))
-    elif Path(source).is_dir():
-        data, root = _open_folder(Path(source), split, streaming, kwargs)
-    elif Path(source).is_file():
-        data, root = _open_file(Path(source), split, streaming, kwargs)
-    elif glob.has_magic(str(source)):
-        files = sorted(glob.glob(str(source)))
-        suffix = Path(source).suffix
-        if not files or suffix not in BUILDERS:
-            raise ValueError(
-                f"name_or_path: got {str(source)!r}, {len(files)} files, expected some of {', '.join(BUILDERS)}"
-            )
-        data, root = _open_tables(files, split, streaming, kwargs)
-    else:
-        data = datasets.load_dataset(str(source), split=split, streaming=streaming, **kwargs)
-    if streaming and isinstance(data, Dataset):
-        data = data.to_iterable_dataset()
-    return data, root
 
 
 # Loading --------------------------------------------------------------------------------------------------------------
@@ -390,7 +320,9 @@ def load_edit_dataset(
         kwargs: for `datasets.load_dataset`, e.g. `revision`, `cache_dir`, `token`.
 
     Raises:
-        ValueError: an unknown preset, column, encoding or policy; columns that cannot be found; nothing left.
+        FileNotFoundError: neither a file, a folder nor a Hub id.
+        ValueError: an unknown preset, column, encoding or policy; a file that cannot be read; columns, or pictures
+            named by path, that cannot be found; nothing left.
     """
     name = str(name_or_path) if isinstance(name_or_path, str | Path) else "data set"
     chosen = find_preset(preset, name)
@@ -465,10 +397,11 @@ def _addressed(
         rows = rows.add_column("mask", [None] * len(rows), feature=datasets.Image())
     first = [column for column in CANONICAL if column in rows.column_names]
     rows = rows.select_columns([*first, *(column for column in rows.column_names if column not in first)])
-    missing = rows.data.column("mask").is_null().to_numpy()  # touches nothing of what the other rows hold
+    missing = _without_mask(rows)
     if part is not None:
         chosen = [i for i, (_, group) in enumerate(keys) if part(group)]
         rows, missing = rows.select(chosen), missing[chosen]
+    _check_files(rows, settled, transform)
     transform.missing = int(missing.sum())
     if transform.missing:
         instead = [*(["stored"] if transform.stored else []), *transform.on_missing]
@@ -492,6 +425,35 @@ def _addressed(
             f"{transform.name}: no rows are left, expected at least one; look at `held_out` and `on_missing`"
         )
     return rows.with_transform(transform)
+
+
+def _without_mask(rows: Dataset) -> np.ndarray:
+    """Which rows `is_missing` says have no mask, without touching what the other rows hold."""
+    masks = rows.data.column("mask")
+    missing = masks.is_null()
+    if pa.types.is_struct(masks.type) and {field.name for field in masks.type} == {"bytes", "path"}:
+        missing = pc.and_(*(pc.is_null(pc.struct_field(masks, name)) for name in ("bytes", "path")))
+    elif pa.types.is_string(masks.type) or pa.types.is_large_string(masks.type):
+        missing = pc.fill_null(pc.equal(masks, ""), True)
+    return missing.to_numpy()
+
+
+def _check_files(rows: Dataset, settled: ColumnMap, transform: CanonicalRows) -> None:
+    """Refuse paths that lead nowhere before training does: every row is asked, but no file is opened."""
+    for column in PICTURES:
+        named = getattr(rows.features.get(column), "dtype", None)
+        if named not in ("string", "large_string") or (column == "mask" and transform.encoding not in PICTURE_DECODERS):
+            continue
+        paths = {name: path for name, path in zip(rows["id"][:], rows[column][:], strict=True) if not is_missing(path)}
+        gone = [
+            name for name, path in paths.items() if "://" not in path and not Path(transform.located(path)).exists()
+        ]
+        if gone:
+            where, start = f"{transform.name}, column {settled.fields[column]!r}", Path(transform.root or ".").resolve()
+            raise ValueError(
+                f"{where}: {len(gone)} of {len(paths)} files are not there, first {paths[gone[0]]!r} of row {gone[0]}; "
+                f"relative paths start at {start}: say where else with `root`, or fix or drop the rows"
+            )
 
 
 def _stream(

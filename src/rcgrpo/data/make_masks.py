@@ -1,9 +1,9 @@
 """Masks for rows that have none, made once and kept in a folder that `load_edit_dataset(masks=...)` reads.
 
-A maker is a callable from a canonical row to a mask; it raises `NoMask` where its method does not apply. Three are
+A maker is a callable from a canonical row to a mask; it raises `NoMask` where its method does not apply. Four are
 here: the difference with the ground truth; the editor's own velocity, with the instruction and without (DiffEdit's
-idea, works for *add*); text-prompted segmentation with GroundingDINO and SAM 2 (works where the object is in the
-picture).
+idea, works for *add*); text-prompted segmentation with GroundingDINO and SAM 2, or with SAM 3 alone (both work where
+the object is in the picture).
 
 Gotchas: masks are found again by the row's `id`, so make and use them with the same preset and split. Models run in
 inference mode and are loaded by the maker, not on import.
@@ -12,12 +12,13 @@ inference mode and are loaded by the maker, not on import.
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from ..editors import FluxKontextEditor
 from ..noise import keyed_noise
@@ -118,6 +119,49 @@ def object_phrase(instruction: str) -> str | None:
     return None
 
 
+def row_phrase(row: Mapping[str, Any], column: str | None = None) -> str:
+    """What is looked for in a row's picture: what `column` holds, by default `object_phrase` of the instruction.
+
+    Raises:
+        NoMask: neither names an object.
+    """
+    phrase = row.get(column) if column else object_phrase(row["instruction"])
+    if not phrase:
+        raise NoMask(f"no object to look for in {(row.get(column or 'instruction') or '')!r}")
+    return str(phrase)
+
+
+def _from_pretrained(cls: Any, name: str, field: str, expected: str, kinds: Sequence[str] = ()) -> Any:
+    """A model or its processor, with an error that says what to do where it cannot be had.
+
+    `kinds` are the model types that the class can take its weights from: of another one `transformers` would load what
+    fits and draw the rest at random.
+    """
+    from transformers import AutoConfig
+
+    try:
+        kind = AutoConfig.from_pretrained(name).model_type if kinds else None
+        loaded = cls.from_pretrained(name) if kind is None or kind in kinds else None
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{field}: got {name!r}, expected a folder or Hub id of {expected}; where its weights are gated, ask for "
+            f"access on its page and run `hf auth login` ({type(error).__name__}: {error})"
+        ) from error
+    if loaded is None:
+        raise ValueError(f"{field}: got {name!r}, which is a {kind!r}, expected a folder or Hub id of {expected}")
+    return loaded
+
+
+def _union(masks: Tensor, phrase: str) -> Image.Image:
+    """Of the outlines `[objects, height, width]` of all that was found."""
+    if not len(masks):
+        raise NoMask(f"{phrase!r} was not found in the picture")
+    union = masks.bool().any(0).cpu()
+    if not union.any():
+        raise NoMask(f"the outline of {phrase!r} is empty")
+    return Image.fromarray(union.numpy().astype("uint8") * 255)
+
+
 class FromText:
     """Text-prompted segmentation: GroundingDINO finds boxes, SAM 2 outlines what is in them; their union is the mask.
 
@@ -127,6 +171,9 @@ class FromText:
         phrase_column: the column that names the object; by default `object_phrase` reads it off the instruction.
         box_threshold, text_threshold: GroundingDINO's.
         device: where both run.
+
+    Raises:
+        ValueError: a model that cannot be loaded.
     """
 
     def __init__(
@@ -140,23 +187,19 @@ class FromText:
     ) -> None:
         from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor, Sam2Model, Sam2Processor
 
-        self.detector = AutoModelForZeroShotObjectDetection.from_pretrained(detector).to(device).eval()
-        self.detector_processor = AutoProcessor.from_pretrained(detector)
-        self.segmenter = Sam2Model.from_pretrained(segmenter).to(device).eval()
-        self.segmenter_processor = Sam2Processor.from_pretrained(segmenter)
+        finder = ("detector", "a zero-shot detector such as IDEA-Research/grounding-dino-tiny")
+        outliner = ("segmenter", "a SAM 2 such as facebook/sam2.1-hiera-small")
+        self.detector = _from_pretrained(AutoModelForZeroShotObjectDetection, detector, *finder).to(device).eval()
+        self.detector_processor = _from_pretrained(AutoProcessor, detector, *finder)
+        sam2 = _from_pretrained(Sam2Model, segmenter, *outliner, kinds=("sam2", "sam2_video"))
+        self.segmenter = sam2.to(device).eval()
+        self.segmenter_processor = _from_pretrained(Sam2Processor, segmenter, *outliner)
         self.phrase_column, self.device = phrase_column, device
         self.box_threshold, self.text_threshold = box_threshold, text_threshold
 
-    def phrase(self, row: Mapping[str, Any]) -> str:
-        """What is looked for."""
-        phrase = row.get(self.phrase_column) if self.phrase_column else object_phrase(row["instruction"])
-        if not phrase:
-            raise NoMask(f"no object to look for in {(row.get(self.phrase_column or 'instruction') or '')!r}")
-        return str(phrase)
-
     @torch.inference_mode()
     def __call__(self, row: Mapping[str, Any]) -> Image.Image:
-        image, phrase = row["input_image"], self.phrase(row)
+        image, phrase = row["input_image"], row_phrase(row, self.phrase_column)
         text = phrase.lower().rstrip(".") + "."  # GroundingDINO was trained on lower case with a full stop
         inputs = self.detector_processor(images=image, text=text, return_tensors="pt").to(self.device)
         found = self.detector_processor.post_process_grounded_object_detection(
@@ -171,10 +214,54 @@ class FromText:
         prompts = self.segmenter_processor(images=image, input_boxes=[found["boxes"].tolist()], return_tensors="pt")
         output = self.segmenter(**prompts.to(self.device), multimask_output=False)
         masks = self.segmenter_processor.post_process_masks(output.pred_masks.cpu(), prompts["original_sizes"].cpu())[0]
-        union = masks.flatten(0, 1).bool().any(0)
-        if not union.any():
-            raise NoMask(f"the outline of {phrase!r} is empty")
-        return Image.fromarray(union.numpy().astype("uint8") * 255)
+        return _union(masks.flatten(0, 1), phrase)
+
+
+class FromConcept:
+    """Text-prompted segmentation by SAM 3 alone: it outlines every instance of a noun phrase; their union is the mask.
+
+    Promptable concept segmentation (SAM 3, arXiv 2511.16719). One model instead of two, but a larger one: 0.84 B
+    parameters, 3.4 GB in fp32, and pictures are looked at with 1008×1008 pixels.
+
+    Args:
+        segmenter: Hub id or folder of a SAM 3. Access to Meta's weights must be asked for on the Hub.
+        phrase_column: the column that names the object; by default `object_phrase` reads it off the instruction.
+        score_threshold: least confidence of an instance, its own times that of the phrase being in the picture at all,
+            in [0, 1).
+        device: where it runs.
+
+    Raises:
+        ValueError: a threshold out of range, or a model that cannot be loaded.
+    """
+
+    def __init__(
+        self,
+        segmenter: str = "facebook/sam3",
+        phrase_column: str | None = None,
+        score_threshold: float = 0.5,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        from transformers import Sam3Model, Sam3Processor
+
+        if not 0 <= score_threshold < 1:
+            raise ValueError(f"score_threshold: got {score_threshold}, expected a number in [0, 1)")
+        outliner = ("segmenter", "a SAM 3 such as facebook/sam3")
+        sam3 = _from_pretrained(Sam3Model, segmenter, *outliner, kinds=("sam3", "sam3_video"))
+        self.segmenter = sam3.to(device).eval()
+        self.processor = _from_pretrained(Sam3Processor, segmenter, *outliner)
+        self.phrase_column, self.score_threshold, self.device = phrase_column, score_threshold, device
+
+    @torch.inference_mode()
+    def __call__(self, row: Mapping[str, Any]) -> Image.Image:
+        image, phrase = row["input_image"], row_phrase(row, self.phrase_column)
+        inputs = self.processor(images=image, text=phrase, return_tensors="pt").to(self.device)
+        length, limit = inputs["input_ids"].shape[1], self.segmenter.config.text_config.max_position_embeddings
+        if length > limit:
+            raise NoMask(f"{phrase!r} has {length} tokens, and SAM 3 reads {limit}")
+        found = self.processor.post_process_instance_segmentation(
+            self.segmenter(**inputs), threshold=self.score_threshold, target_sizes=[(image.height, image.width)]
+        )[0]
+        return _union(found["masks"], phrase)
 
 
 # The folder -----------------------------------------------------------------------------------------------------------
@@ -196,6 +283,8 @@ class MaskFolder:
 
     def __init__(self, folder: str | Path, method: str) -> None:
         self.folder, self.method = Path(folder), method
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ValueError(f"output: got {self.folder}, which is a file, expected a folder or a new name")
         self.folder.mkdir(parents=True, exist_ok=True)
         lines = self._read(METADATA)
         others = {line["method"] for line in lines} - {method}

@@ -19,7 +19,7 @@ from PIL import Image
 from scipy import ndimage
 from torch import Tensor
 
-from .edits import decode_picture
+from .edits import decode_picture, open_picture
 
 Size = tuple[int, int]
 """Width and height in pixels, as Pillow counts."""
@@ -35,13 +35,17 @@ def _binary(array: np.ndarray) -> Image.Image:
 
 
 def _luma(image: Image.Image) -> Image.Image:
-    """White = edit, grey = in part; what CompBench and UltraEdit hold."""
+    """White = edit, grey = in part, transparent = keep; what CompBench and UltraEdit hold."""
+    if "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")  # what a painting program leaves beneath transparent pixels is often white
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
     return image.convert("L")
 
 
 def _nonzero(image: Image.Image) -> Image.Image:
     """Anything but black, or palette index 0, = edit: instance maps and coloured annotations."""
-    array = np.asarray(image if image.mode in ("1", "L", "P") else image.convert("RGB"))
+    plain = image.mode in ("1", "L", "P", "F") or image.mode.startswith("I")
+    array = np.asarray(image if plain else image.convert("RGB"))
     return _binary(array.reshape(*array.shape[:2], -1).max(-1) > 0)
 
 
@@ -169,7 +173,9 @@ def decode_mask(value: Any, encoding: str, size: Size | None, where: str = "mask
         raise ValueError(f"mask_encoding: got {encoding!r}, expected one of {', '.join(ENCODINGS)}")
     try:
         if encoding in PICTURE_DECODERS:
-            mask = PICTURE_DECODERS[encoding](decode_picture(value, where))
+            # In eight bits the small numbers of a 16-bit instance map would all be 0.
+            picture = open_picture(value, where) if encoding == "nonzero" else decode_picture(value, where)
+            mask = PICTURE_DECODERS[encoding](picture)
         else:
             mask = VALUE_DECODERS[encoding](json.loads(value) if isinstance(value, str) else value, size)
     except (ValueError, TypeError, KeyError, IndexError, OverflowError) as error:

@@ -181,11 +181,18 @@ def has_column(available: Sequence[str], name: str) -> bool:
 
 
 def read(row: Mapping[str, Any], name: str) -> Any:
-    """The value of a column, or of a field inside one that holds mappings: `json.instruction`."""
-    if name in row or "." not in name:
+    """The value of a column, or of a field inside one that holds mappings, or null: `json.instruction`.
+
+    Raises:
+        ValueError: there is no such field.
+    """
+    if name in row:
         return row[name]
-    first, rest = name.split(".", 1)
-    return read(row[first] or {}, rest)
+    first, dot, rest = name.partition(".")
+    inner = row.get(first)
+    if not dot or first not in row or not isinstance(inner, Mapping | None):
+        raise ValueError(f"columns: got {name!r}, expected one of {', '.join(row) or 'no fields'}")
+    return None if inner is None else read(inner, rest)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,81 @@
+"""`cli/edit.py`: LoRAs from here and from the Hub, and no network for what is here."""
+
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from diffusers import FluxKontextPipeline
+from peft import LoraConfig, get_peft_model
+from PIL import Image
+
+from hub_server import HubServer, Repo, run_with_hub
+from rcgrpo.cli import main
+from rcgrpo.cli.edit import run
+from rcgrpo.cli.parsing import UsageError
+from rcgrpo.hub import LORA_FILE, save_lora
+from rcgrpo.tiny import WEIGHTS
+from tiny_kontext import build_tiny_kontext
+
+EDIT = ["--image", "source.png", "--instruction", "remove the apple"]
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)).save("source.png")
+
+
+def write_lora(pipeline, folder):
+    """A LoRA of random weights that changes what is drawn."""
+    config = LoraConfig(r=2, lora_alpha=8, target_modules=["attn.to_q", "attn.to_v"], init_lora_weights=False)
+    return save_lora(pipeline, get_peft_model(pipeline.transformer, config), folder)
+
+
+@pytest.fixture(scope="module")
+def lora(tmp_path_factory):
+    pipeline = FluxKontextPipeline.from_pretrained(str(WEIGHTS), local_files_only=True)
+    return write_lora(pipeline, tmp_path_factory.mktemp("lora"))
+
+
+SCRIPT = """
+from rcgrpo.cli import main
+
+for name, lora in {{"base": [], "hub": ["--lora", "user/edits"], "here": ["--lora", {folder!r}]}}.items():
+    main(["edit", *{edit!r}, "--num_inference_steps", "2", "--output", name + ".png", *lora])
+"""
+
+
+def test_a_lora_on_the_hub_works_with_the_embedded_model_and_nothing_else_is_fetched(lora):
+    with HubServer() as hub:
+        hub.repos["user/edits"] = Repo(files={LORA_FILE: lora.read_bytes()})
+        script = SCRIPT.format(folder=str(lora.parent), edit=EDIT)
+        done = run_with_hub(script, hub, HF_HUB_OFFLINE="0")  # the edits from here may ask too, and do not
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert any(LORA_FILE in path for _, path, status in hub.requests if status == 200)
+    assert {path for _, path, _ in hub.requests if not re.match(r"(/api/models)?/user/edits\b", path)} == set()
+    base, fetched, here = (np.asarray(Image.open(f"{name}.png")) for name in ("base", "hub", "here"))
+    assert np.array_equal(fetched, here) and not np.array_equal(fetched, base)
+
+
+@pytest.mark.parametrize(("lora", "offline"), [(None, "1"), ("here", "1"), ("user/edits", "0")])
+def test_the_hub_is_out_of_bounds_unless_the_lora_is_there(lora, offline, monkeypatch):
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    Path("here").mkdir()
+    flags = [] if lora is None else ["--lora", lora]
+    with pytest.raises(ValueError, match="--image: got"):
+        run(["--image", "none.png", "--instruction", "x", *flags])
+    assert os.environ["HF_HUB_OFFLINE"] == offline
+
+
+def test_loras_that_cannot_be_used_are_refused():
+    with pytest.raises(UsageError, match=r"--lora: got 'a/b/c', expected a folder or file that is there, or a Hub id"):
+        run([*EDIT, "--lora", "a/b/c"])
+    Path("empty").mkdir()
+    with pytest.raises(UsageError, match=r"--lora: got 'empty', expected a folder or file that is there"):
+        run([*EDIT, "--lora", "empty"])
+    write_lora(build_tiny_kontext(), Path("other"))
+    with pytest.raises(SystemExit, match=r"rcgrpo edit: --lora: got 'other', expected one for kontext-tiny \("):
+        main(["edit", *EDIT, "--lora", "other"])
