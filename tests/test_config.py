@@ -117,6 +117,10 @@ def test_trl_spellings_of_scale_rewards(tmp_path):
             {"region_strengths": [0.5, 2.0], "regions_column": "labels"},
             r"region_strengths: got .*, expected numbers in \[0, 1\]",
         ),
+        (
+            {"conditions_cache_dir": "here"},
+            "conditions_cache_dir: got 'here', expected none without cache_conditions=True",
+        ),
         ({"sde_window": 2}, "sde_window: got 2, expected none with policy=neighbor"),
         (
             {"sde_window": 3, "policy": "flow_grpo"},

@@ -99,7 +99,7 @@ def same(a, b):
 
 
 def history(trainer, first=0):
-    timing = ("step_time", "train_", "eval_runtime", "eval_samples", "eval_steps")
+    timing = ("step_time", "train_", "eval_runtime", "eval_samples", "eval_step")
     rows = [row for row in trainer.state.log_history if row["step"] > first and "train_runtime" not in row]
     return [{k: v for k, v in row.items() if not k.startswith(timing)} for row in rows]
 
@@ -215,6 +215,32 @@ def test_region_advantages_are_compared_within_their_rewards(tmp_path, data):
         make(tmp_path, data, [first, second], reward_regions=["keep"], region_advantages=True)
 
 
+def test_the_log_tells_regions_apart(tmp_path, data):
+    def rising(images, **columns):
+        return [float(i % 4) for i in range(len(images))]
+
+    def flat(images, **columns):
+        return [0.25] * len(images)
+
+    options = {"region_advantages": True, "advantage_power": 2.0, "reward_weights": [2.0, 1.0, 1.0]}
+    regions = ["edit", "keep", "keep"]
+    flatter = lambda images, **columns: [0.5] * len(images)  # noqa: E731
+    trainer = make(tmp_path, data, [rising, flat, flatter], reward_regions=regions, max_steps=1, **options)
+    trainer.train()
+    row = {k: v for k, v in trainer.state.log_history[0].items() if k.startswith("regions/")}
+    spread = np.std([0.0, 2.0, 4.0, 6.0])
+    assert row.pop("regions/edit/reward_std") == pytest.approx(spread, rel=1e-4)
+    assert row.pop("regions/edit/advantage_std") == pytest.approx(1, rel=1e-4)
+    assert row == {
+        "regions/edit/reward": 3.0,
+        "regions/edit/frac_reward_zero_std": 0.0,
+        "regions/keep/reward": 0.75,
+        "regions/keep/reward_std": 0.0,
+        "regions/keep/frac_reward_zero_std": 1.0,
+        "regions/keep/advantage_std": 0.0,
+    }
+
+
 def test_several_regions_reach_noise_and_objective(tmp_path, data):
     def labels(row):
         mask = np.asarray(row["mask"].convert("L")) > 127
@@ -263,6 +289,43 @@ def test_a_second_turn_starts_from_the_best_of_the_first(tmp_path, data):
     rows[0]["turns"] = [{"instruction": "add a ball"}]
     with pytest.raises(ValueError, match=r"train row 0, turn 2, column 'turns': got \['instruction'\], expected"):
         make(tmp_path, rows, turns_column="turns")
+
+
+# ------------------------------------------------------------------------------------------ cached conditions
+
+
+def encoder_calls(pipe):
+    calls = {"text": 0, "image": 0}
+    pipe.text_encoder_2.register_forward_pre_hook(lambda *_: calls.update(text=calls["text"] + 1))
+    pipe.vae.encoder.register_forward_pre_hook(lambda *_: calls.update(image=calls["image"] + 1))
+    return calls
+
+
+def test_the_condition_cache_changes_no_bit_and_spares_the_encoders(tmp_path, data, held_out):
+    """Two epochs over four rows, with evaluations and a second turn, whose source is no one's but this rollout's."""
+    half = np.zeros((32, 32), np.uint8)
+    half[16:] = 255
+    rows = [{**dict(data[i]), "turns": None} for i in range(4)]
+    rows[1]["turns"] = [{"instruction": "add a red ball", "mask": Image.fromarray(half)}]
+    held_out = [{**dict(row), "turns": None} for row in held_out]
+    folder = tmp_path / "conditions"
+    cached = {"cache_conditions": True, "conditions_cache_dir": str(folder)}
+    results, calls = [], []
+    for options in ({}, cached, cached):
+        pipe = build_tiny_kontext()
+        calls.append(encoder_calls(pipe))
+        evaluation = {"eval_dataset": held_out, "eval_strategy": "epoch", "per_device_eval_batch_size": 2}
+        settings = {"turns_column": "turns", "max_steps": 4, **evaluation, **options}
+        trainer = make(tmp_path / str(len(calls)), rows, pipe=pipe, **settings)
+        trainer.train()
+        results.append((weights(trainer), history(trainer)))
+    assert results[0][1] == results[1][1] == results[2][1] and len(results[0][1]) == 6
+    assert all(same(results[0][0], other) for other, _ in results[1:])
+    prompts = {row["instruction"] for row in [*rows, *held_out]} | {"add a red ball"}
+    assert calls[0] == {"text": 16, "image": 16}  # in each epoch four rows, a turn and three held-out rows
+    assert calls[1] == {"text": len(prompts), "image": 7 + 2}
+    assert calls[2] == {"text": 0, "image": 2}
+    assert len(list(folder.glob("text-*/*"))) == len(prompts) and len(list(folder.glob("image-*/*"))) == 7
 
 
 FOUR = {"per_device_train_batch_size": 4, "seed": 1}
@@ -793,6 +856,7 @@ import test_trainer as t
 from rcgrpo import compbench_mini
 folder, data = Path(sys.argv[1]), compbench_mini("train", 12, 32)
 options = {**t.FOUR, "per_device_train_batch_size": 2, "train_micro_batch_size": 3, "gradient_checkpointing": False}
+options |= {"cache_conditions": True, "conditions_cache_dir": str(folder / "conditions")}
 trainer = t.make(folder, data, t.flat_for_removals, **options)
 trainer.train()
 torch.save((t.weights(trainer), t.history(trainer)), folder / f"rank{trainer.args.process_index}.pt")
@@ -825,6 +889,7 @@ def test_two_processes_train_what_one_does(tmp_path, reference):
     _, start, (_, single) = reference
     assert distance(first, single, start) < 1e-5
     assert len(log) == 2 and 0 < log[0]["reward"] < 1
+    assert len(list(tmp_path.glob("conditions/image-*/*.safetensors"))) == 8  # two updates of four edits
 
 
 def test_judges_work_while_the_next_edits_are_rolled_out(tmp_path, data):

@@ -92,6 +92,17 @@ class RCGRPOConfig(_BaseConfig):
         default=None,
         metadata={"help": "Arguments of `from_pretrained` when `model` is a string, e.g. {'torch_dtype': 'bfloat16'}."},
     )
+    cache_conditions: bool = field(
+        default=False,
+        metadata={
+            "help": "Encode each instruction and each source once, keep the results on disk (4 MB an instruction with "
+            "FLUX), and keep the text encoders off the device except while something new is encoded. Same results."
+        },
+    )
+    conditions_cache_dir: str | None = field(
+        default=None,
+        metadata={"help": "Where; by default rcgrpo/conditions in the Hugging Face home, shared by all runs."},
+    )
     rollout_batch_size: int | None = field(
         default=None, metadata={"help": "Candidates at a time in rollouts. Bounds memory; the default is all of them."}
     )
@@ -311,6 +322,8 @@ class RCGRPOConfig(_BaseConfig):
             refuse("epsilon_high", "a number above 0, or none to clip by epsilon on both sides")
         if not self.true_cfg_scale >= 1:
             refuse("true_cfg_scale", "1 (off) or more")
+        if self.conditions_cache_dir is not None and not self.cache_conditions:
+            refuse("conditions_cache_dir", "none without cache_conditions=True, which fills it")
         if self.region_strengths is not None:
             if self.regions_column is None:
                 refuse("region_strengths", "none without regions_column, which says where these regions are")

@@ -235,7 +235,7 @@ class Group:
     `regions` `[regions, tokens]`; `conditions` of one sample; `attention` per candidate; `kick_strength`
     `[steps, group, tokens]` and `noise_level` of a stochastic rollout; `key` is what its noise was drawn from. Scoring
     fills in `rewards` `[group, rewards]`, `scores` `[group]` and `advantages` `[group]`, or `[rows, group]` with region
-    advantages, one row for each region that has a reward.
+    advantages, one row for each region that has a reward; `region_scores` `[rows, group]` go with these.
     """
 
     edit: Edit
@@ -253,6 +253,7 @@ class Group:
     rewards: Tensor | None = None
     scores: Tensor | None = None
     advantages: Tensor | None = None
+    region_scores: Tensor | None = None
 
     @property
     def size(self) -> tuple[int, int]:
@@ -280,6 +281,7 @@ def make_groups(
     key: tuple[Any, ...],
     attention: Literal["none", "mass", "maps"] = "none",
     batch_size: int | None = None,
+    cache_sources: bool = True,
 ) -> list[Group]:
     """Roll out a group of candidates for each edit.
 
@@ -289,6 +291,7 @@ def make_groups(
         key: what the noise is drawn from, besides the edit's row.
         attention: what to record of it: nothing, its mass on the region, or whole maps for pictures.
         batch_size: candidates at a time, which bounds memory; all of one size by default.
+        cache_sources: whether the editor's cache may keep the sources' latents.
     """
     groups: list[Group | None] = [None] * len(edits)
     sizes = [editor.size_for(edit.source) for edit in edits]
@@ -299,7 +302,8 @@ def make_groups(
         masks = [exploration.masks(edit) for edit in members]
         regions = [to_tokens(mask, grid, "max") for mask in masks]
         covered = torch.stack([to_tokens(mask.amax(0), grid, "mean") for mask in masks])
-        conditions = editor.encode([edit.source for edit in members], [edit.prompt for edit in members])
+        sources, prompts = [edit.source for edit in members], [edit.prompt for edit in members]
+        conditions = editor.encode(sources, prompts, cache_sources)
         noise = [
             exploration.noise(region, editor.channels, num_generations, (*key, edit.row))
             for edit, region in zip(members, regions, strict=True)

@@ -17,6 +17,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.trainer.base_trainer import _BaseTrainer
 
 from .hub import LORA_FILE, model_card, save_lora
+from .models import base_model_name
 from .pipeline import RegionDecoupledFluxKontextPipeline
 from .rewards import Reward
 
@@ -95,7 +96,7 @@ class SavingTrainer(_BaseTrainer):
         card = model_card(
             model_name=model_name or Path(self.args.hub_model_id or self.args.output_dir).name,
             hub_model_id=self.args.hub_model_id,
-            base_model=str(self.pipeline.config.get("_name_or_path") or ""),
+            base_model=base_model_name(self.pipeline),
             datasets=[dataset_name] if dataset_name else (),
             metrics=metrics,
             metric_table=table.read_text() if table.exists() else None,
@@ -106,7 +107,8 @@ class SavingTrainer(_BaseTrainer):
 
     def card_settings(self) -> dict[str, Any]:
         """The settings of this run that differ from a fresh `RCGRPOConfig`, for the model card."""
-        left_out = ("output_dir", "hub_token", "hub_model_id", "run_name", "report_to", "disable_tqdm")
+        left_out = {"output_dir", "hub_token", "hub_model_id", "run_name", "report_to", "disable_tqdm"}
+        left_out |= {"cache_conditions", "conditions_cache_dir"}  # change no result
         changed = {}
         for field in dataclasses.fields(self.args):
             value = getattr(self.args, field.name)

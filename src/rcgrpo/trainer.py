@@ -13,8 +13,6 @@ is not in checkpoints, hence `save_steps` must be a multiple of it.
 import dataclasses
 import itertools
 import logging
-import os
-import re
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
@@ -23,21 +21,20 @@ from typing import Any, ClassVar
 
 import torch
 from accelerate.utils import gather_object
-from diffusers.quantizers import PipelineQuantizationConfig
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, TrainerCallback, set_seed
+from transformers import TrainerCallback
 from trl.trainer.utils import RepeatSampler
 
 from .attention import Concentration
 from .config import RCGRPOConfig
 from .data.edits import Edit, EditRows
 from .diagnostics import group_diagnostics, reward_parts
-from .editors import FluxKontextEditor
+from .editors import ConditionCache, FluxKontextEditor
 from .hub import check_lora_config
 from .metrics import masked_psnr
+from .models import load_pipeline, trained_model
 from .objective import batch_advantages, keep_hinge, predict_clean, spread, velocity_kl
-from .pipeline import RegionDecoupledFluxKontextPipeline
 from .policies import make_policy
 from .regions import region_weights
 from .rewards import (
@@ -123,7 +120,7 @@ class RCGRPOTrainer(SavingTrainer):
         elif args.beta:
             raise ValueError(f"beta: got {args.beta} without peft_config, expected LoRA, whose base is the reference")
 
-        self.pipeline = self._load_pipeline(model, args)
+        self.pipeline = load_pipeline(model, args.model_init_kwargs)  # type: ignore[arg-type]
         self.editor = FluxKontextEditor(
             self.pipeline,
             args.resolution,
@@ -133,6 +130,7 @@ class RCGRPOTrainer(SavingTrainer):
             args.solver,  # type: ignore[arg-type]
             args.true_cfg_scale,
             args.negative_prompt,
+            ConditionCache(args.conditions_cache_dir) if args.cache_conditions else None,
         )
         self.exploration = Exploration(
             args.edit_strength,
@@ -149,7 +147,7 @@ class RCGRPOTrainer(SavingTrainer):
         )
         self.policy = make_policy(args, args.named_regions)
         super().__init__(
-            model=self._prepare_model(peft_config, args),
+            model=trained_model(self.pipeline, peft_config, args.seed),
             args=args,
             data_collator=list,
             train_dataset=train_rows,
@@ -165,7 +163,7 @@ class RCGRPOTrainer(SavingTrainer):
                 f"train_dataset: got {len(train_rows)} rows, expected at least one update's {cycle} edits "
                 "(per_device_train_batch_size · gradient_accumulation_steps · processes); lower one of these"
             )
-        self.pipeline.to(self.accelerator.device)
+        self.editor.place(self.accelerator.device)
         self.failures = FailureWatch(self.rewards, args.max_reward_failures)
         self._metrics: dict[str, dict[str, list[float]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
         self._step = 0
@@ -228,59 +226,6 @@ class RCGRPOTrainer(SavingTrainer):
             )
         return rows
 
-    @staticmethod
-    def _load_pipeline(model: Any, args: RCGRPOConfig) -> RegionDecoupledFluxKontextPipeline:
-        if isinstance(model, str | os.PathLike):
-            kwargs = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]
-            for key in {"dtype", "torch_dtype"} & kwargs.keys():
-                kwargs[key] = getattr(torch, kwargs[key]) if isinstance(kwargs[key], str) else kwargs[key]
-            if isinstance(kwargs.get("quantization_config"), Mapping):  # from YAML
-                kwargs["quantization_config"] = PipelineQuantizationConfig(**kwargs["quantization_config"])
-            return RegionDecoupledFluxKontextPipeline.from_pretrained(model, **kwargs)
-        if isinstance(model, RegionDecoupledFluxKontextPipeline):
-            return model
-        if not all(hasattr(model, part) for part in ("transformer", "vae", "scheduler", "tokenizer_2")):
-            raise TypeError(f"model: got {type(model).__name__}, expected a FluxKontextPipeline, a Hub id or a folder")
-        pipe = RegionDecoupledFluxKontextPipeline(**model.components)  # `from_pipe` would cast everything to fp32
-        pipe.register_to_config(_name_or_path=model.config.get("_name_or_path"))
-        return pipe
-
-    def _prepare_model(self, peft_config: PeftConfig | None, args: RCGRPOConfig) -> nn.Module:
-        pipe = self.pipeline
-        for part in (pipe.vae, pipe.text_encoder, pipe.text_encoder_2):
-            if part is not None:
-                part.requires_grad_(False).eval()
-        transformer = pipe.transformer
-        if getattr(transformer, "is_cache_enabled", False):
-            raise ValueError(
-                "model: the transformer has a step cache enabled; call `transformer.disable_cache()` first"
-            )
-
-        # The Trainer asks a transformers model for these; a diffusers model has another name for them.
-        def enable(*_: Any, **__: Any) -> None:
-            transformer.enable_gradient_checkpointing()
-
-        transformer.activation_checkpointing_enable = transformer.gradient_checkpointing_enable = enable
-        transformer.gradient_checkpointing_disable = transformer.disable_gradient_checkpointing
-        if peft_config is None:
-            return transformer.requires_grad_(True)
-        if isinstance(transformer, PeftModel):
-            raise ValueError("model: the pipeline's transformer is wrapped by PEFT already, expected the bare one")
-        set_seed(args.seed)  # the LoRA's initial weights belong to the run, not to what ran before it
-        try:
-            wrapped = get_peft_model(transformer, peft_config)
-        except ValueError as error:
-            names = (name for name, layer in transformer.named_modules() if isinstance(layer, nn.Linear))
-            endings = sorted({re.sub(r".*?([^.]+(\.\d+)?)$", r"\1", name) for name in names})
-            raise ValueError(
-                f"peft_config.target_modules: got {peft_config.target_modules!r}, expected names of layers in "
-                f"{type(transformer).__name__}, ending in {', '.join(endings)} ({error})"
-            ) from error
-        public = {key: value for key, value in transformer.config.items() if not key.startswith("_")}
-        wrapped.config = PreTrainedConfig(**public)
-        wrapped.config._name_or_path = str(pipe.config.get("_name_or_path") or "")
-        return wrapped
-
     def _probe_rewards(self, rows: EditRows) -> None:
         """Call each reward once on unedited sources, so that a wrong length is known before hours are spent."""
         edit = rows.edit(0)
@@ -330,7 +275,12 @@ class RCGRPOTrainer(SavingTrainer):
     # ------------------------------------------------------------------------------------------ rollout
 
     def make_groups(
-        self, edits: Sequence[Edit], num_generations: int, key: tuple[Any, ...], maps: bool = False
+        self,
+        edits: Sequence[Edit],
+        num_generations: int,
+        key: tuple[Any, ...],
+        maps: bool = False,
+        cache_sources: bool = True,
     ) -> list[Group]:
         """Roll out candidates of each edit with the current weights; see `rollout.make_groups`."""
         args = self.args
@@ -348,6 +298,7 @@ class RCGRPOTrainer(SavingTrainer):
             key,
             "maps" if maps else "mass" if recorded else "none",
             args.rollout_batch_size,
+            cache_sources,
         )
         self.model.train(training)
         return groups
@@ -431,7 +382,8 @@ class RCGRPOTrainer(SavingTrainer):
             group.rewards = rewards
             group.scores, group.advantages = results[0][i]
             if rows:
-                group.advantages = torch.stack([result[i][1] for result in results[1:]])
+                each = zip(*(result[i] for result in results[1:]), strict=True)
+                group.region_scores, group.advantages = (torch.stack(tensors) for tensors in each)
         return scored
 
     def _log_groups(self, groups: Sequence[Group], scored: ScoredBatch) -> None:
@@ -454,6 +406,13 @@ class RCGRPOTrainer(SavingTrainer):
                 numbers = group_diagnostics(group, group.advantages, parts, self.args.named_regions)  # type: ignore[arg-type]
                 for name, value in numbers.items():
                     metrics[name].append(value)
+            for j, region in enumerate(self.args.named_regions):
+                own, advantages = group.region_scores[j], group.advantages[j]  # type: ignore[index]
+                metrics[f"regions/{region}/reward"].append(float(own.nanmean()))
+                if count > 1:
+                    metrics[f"regions/{region}/reward_std"].append(spread(own))
+                    metrics[f"regions/{region}/frac_reward_zero_std"].append(float(not advantages.any()))
+                    metrics[f"regions/{region}/advantage_std"].append(spread(advantages))
             if group.attention is not None:
                 for measure in ("mass", "density", "contrast"):
                     metrics[f"attention/{measure}"].append(float(getattr(group.attention, measure).mean()))
@@ -461,10 +420,10 @@ class RCGRPOTrainer(SavingTrainer):
     # ------------------------------------------------------------------------------------------ update
 
     def _begin(
-        self, edits: Sequence[Edit], num_generations: int, key: tuple[Any, ...]
+        self, edits: Sequence[Edit], num_generations: int, key: tuple[Any, ...], **options: Any
     ) -> tuple[list[Group], PendingScores]:
         """Groups of the edits, rolled out, whose scores are on their way."""
-        groups = self.make_groups(edits, num_generations, key)
+        groups = self.make_groups(edits, num_generations, key, **options)
         return groups, self._submit(groups)
 
     def _finish(
@@ -486,7 +445,9 @@ class RCGRPOTrainer(SavingTrainer):
                 edits = [edit for edit in following if edit is not None]
                 if not edits:
                     break
-                groups, pending = self._begin(edits, num_generations, (*key, "turn", turn))
+                # Their sources are this turn's results, which no other rollout will see again.
+                following_key = (*key, "turn", turn)
+                groups, pending = self._begin(edits, num_generations, following_key, cache_sources=False)
         except Exception as caught:
             error = caught
         agree_on_failure(self.accelerator, error)

@@ -8,10 +8,13 @@ diffusers does, or a rollout differs from the pipeline in the last bits.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
+from accelerate import cpu_offload_with_hook
+from accelerate.hooks import UserCpuOffloadHook
 from diffusers import (
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -23,6 +26,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..attention import unrecorded
+from .cache import ConditionCache, modules_digest, picture_digest, surroundings
 
 Solver = Literal["euler", "heun", "dpmpp_2m", "unipc"]
 SOLVERS: tuple[Solver, ...] = get_args(Solver)
@@ -146,6 +150,11 @@ def instruction_token_weights(pipeline: FluxKontextPipeline, prompts: Sequence[s
     return ((1 - encoded.special_tokens_mask) * encoded.attention_mask).float()
 
 
+def can_move(part: nn.Module) -> bool:
+    """Whether a model may go to another device, which bitsandbytes' 8-bit weights may not."""
+    return not getattr(part, "is_loaded_in_8bit", False)
+
+
 class FluxKontextEditor:
     """FLUX.1-Kontext (any size, Kontext-tiny too) as the rollout sees it.
 
@@ -160,6 +169,7 @@ class FluxKontextEditor:
         solver: what rollouts step with; the pipeline's own scheduler by default.
         true_cfg_scale: above 1, every velocity is guided away from the negative prompt, at twice the cost.
         negative_prompt: what true CFG guides away from.
+        cache: keeps what the encoders make of instructions and sources. Their weights must not change from then on.
     """
 
     def __init__(
@@ -172,6 +182,7 @@ class FluxKontextEditor:
         solver: Solver | None = None,
         true_cfg_scale: float = 1.0,
         negative_prompt: str = "",
+        cache: ConditionCache | None = None,
     ) -> None:
         self.pipeline = pipeline
         self.resolution = resolution
@@ -181,6 +192,9 @@ class FluxKontextEditor:
         self.solver = solver
         self.true_cfg_scale = true_cfg_scale
         self.negative_prompt = negative_prompt
+        self.cache = cache
+        self._offloads: list[UserCpuOffloadHook] = []
+        self._device: torch.device | None = None
         self.scheduler = pipeline.scheduler
         if solver is not None and not isinstance(pipeline.scheduler, FlowMatchEulerDiscreteScheduler):
             raise ValueError(
@@ -208,9 +222,37 @@ class FluxKontextEditor:
 
     # -------------------------------------------------------------------------------- encode
 
+    def place(self, device: torch.device) -> None:
+        """Move the models to a device.
+
+        With a cache the text encoders stay on the CPU, come to the device when something new is to be encoded, and
+        leave it again.
+        """
+        pipe = self.pipeline
+        if self.cache is None:
+            pipe.to(device)
+            return
+        for part in (pipe.transformer, pipe.vae):
+            if can_move(part):
+                part.to(device)
+        encoders = [part for part in (pipe.text_encoder, pipe.text_encoder_2) if can_move(part)]
+        self._offloads = [cpu_offload_with_hook(part, device)[1] for part in encoders]
+        self._device = device
+
+    @property
+    def device(self) -> torch.device:
+        """Where everything is computed, wherever the text encoders wait."""
+        return self._device or self.pipeline._execution_device
+
     @torch.no_grad()
-    def encode(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Conditions:
+    def encode(self, images: Sequence[Image.Image], prompts: Sequence[str], cache_images: bool = True) -> Conditions:
         """Encode sources of one common size (see `size_for`) and their instructions.
+
+        Each is encoded by itself: its numbers are the same bits in every batch, from the cache or not.
+
+        Args:
+            images, prompts: one of each for every edit.
+            cache_images: whether a cache may keep the latents; not for pictures that nobody will bring again.
 
         Raises:
             ValueError: pictures that would be edited at different sizes.
@@ -219,36 +261,80 @@ class FluxKontextEditor:
         if len(sizes) > 1:
             raise ValueError(f"images: got pictures edited at {sorted(sizes)}, expected one size per batch")
         height, width = sizes.pop()
-        pipe = self.pipeline
-        device = pipe._execution_device
-        prompt_embeds, pooled, _ = pipe.encode_prompt(
-            prompt=list(prompts), prompt_2=None, device=device, max_sequence_length=self.max_sequence_length
-        )
-        pixels = pipe.image_processor.resize(list(images), height, width)
-        pixels = pipe.image_processor.preprocess(pixels, height, width)
-        _, image_latents, _, _ = pipe.prepare_latents(
-            pixels,
-            len(images),
-            self.channels // 4,
+        guided = self.true_cfg_scale > 1
+        texts = {prompt: self._encode_prompt(prompt) for prompt in prompts}
+        negative = self._encode_prompt(self.negative_prompt) if guided else {}
+        for text_encoder in self._offloads:
+            text_encoder.offload()
+        dtype = texts[prompts[0]]["prompt_embeds"].dtype
+
+        def batch(name: str) -> Tensor:
+            return torch.cat([texts[prompt][name] for prompt in prompts])
+
+        def repeated(name: str) -> Tensor | None:
+            return torch.cat([negative[name]] * len(prompts)) if guided else None
+
+        return Conditions(
+            batch("prompt_embeds"),
+            batch("pooled_prompt_embeds"),
+            instruction_token_weights(self.pipeline, prompts, self.max_sequence_length),
+            torch.cat([self._encode_image(image, height, width, dtype, cache_images) for image in images]),
             height,
             width,
-            prompt_embeds.dtype,
-            device,
-            # only the reference is wanted; given noise is passed through untouched
-            latents=torch.empty(0),
+            repeated("prompt_embeds"),
+            repeated("pooled_prompt_embeds"),
         )
-        weights = instruction_token_weights(pipe, prompts, self.max_sequence_length)
-        negative_embeds = negative_pooled = None
-        if self.true_cfg_scale > 1:
-            negative_embeds, negative_pooled, _ = pipe.encode_prompt(
-                prompt=[self.negative_prompt] * len(images),
-                prompt_2=None,
-                device=device,
-                max_sequence_length=self.max_sequence_length,
+
+    def _encode_prompt(self, prompt: str) -> dict[str, Tensor]:
+        """`prompt_embeds` `[1, text tokens, width]` and `pooled_prompt_embeds` `[1, width]` of one instruction."""
+        pipe, device = self.pipeline, self.device
+
+        def make() -> dict[str, Tensor]:
+            embeds, pooled, _ = pipe.encode_prompt(
+                prompt=[prompt], prompt_2=None, device=device, max_sequence_length=self.max_sequence_length
             )
-        return Conditions(
-            prompt_embeds, pooled, weights, image_latents, height, width, negative_embeds, negative_pooled
-        )
+            return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
+
+        if self.cache is None:
+            return make()
+        # The tokens speak for the tokenizers, and for the length that they are padded to.
+        padded = {"padding": "max_length", "truncation": True}
+        clip = pipe.tokenizer(prompt, max_length=pipe.tokenizer_max_length, **padded).input_ids
+        t5 = pipe.tokenizer_2(prompt, max_length=self.max_sequence_length, **padded).input_ids
+        made_from = [self._text_weights, surroundings(device), prompt, clip, t5]
+        entry = self.cache.get(f"text-{self._text_weights[:12]}", made_from, make)
+        return {name: tensor.to(device) for name, tensor in entry.items()}
+
+    def _encode_image(self, image: Image.Image, height: int, width: int, dtype: torch.dtype, keep: bool) -> Tensor:
+        """Packed latents of one source, `[1, reference tokens, channels]`."""
+        pipe, device = self.pipeline, self.device
+
+        def make() -> dict[str, Tensor]:
+            pixels = pipe.image_processor.resize([image], height, width)
+            pixels = pipe.image_processor.preprocess(pixels, height, width)
+            # Only the reference is wanted; given noise is passed through untouched.
+            noise = torch.empty(0)
+            _, latents, _, _ = pipe.prepare_latents(
+                pixels, 1, self.channels // 4, height, width, dtype, device, latents=noise
+            )
+            return {"image_latents": latents}
+
+        if self.cache is None or not keep:
+            return make()["image_latents"]
+        # Tiling and slicing are plain attributes of the VAE.
+        settings = {name: value for name, value in vars(pipe.vae).items() if isinstance(value, bool | int | float)}
+        processor = dict(pipe.image_processor.config)
+        made_from = [self._vae_weights, surroundings(device), settings, processor, dtype, height, width]
+        kind = f"image-{self._vae_weights[:12]}"
+        return self.cache.get(kind, [*made_from, picture_digest(image)], make)["image_latents"].to(device)
+
+    @cached_property
+    def _text_weights(self) -> str:
+        return modules_digest(self.pipeline.text_encoder, self.pipeline.text_encoder_2)
+
+    @cached_property
+    def _vae_weights(self) -> str:
+        return modules_digest(self.pipeline.vae)
 
     # -------------------------------------------------------------------------------- integrate
 
@@ -264,9 +350,7 @@ class FluxKontextEditor:
             scheduler.config.get("max_shift", 1.15),
         )
         sigmas = np.linspace(1.0, 1 / self.num_inference_steps, self.num_inference_steps)
-        timesteps, _ = retrieve_timesteps(
-            scheduler, self.num_inference_steps, self.pipeline._execution_device, sigmas=sigmas, mu=mu
-        )
+        timesteps, _ = retrieve_timesteps(scheduler, self.num_inference_steps, self.device, sigmas=sigmas, mu=mu)
         scheduler.set_begin_index(0)
         levels = scheduler.sigmas.to(timesteps.device, torch.float32)
         if self.solver is None:
