@@ -4,7 +4,8 @@
     python benchmarks/overlap.py --window 16 --rounds 9 --generations 12
 
 The real trainer runs `train()` on the embedded editor. Its reward is a `RemoteReward` whose server, a process of its
-own, only sleeps, so it takes no computing time from the rollouts. A round is three steps on end, so that all three meet
+own, only sleeps, for one request after the other, so it takes no computing time from the rollouts and is not faster for
+being asked twice at once. A round is three steps on end, so that all three meet
 the same load on the machine; the order of the last two alternates:
 
 - `alone`: a constant in place of the judge. What its rollouts took sets how long the judge sleeps in this round.
@@ -15,7 +16,8 @@ Learning is left out (`training_step` ends after the scores), because what a jud
 passes. The judge is as slow as a rollout, hence `serial` is near 2. With W micro-batches in a window the last one's
 judge has no rollout to work beside, so `overlapped` cannot be under 1 + 1/W here; in training, that tail runs beside
 the learning from the micro-batches before. The first round warms up and does not count. A step's time goes from
-`on_step_begin` to `on_step_end`; the table holds medians over rounds, and of the ratios within each round.
+`on_step_begin` to `on_step_end`; the table holds medians over rounds, and of the ratios within each round. Its last
+column tells how much slower the rollouts themselves were for sharing the processor with the client.
 """
 
 import argparse
@@ -23,6 +25,7 @@ import json
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.request
 from collections import defaultdict
@@ -40,6 +43,7 @@ class Judge(BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
     seconds = 0.0
+    working = threading.Lock()
 
     def log_message(self, *arguments: Any) -> None:
         pass
@@ -49,7 +53,8 @@ class Judge(BaseHTTPRequestHandler):
         if self.path == "/sleep":
             type(self).seconds, answer = body, None
         else:
-            time.sleep(self.seconds)
+            with self.working:
+                time.sleep(self.seconds)
             count = len(body["prompts"])
             answer = {"rewards": [index / count for index in range(count)]}
         content = json.dumps(answer).encode()
@@ -66,7 +71,7 @@ def serve() -> None:
 
 
 def measure(url: str, options: argparse.Namespace) -> dict[str, list[float]]:
-    """Seconds of each round's step, by mode, and of its mean rollout as `rollout`."""
+    """Seconds of each round's step, by mode, and of its mean rollout, by mode and `rollout`."""
     from diffusers import FluxKontextPipeline
     from peft import LoraConfig
     from transformers import TrainerCallback
@@ -115,9 +120,10 @@ def measure(url: str, options: argparse.Namespace) -> dict[str, list[float]]:
         def on_step_end(self, args: Any, state: Any, control: Any, **keywords: Any) -> None:
             taken[trainer.mode].append(time.perf_counter() - self.began)
             assert len(trainer.rollouts) == options.window
+            rollout = sum(trainer.rollouts) / len(trainer.rollouts)
+            taken[f"{trainer.mode} rollout"].append(rollout)
             if trainer.mode == "alone":
-                taken["rollout"].append(sum(trainer.rollouts) / len(trainer.rollouts))
-                tell(url, taken["rollout"][-1])
+                tell(url, rollout)
 
     judge = RemoteReward(url, "judge", batch_size=max(1, options.batch * options.generations), required=True)
     pipe = FluxKontextPipeline.from_pretrained(str(WEIGHTS))
@@ -154,20 +160,28 @@ def tell(url: str, seconds: float) -> None:
 
 
 def table(taken: dict[str, list[float]], window: int) -> str:
-    lines = ["| step | s (median) | ratio to rollouts alone (median, least to most) |", "|---|---|---|"]
+    lines = [
+        "| step | s (median) | ratio to rollouts alone (median, least to most) | a rollout's |",
+        "|---|---|---|---|",
+    ]
     for mode in MODES:
-        ratios = [step / alone for step, alone in zip(taken[mode], taken["alone"], strict=True)]
-        spread = f"{median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
-        lines.append(f"| {mode} | {median(taken[mode]):.3f} | {spread} |")
+        steps = ratios(taken[mode], taken["alone"])
+        rollouts = ratios(taken[f"{mode} rollout"], taken["alone rollout"])
+        spread = f"{median(steps):.3f} ({min(steps):.3f} to {max(steps):.3f})"
+        lines.append(f"| {mode} | {median(taken[mode]):.3f} | {spread} | {median(rollouts):.3f} |")
     return "\n".join(
         [
             *lines,
             "",
             f"{len(taken['alone'])} rounds; W = {window} micro-batches a step; a rollout, and so the judge, took "
-            f"{median(taken['rollout']):.3f} s (median). The least possible for `overlapped` is 1 + 1/W = "
+            f"{median(taken['alone rollout']):.3f} s (median). The least possible for `overlapped` is 1 + 1/W = "
             f"{1 + 1 / window:.3f}.",
         ]
     )
+
+
+def ratios(values: list[float], to: list[float]) -> list[float]:
+    return [value / other for value, other in zip(values, to, strict=True)]
 
 
 def main() -> None:

@@ -139,6 +139,7 @@ def run(tmp_path_factory):
             timeout=6.0,
             attempt_timeout=1.0,
             retries=RETRIES,
+            concurrency=1,  # the plan tells which request of which step is answered how
             backoff=0.01,
             max_backoff=0.02,
             breaker_failures=BREAKER,

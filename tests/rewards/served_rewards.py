@@ -22,6 +22,14 @@ def slow(images, **columns):
     return [1.0] * len(images)
 
 
+def busy(images, **columns):
+    """Never lets go of the interpreter by itself, as a reward in pure Python does."""
+    until = time.monotonic() + 1.5
+    while time.monotonic() < until:
+        sum(range(1000))
+    return [1.0] * len(images)
+
+
 async def strict(images, **columns):
     if len(images) > 1:
         from rcgrpo.rewards import RewardError

@@ -5,9 +5,11 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
-from rcgrpo.rewards import EditScoreReward, LocalJudge, LogitScoreReward
-from rcgrpo.rewards.judges import DIGITS, Question, expected_score
+from rcgrpo.rewards import EditScoreReward, LocalJudge, LogitScoreReward, RewardError
+from rcgrpo.rewards.judge_rewards import DIGITS, expected_score
+from rcgrpo.rewards.judges import Question
 from rcgrpo.rewards.local_judge import GumbelNoise
 from rcgrpo.rewards.transport import Fault
 from tiny_judge import build_tiny_judge
@@ -61,13 +63,21 @@ def test_answers_depend_on_question_pass_and_seed_alone(judge, tiny):
 
 def test_gumbel_noise_samples_the_softmax():
     logits = torch.log(torch.tensor([[0.6, 0.3, 0.1, 0.0]]))
-    noise = GumbelNoise(1.0, [torch.Generator().manual_seed(0)])
+    noise = GumbelNoise([torch.Generator().manual_seed(0)])
     counts = torch.zeros(4)
     for _ in range(4000):
         counts[noise(torch.empty(1, 0), logits).argmax()] += 1
     assert (counts / 4000 - torch.tensor([0.6, 0.3, 0.1, 0.0])).abs().max() < 0.03 and counts[3] == 0
-    cold = GumbelNoise(0.01, [torch.Generator().manual_seed(0)])
-    assert all(cold(torch.empty(1, 0), logits).argmax() == 0 for _ in range(50))
+
+
+def test_temperature_and_top_p_narrow_what_is_sampled(tiny):
+    def said(**options):
+        judge = LocalJudge(tiny[0], processor=tiny[1], device="cpu", max_new_tokens=4, **options)
+        (answers,) = asyncio.run(judge.answers([Question((RED,), "?")], 6))
+        return len(set(answers))
+
+    assert said(temperature=5.0, top_p=1.0) == 6, "all over the vocabulary"
+    assert said(temperature=1e-4, top_p=1.0) == said(temperature=5.0, top_p=1e-6) == 1, "the likeliest token alone"
 
 
 def test_folder_with_adapter(tiny, tmp_path):
@@ -85,6 +95,18 @@ def test_folder_with_adapter(tiny, tmp_path):
     lora = ask(LocalJudge(str(tmp_path / "base"), str(tmp_path / "lora"), device="cpu"))
     assert lora == pytest.approx(ask(LocalJudge(adapted, processor=processor, device="cpu")), abs=1e-5)
     assert lora != pytest.approx(base, abs=1e-5)
+
+
+def test_what_cannot_be_loaded_stops_the_run(tiny, tmp_path):
+    model, processor = build_tiny_judge()
+    get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    save_file({name.replace("layers", "blocks"): weight for name, weight in load_file(path).items()}, path)
+    other = LocalJudge(build_tiny_judge()[0], str(tmp_path), processor=processor, device="cpu")
+    with pytest.raises(RewardError, match="missing adapter keys"):
+        asyncio.run(other.log_probs([Question((RED,), "?")], DIGITS))
+    with pytest.raises(RewardError, match=r"the judge '.*nowhere' cannot be loaded"):
+        asyncio.run(LogitScoreReward(LocalJudge(str(tmp_path / "nowhere")))(["x"], [RED], [BLUE]))
 
 
 def test_random_babble_is_a_failure_not_a_number(judge):
@@ -115,3 +137,5 @@ def test_set_up_mistakes(tiny):
         LocalJudge(tiny[0])
     with pytest.raises(ValueError, match="temperature: got 0"):
         LocalJudge("x", temperature=0)
+    with pytest.raises(ValueError, match="top_p: got 2"):
+        LocalJudge("x", top_p=2)

@@ -7,14 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from rcgrpo.rewards import (
-    FailureWatch,
-    RequiredRewardError,
-    RewardError,
-    RewardFailure,
-    resolve_rewards,
-    score,
-)
+from rcgrpo.rewards import RewardError, RewardFailure, resolve_rewards, score
 
 
 def run(*functions, count=4, columns=None, context=None):
@@ -224,59 +217,3 @@ def test_set_up_mistakes_are_raised():
         run("attention_concentration")
     with pytest.raises(ValueError, match="'caption' has 1 entries, expected 4"):
         run(needy, columns={"caption": ["an apple"]})
-
-
-def broken(**columns):
-    raise ConnectionError("server is down")
-
-
-def absent(images, **columns):
-    return [None] * len(images)
-
-
-def watched(patience, **functions):
-    """A watch over one required reward, and a way to feed it a batch of another function under its name."""
-    rewards = resolve_rewards([numbers, broken])
-    rewards = [rewards[0], type(rewards[1])("judge", broken, required=True)]
-    watch = FailureWatch(rewards, patience)
-
-    def feed(function):
-        function_rewards = [rewards[0], type(rewards[1])("judge", function, required=True)]
-        images = [Image.new("RGB", (4, 4))] * 2
-        labels = ["train row 17, candidate 0", "train row 17, candidate 1"]
-        watch.update(score(function_rewards, ["x"] * 2, images, images, images, {"number": [0, 1]}, labels))
-
-    return watch, feed
-
-
-def test_watch_stops_after_patience_silent_batches():
-    watch, feed = watched(patience=3)
-    feed(broken)
-    feed(absent)  # neither counts nor resets
-    feed(broken)
-    with pytest.raises(RequiredRewardError) as caught:
-        feed(broken)
-    for part in ("'judge'", "3 batches", "train row 17, candidate 1", "server is down", "`required` to False"):
-        assert part in str(caught.value)
-    assert watch.counts == {"numbers": 0, "judge": 6}
-
-
-def test_watch_starts_anew_after_a_score_and_ignores_what_does_not_apply():
-    def half(images, **columns):
-        return [math.nan, 0.5]
-
-    watch, feed = watched(patience=2)
-    for function in (broken, half, broken, numbers, broken, absent, absent, half):
-        feed(function)
-    assert watch.counts["judge"] == 2 + 1 + 2 + 2 + 1
-
-
-def test_watch_only_counts_what_is_not_required():
-    rewards = resolve_rewards(broken)
-    watch = FailureWatch(rewards, patience=1)
-    image = [Image.new("RGB", (4, 4))]
-    for _ in range(3):
-        watch.update(score(rewards, ["x"], image, image, image, {}, ["only"]))
-    assert watch.counts == {"broken": 3}
-    with pytest.raises(ValueError, match="patience: got 0"):
-        FailureWatch(rewards, patience=0)

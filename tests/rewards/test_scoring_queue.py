@@ -1,6 +1,4 @@
-import subprocess
-import sys
-import textwrap
+import asyncio
 import threading
 import time
 from concurrent.futures import CancelledError
@@ -9,15 +7,7 @@ import pytest
 from PIL import Image
 
 from fault_server import FaultServer
-from rcgrpo.rewards import (
-    RemoteReward,
-    RewardError,
-    ScoringQueue,
-    agree_on_failure,
-    fault_counts,
-    resolve_rewards,
-    score,
-)
+from rcgrpo.rewards import RemoteReward, RewardError, ScoringQueue, resolve_rewards, score
 
 
 def batch(first, count=2, context=None):
@@ -94,6 +84,66 @@ def test_plain_rewards_never_meet_themselves():
         assert all(p.result().failures == [] for p in pending)
 
 
+def test_the_judge_gets_the_next_batch_while_it_works_on_this_one_and_no_further():
+    under_way, order = [0, 0], []
+
+    async def judge(number, **columns):
+        under_way[0] += 1
+        under_way[1] = max(under_way)
+        await asyncio.sleep(0.02)
+        under_way[0] -= 1
+        return numbers(number)
+
+    def plain(number, **columns):
+        order.append(number[0])
+        return numbers(number)
+
+    with ScoringQueue() as queue:
+        pending = [queue.submit(resolve_rewards([plain, judge]), *batch(first)) for first in range(0, 60, 10)]
+        values = [p.result().values.tolist() for p in pending]
+    assert values == [[[first, first], [first + 1, first + 1]] for first in range(0, 60, 10)]
+    assert under_way == [0, 2] and order == list(range(0, 60, 10))
+
+
+def test_a_batch_begun_ahead_does_not_pay_for_the_one_before_it():
+    with FaultServer() as server:
+        server.behave({"do": "compute", "sleep": 0.6})
+        reward = RemoteReward(server.url, timeout=1.1, concurrency=1)
+        with ScoringQueue() as queue:
+            pending = [queue.submit(resolve_rewards(reward), *batch(first)) for first in range(3)]
+            assert [p.result().values[0].item() for p in pending] == [0, 1, 2] and not reward.faults
+
+
+def test_closing_cancels_what_is_waiting_at_the_judge():
+    cancelled = threading.Event()
+
+    async def patient(images, **columns):
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            cancelled.set()
+            raise
+
+    release = threading.Event()
+
+    def plain(images, **columns):
+        release.wait(10)
+        return [0.0] * len(images)
+
+    with ScoringQueue() as queue:
+        first = queue.submit(resolve_rewards(plain), *batch(0))
+        second = queue.submit(resolve_rewards(patient), *batch(0))
+        time.sleep(0.05)
+    assert cancelled.wait(10) and second.future.cancelled()
+    release.set()
+    assert first.result().failures == []
+
+
+def test_what_score_would_refuse_is_refused_at_once():
+    with ScoringQueue() as queue, pytest.raises(ValueError, match="'labels' has 1 entries, expected 2"):
+        queue.submit(resolve_rewards(numbers), *batch(0)[:5], ["one"])
+
+
 def test_logs_are_handed_on_in_the_callers_thread_and_in_the_order_of_the_rewards():
     async def late(number, log_metric, log_extra, **columns):
         log_metric("late", number[0])
@@ -156,61 +206,3 @@ def test_log_failure_makes_a_none_a_failure():
     scored = score(resolve_rewards(half), *batch(0, 3))
     assert scored.values[:2, 0].isnan().all() and scored.values[2, 0] == 0.5
     assert [(f.sample_label, f.reason) for f in scored.failures] == [("candidate 1", "the judge was silent")]
-
-
-def test_fault_counts_of_who_counts():
-    def counting(**columns):
-        return []
-
-    counting.faults = {"timeout": 3, "http_500": 1}
-    counted = {"rewards/counting/faults/timeout": 3, "rewards/counting/faults/http_500": 1}
-    assert fault_counts(resolve_rewards([numbers, counting])) == counted
-
-
-SCRIPT = """
-    import os, sys
-    from accelerate import Accelerator
-    from rcgrpo.rewards import RequiredRewardError, agree_on_failure
-    accelerator = Accelerator(cpu=True)
-    rank = accelerator.process_index
-    agree_on_failure(accelerator, None)
-    for kind in (RequiredRewardError, KeyError):
-        try:
-            agree_on_failure(accelerator, kind("judge is silent") if rank == 1 else None)
-        except RuntimeError as error:
-            print(type(error).__name__, error, sep="|", flush=True)
-    accelerator.end_training()
-"""
-
-
-def test_every_process_raises_what_one_of_them_met(monkeypatch):
-    with FaultServer() as server:  # a free port
-        port = server.port
-    processes = []
-    for rank in range(2):
-        monkeypatch.setenv("RANK", str(rank))
-        monkeypatch.setenv("LOCAL_RANK", str(rank))
-        for name, value in {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}.items():
-            monkeypatch.setenv(name, value)
-        command = [sys.executable, "-c", textwrap.dedent(SCRIPT)]
-        processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
-    try:
-        outputs = [process.communicate(timeout=90) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    told = ["RequiredRewardError|process 1: judge is silent", "RuntimeError|process 1: KeyError: 'judge is silent'"]
-    for (out, errors), process in zip(outputs, processes, strict=True):
-        assert process.returncode == 0, errors
-        assert out.splitlines() == told
-
-
-def test_a_single_process_raises_its_own_error():
-    class Alone:
-        num_processes = 1
-
-    agree_on_failure(Alone(), None)
-    error = KeyError("mine")
-    with pytest.raises(KeyError) as caught:
-        agree_on_failure(Alone(), error)
-    assert caught.value is error

@@ -1,10 +1,11 @@
+import asyncio
 import json
 import os
 import signal
 import subprocess
 import sys
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx2
@@ -21,7 +22,7 @@ IMAGE, MASK, TARGET = (
     Image.new("L", (4, 4), 255),
     Image.new("RGB", (4, 4), (4, 5, 6)),
 )
-SERVED = ["compbench_mini", "served_rewards.picky", "served_rewards.slow", "served_rewards.strict"]
+SERVED = ["compbench_mini", *(f"served_rewards.{name}" for name in ("picky", "slow", "busy", "strict"))]
 
 
 def start(*arguments):
@@ -41,7 +42,7 @@ def start(*arguments):
 
 @pytest.fixture(scope="module")
 def running():
-    process, url = start("--reward_funcs", *SERVED, "--max_request_mb", "1", "--max_waiting", "2")
+    process, url = start("--reward_funcs", *SERVED, "--max_request_mb", "1", "--max_waiting", "1")
     yield process, url
     process.kill()
     process.communicate()
@@ -91,7 +92,7 @@ def test_health(url):
         assert client.get(url + "/health").json() == {"status": "ok"}
         told = client.get(url + "/health", headers={"Authorization": f"Bearer {TOKEN}"}).json()
     assert told["rewards"]["picky"] == {"columns": ["number", "edited_image"], "range": [0, 9]}
-    assert told["rewards"].keys() == {"compbench_mini", "picky", "slow", "strict"}
+    assert told["rewards"].keys() == {"compbench_mini", "picky", "slow", "busy", "strict"}
 
 
 @pytest.mark.parametrize("token", [None, "", "let me", TOKEN + "!", "é"])
@@ -151,29 +152,116 @@ def test_size_and_type_of_requests_are_bounded(url):
     assert post(url, request("strict")).json() == {"rewards": [0.5], "failures": {}}
 
 
+def ask_together(url, *rewards):
+    """Answers of requests that are sent at the same time."""
+    with ThreadPoolExecutor(len(rewards)) as pool:
+        return list(pool.map(lambda reward: post(url, request(reward)), rewards))
+
+
 def test_waiting_requests_are_bounded_and_told_when_to_come_again(url):
-    answers = []
-    threads = [threading.Thread(target=lambda: answers.append(post(url, request()))) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    codes = sorted(answer.status_code for answer in answers)
-    assert codes == [200, 200, 503]
-    (busy,) = (answer for answer in answers if answer.status_code == 503)
-    assert busy.headers["Retry-After"] == "1" and "2 requests are waiting" in busy.json()["error"]
+    answers = ask_together(url, "slow", "slow", "slow")
+    assert sorted(answer.status_code for answer in answers) == [200, 200, 429]
+    (busy,) = (answer for answer in answers if answer.status_code == 429)
+    assert int(busy.headers["Retry-After"]) >= 1 and "2 requests are being scored or waiting" in busy.json()["error"]
 
 
-def test_zz_sigterm_lets_requests_finish(running):
+def test_client_comes_again_when_told(url):
+    rewards = [remote(url, "slow", retries=9) for _ in range(3)]
+    with ThreadPoolExecutor(3) as pool:
+        scored = list(pool.map(lambda reward: run(reward, [1]), rewards))
+    assert [batch.values.tolist() for batch in scored] == [[[1.0]]] * 3
+    assert {kind for reward in rewards for kind in reward.faults} == {"http_429"}
+
+
+def test_health_answers_while_a_reward_computes(url):
+    with ThreadPoolExecutor(1) as pool, httpx2.Client(trust_env=False, verify=False) as client:
+        answer = pool.submit(post, url, request("busy"))
+        alive = 0
+        while not answer.done():
+            assert client.get(url + "/health", timeout=10).json() == {"status": "ok"}
+            alive += not answer.done()
+    assert answer.result().json()["rewards"] == [1.0] and alive >= 3
+
+
+def in_process(app, *bodies):
+    """Answers of an application in this process to requests at the same time."""
+
+    async def all_of_them():
+        transport = httpx2.ASGITransport(app)
+        async with httpx2.AsyncClient(transport=transport, base_url="http://test") as client:
+            return await asyncio.gather(*(client.post("/compute", json=body, timeout=20) for body in bodies))
+
+    return asyncio.run(all_of_them())
+
+
+@pytest.mark.parametrize("concurrency", [1, 2])
+def test_so_many_requests_are_scored_at_once(concurrency):
+    inside, most = [], []
+
+    def plain(images, **columns):
+        inside.append(1)
+        time.sleep(0.05)
+        most.append(len(inside))
+        inside.pop()
+        return [0.5] * len(images)
+
+    async def waits(images, **columns):
+        inside.append(1)
+        await asyncio.sleep(0.05)
+        most.append(len(inside))
+        inside.pop()
+        return [0.5] * len(images)
+
+    for reward in (plain, waits):
+        app = server.create_app(resolve_rewards(reward), concurrency=concurrency)
+        answers = in_process(app, *[request(reward.__name__)] * 4)
+        assert [answer.json()["rewards"] for answer in answers] == [[0.5]] * 4
+        assert max(most) == concurrency
+        most.clear()
+
+
+def test_a_request_whose_caller_hung_up_is_not_scored():
+    scored = []
+
+    def counting(images, **columns):
+        scored.append(len(images))
+        return [0.5] * len(images)
+
+    app = server.create_app(resolve_rewards(counting))
+    headers = [(b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": "/compute", "headers": headers, "query_string": b""}
+    body = json.dumps(request("counting")).encode()
+    messages = iter([{"type": "http.request", "body": body, "more_body": False}])
+    sent = []
+
+    async def receive():
+        return next(messages, {"type": "http.disconnect"})
+
+    async def send(message):
+        sent.append(message)
+
+    asyncio.run(app(scope, receive, send))
+    assert scored == [] and sent[0]["status"] == 499
+
+
+@pytest.mark.parametrize("limits", [{"concurrency": 0}, {"max_waiting": -1}])
+def test_limits_that_cannot_be(limits):
+    ((name, value),) = limits.items()
+    with pytest.raises(ValueError, match=f"{name}: got {value}, expected"):
+        server.create_app(resolve_rewards("background_keep"), **limits)
+
+
+def test_zz_sigterm_lets_what_was_accepted_finish_and_takes_no_more(running):
     process, url = running
-    answers = []
-    thread = threading.Thread(target=lambda: answers.append(post(url, request())))
-    thread.start()
-    time.sleep(0.2)
-    process.send_signal(signal.SIGTERM)
-    thread.join()
-    assert answers[0].json() == {"rewards": [1.0], "failures": {}}
-    assert process.wait(10) in (0, -signal.SIGTERM)
+    with ThreadPoolExecutor(1) as pool:
+        answers = pool.submit(ask_together, url, "slow", "slow")  # one is scored, one waits
+        while post(url, b"", content_type="text/plain").status_code != 429:  # 415 as long as there is room
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        assert [answer.json()["rewards"] for answer in answers.result()] == [[1.0]] * 2
+    assert process.wait(30) in (0, -signal.SIGTERM)
+    with pytest.raises(httpx2.ConnectError):
+        post(url, request())
 
 
 def test_other_machines_only_with_a_token():
@@ -191,7 +279,7 @@ def test_command_line(monkeypatch, capsys):
     command.run(["serve", "--reward_funcs", "background_keep", "--port", "9"])
     ((rewards, host, port, token), limits) = seen[0]
     assert [reward.name for reward in rewards] == ["background_keep"] and (host, port, token) == ("127.0.0.1", 9, None)
-    assert limits == {"max_request_bytes": 256 << 20, "max_waiting": 32}
+    assert limits == {"max_request_bytes": 256 << 20, "concurrency": 1, "max_waiting": 32}
     with pytest.raises(UsageError, match="unknown flag '--prot'; the nearest known one is --port"):
         command.run(["serve", "--prot", "9"])
     command.run([])

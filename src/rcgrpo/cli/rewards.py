@@ -24,7 +24,13 @@ class ServeArguments:
         default="RCGRPO_REWARD_TOKEN", metadata={"help": "environment variable that holds the bearer token"}
     )
     max_request_mb: int = field(default=256, metadata={"help": "larger requests are refused"})
-    max_waiting: int = field(default=32, metadata={"help": "requests being scored or waiting; further ones get 503"})
+    concurrency: int = field(
+        default=1,
+        metadata={"help": "requests scored at once; above 1 only for rewards that are thread-safe or asynchronous"},
+    )
+    max_waiting: int = field(
+        default=32, metadata={"help": "requests that wait for their turn besides; further ones get 429"}
+    )
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -62,5 +68,6 @@ def serve_rewards(arguments: Sequence[str]) -> None:
         given.port,
         os.environ.get(given.token_variable) or None,
         max_request_bytes=given.max_request_mb << 20,
+        concurrency=given.concurrency,
         max_waiting=given.max_waiting,
     )

@@ -14,30 +14,22 @@ from .builtin import (
     region_edit,
 )
 from .clip import ClipDirectionReward, ClipImageReward, ClipTextReward
-from .judges import (
+from .failures import FailureWatch, RequiredRewardError, agree_on_failure, fault_counts
+from .judge_rewards import (
     EDIT_PROMPTS,
     EditPrompts,
     EditScoreReward,
     LogitScoreReward,
-    ServerJudge,
     UnifiedRewardEditReward,
 )
+from .judges import ServerJudge
 from .local_judge import LocalJudge
 from .preservation import BackgroundDINO, BackgroundLPIPS, background_l1
 from .region_scorer import RegionScorer, get_region_scorer
 from .registry import Reward, RewardError, RewardFunction, available_rewards, register_reward, resolve_rewards
 from .remote import RemoteReward
-from .scoring import (
-    FailureWatch,
-    PendingScores,
-    RequiredRewardError,
-    RewardFailure,
-    ScoredBatch,
-    ScoringQueue,
-    agree_on_failure,
-    fault_counts,
-    score,
-)
+from .scoring import RewardFailure, ScoredBatch, score
+from .scoring_queue import PendingScores, ScoringQueue
 
 __all__ = [
     "EDIT_PROMPTS",

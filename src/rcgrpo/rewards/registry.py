@@ -48,7 +48,7 @@ class Reward:
         name: how logs, weights and errors call it; unique within a run.
         function: the callable itself.
         columns: data set columns that it cannot do without.
-        required: whether a run must stop when it fails persistently (see `scoring.FailureWatch`).
+        required: whether a run must stop when it fails persistently (see `FailureWatch`).
         value_range: least and greatest score that it gives, for readers and servers; not enforced. `None`: unknown.
     """
 

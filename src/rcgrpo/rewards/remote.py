@@ -27,7 +27,7 @@ from PIL import Image
 
 from .pictures import to_png
 from .registry import RewardError
-from .transport import Fault, Transport
+from .transport import Deadline, Fault, Transport
 
 TOKEN_VARIABLE = "RCGRPO_REWARD_TOKEN"
 """Environment variable that holds the bearer token, for client and server."""
@@ -51,7 +51,7 @@ class RemoteReward:
             `concurrency`, `backoff`, `max_backoff`, `breaker_failures`, `breaker_seconds`: see `Transport`.
 
     Attributes:
-        faults: how often each kind of fault was met; `scoring.fault_counts` names them for the log.
+        faults: how often each kind of fault was met; `fault_counts` names them for the log.
 
     Raises:
         ValueError: an address or a number that cannot work.
@@ -92,7 +92,7 @@ class RemoteReward:
         **columns: Any,
     ) -> list[float | None]:
         """One score per candidate; see the module's docstring for what `None` means."""
-        until = self.transport.until()
+        deadline = self.transport.deadline()
         given: dict[str, list[Any]] = {
             "prompts": prompts,
             "images": images,
@@ -104,7 +104,7 @@ class RemoteReward:
 
         async def one(start: int, body: bytes) -> list[float | None]:
             count = min(self.batch_size, len(images) - start)
-            return await self._compute(body, count, until, lambda index, reason: log_failure(start + index, reason))
+            return await self._compute(body, count, deadline, lambda index, reason: log_failure(start + index, reason))
 
         parts = await asyncio.gather(*(one(start, body) for start, body in zip(starts, bodies, strict=True)))
         return [score for part in parts for score in part]
@@ -141,10 +141,10 @@ class RemoteReward:
         return bodies
 
     async def _compute(
-        self, body: bytes, count: int, until: float, log_failure: Callable[[int, str], None]
+        self, body: bytes, count: int, deadline: Deadline, log_failure: Callable[[int, str], None]
     ) -> list[float | None]:
         try:
-            answer = await self.transport.post("/compute", body, until)
+            answer = await self.transport.post("/compute", body, deadline)
             rewards, failures = self._check(answer, count)
         except Fault as fault:
             if fault.refused and not self.transport.answered:

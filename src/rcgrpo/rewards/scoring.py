@@ -6,9 +6,9 @@ poison it. A failure is not a 0.0, one candidate's failure is not the batch's, a
 
 Gotchas: asynchronous rewards run on a private event loop in a daemon thread, so `score` also works where a loop is
 running already (Jupyter). The loop lives as long as the process, hence sessions that a reward keeps stay usable. While
-the trainer waits for them, the plain rewards run, one after the other, in the caller's own thread. `ScoringQueue` does
-all of it in a thread of its own, so that a judge works while the next group is rolled out; what is scored, and the
-order in which it is handed back, is the same either way.
+the trainer waits for them, the plain rewards run, one after the other, in the caller's own thread. `ScoringQueue` (in
+`scoring_queue.py`) takes the two halves of a `Scoring` apart, so that a judge works while the next group is rolled out;
+what is scored, and the order in which it is handed back, is the same either way.
 """
 
 import asyncio
@@ -17,15 +17,13 @@ import logging
 import math
 import numbers
 import threading
-from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
+from concurrent.futures import Future
+from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
 from time import perf_counter
-from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -105,73 +103,109 @@ def score(
         RewardError: a reward lacks a column, returned something other than `n` entries, or raised `RewardError` itself.
         ValueError: an argument does not have `n` entries.
     """
-    scored = _score(rewards, prompts, images, source_images, masks, columns, labels, context)
-    _hand_on_logs(scored, context or {})
+    scored = Scoring(rewards, prompts, images, source_images, masks, columns, labels, context).finish()
+    hand_on_logs(scored, context or {})
     return scored
 
 
-def _hand_on_logs(scored: ScoredBatch, context: Mapping[str, Any]) -> None:
+def hand_on_logs(scored: ScoredBatch, context: Mapping[str, Any]) -> None:
+    """Give the context's loggers what the rewards logged."""
     for logger_name, arguments in scored.logged:
         context[logger_name](*arguments)
 
 
-def _score(
-    rewards: Sequence[Reward],
-    prompts: list[str],
-    images: list[Image.Image],
-    source_images: list[Image.Image],
-    masks: list[Image.Image],
-    columns: Mapping[str, list[Any]],
-    labels: list[str],
-    context: Mapping[str, Any] | None,
-) -> ScoredBatch:
-    """`score`, with what was logged kept in the result and not handed on."""
-    per_candidate: dict[str, list[Any]] = {"prompts": prompts, "images": images, "completions": images}
-    per_candidate |= {"source_images": source_images, "masks": masks, **columns}
-    shared: dict[str, Any] = {}
-    for name, value in (context or {}).items():
-        (per_candidate if isinstance(value, list) else shared)[name] = value
-    for name, value in {**per_candidate, "labels": labels}.items():
-        if len(value) != len(images):
-            raise ValueError(f"score: {name!r} has {len(value)} entries, expected {len(images)}, one per image")
-    for reward in rewards:
-        if missing := [column for column in reward.columns if column not in per_candidate]:
-            raise RewardError(
-                f"reward {reward.name!r} needs the column(s) {', '.join(missing)}, which this data set does not have; "
-                f"it has {', '.join(columns) or 'none'}"
-            )
+class Scoring:
+    """A batch being scored, in two halves: making one starts the asynchronous rewards, `finish` does the rest.
 
-    logs: dict[str, list[tuple[str, tuple[Any, ...]]]] = {reward.name: [] for reward in rewards}
+    Args:
+        turn: entered on the private loop before the asynchronous rewards begin, and left when they are done.
+        others: as for `score`.
 
-    def scoring(reward: Reward) -> Coroutine[Any, Any, list[float | str | None]]:
-        log = logs[reward.name]
-        loggers = {name: _recorder(log, name) for name in LOGGERS if name in shared}
-        return _score_one(reward, per_candidate, shared | loggers)
+    Attributes:
+        started, ended: `time.perf_counter` when the first reward began and when `finish` was done; `None` until then.
 
-    async def scoring_together() -> list[list[float | str | None]]:
-        return await asyncio.gather(*(scoring(reward) for reward in rewards if reward.is_async))
+    Raises:
+        RewardError: a reward lacks a column.
+        ValueError: an argument does not have one entry per image.
+    """
 
-    waiting = None
-    if any(reward.is_async for reward in rewards):
-        waiting = asyncio.run_coroutine_threadsafe(scoring_together(), _private_loop())
-    try:
-        plain = iter([_run_here(scoring(reward)) for reward in rewards if not reward.is_async])
-        remote = iter(waiting.result() if waiting else [])
-    except BaseException:
-        if waiting:
-            waiting.cancel()
-        raise
+    def __init__(
+        self,
+        rewards: Sequence[Reward],
+        prompts: list[str],
+        images: list[Image.Image],
+        source_images: list[Image.Image],
+        masks: list[Image.Image],
+        columns: Mapping[str, list[Any]],
+        labels: list[str],
+        context: Mapping[str, Any] | None = None,
+        turn: AbstractAsyncContextManager[Any] | None = None,
+    ) -> None:
+        per_candidate: dict[str, list[Any]] = {"prompts": prompts, "images": images, "completions": images}
+        per_candidate |= {"source_images": source_images, "masks": masks, **columns}
+        shared: dict[str, Any] = {}
+        for name, value in (context or {}).items():
+            (per_candidate if isinstance(value, list) else shared)[name] = value
+        for name, value in {**per_candidate, "labels": labels}.items():
+            if len(value) != len(images):
+                raise ValueError(f"score: {name!r} has {len(value)} entries, expected {len(images)}, one per image")
+        for reward in rewards:
+            if missing := [column for column in reward.columns if column not in per_candidate]:
+                raise RewardError(
+                    f"reward {reward.name!r} needs the column(s) {', '.join(missing)}, which this data set does not "
+                    f"have; it has {', '.join(columns) or 'none'}"
+                )
+        self._rewards, self._labels = rewards, labels
+        self._per_candidate, self._shared = per_candidate, shared
+        self._logs: dict[str, list[tuple[str, tuple[Any, ...]]]] = {reward.name: [] for reward in rewards}
+        self._outcomes: dict[str, list[float | str | None]] = {}
+        self.started: float | None = None
+        self.ended: float | None = None
+        self._waiting: Future[None] | None = None
+        if any(reward.is_async for reward in rewards):
+            self._waiting = asyncio.run_coroutine_threadsafe(self._ask(turn or nullcontext()), _private_loop())
 
-    values = torch.full((len(images), len(rewards)), math.nan, dtype=torch.float32, device="cpu")
-    failures = []
-    for column, reward in enumerate(rewards):
-        for row, outcome in enumerate(next(remote if reward.is_async else plain)):
-            if isinstance(outcome, str):
-                failures.append(RewardFailure(reward.name, labels[row], outcome))
-            elif outcome is not None:
-                values[row, column] = outcome
-    logged = [call for reward in rewards for call in logs[reward.name]]
-    return ScoredBatch(tuple(reward.name for reward in rewards), values, failures, logged)
+    def finish(self) -> ScoredBatch:
+        """The plain rewards, in the calling thread; then wait for the others. What was logged is in the result only."""
+        try:
+            self._begun()
+            for reward in self._rewards:
+                if not reward.is_async:
+                    _run_here(self._score(reward))
+            if self._waiting:
+                self._waiting.result()
+        finally:
+            self.cancel()
+            self.ended = perf_counter()
+
+        values = torch.full((len(self._labels), len(self._rewards)), math.nan, dtype=torch.float32, device="cpu")
+        failures = []
+        for column, reward in enumerate(self._rewards):
+            for row, outcome in enumerate(self._outcomes[reward.name]):
+                if isinstance(outcome, str):
+                    failures.append(RewardFailure(reward.name, self._labels[row], outcome))
+                elif outcome is not None:
+                    values[row, column] = outcome
+        names = tuple(reward.name for reward in self._rewards)
+        return ScoredBatch(names, values, failures, [call for name in names for call in self._logs[name]])
+
+    def cancel(self) -> None:
+        """Stop asynchronous rewards that are still under way."""
+        if self._waiting:
+            self._waiting.cancel()
+
+    async def _ask(self, turn: AbstractAsyncContextManager[Any]) -> None:
+        async with turn:
+            self._begun()
+            await asyncio.gather(*(self._score(reward) for reward in self._rewards if reward.is_async))
+
+    async def _score(self, reward: Reward) -> None:
+        log = self._logs[reward.name]
+        loggers = {name: _recorder(log, name) for name in LOGGERS if name in self._shared}
+        self._outcomes[reward.name] = await _score_one(reward, self._per_candidate, self._shared | loggers)
+
+    def _begun(self) -> None:
+        self.started = self.started or perf_counter()
 
 
 def _recorder(log: list[tuple[str, tuple[Any, ...]]], name: str) -> Callable[[Any, Any], None]:
@@ -270,194 +304,3 @@ def _private_loop() -> asyncio.AbstractEventLoop:
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, name="rcgrpo-rewards", daemon=True).start()
     return loop
-
-
-class PendingScores:
-    """A batch on its way through a `ScoringQueue`.
-
-    Attributes:
-        future: its scores, for who wants to wait in another way than `result` does; nothing is logged then.
-        started, ended: `time.perf_counter` when its scoring began and ended; `None` until then.
-    """
-
-    future: Future[ScoredBatch]
-
-    def __init__(self, context: Mapping[str, Any] | None) -> None:
-        self._context = context
-        self.started: float | None = None
-        self.ended: float | None = None
-
-    def result(self) -> ScoredBatch:
-        """Wait for the scores. What the rewards logged reaches the context's loggers here, in the calling thread.
-
-        Raises:
-            RewardError, ValueError: as `score` does.
-            concurrent.futures.CancelledError: the queue was closed before the batch's turn came.
-        """
-        scored = self.future.result()
-        context, self._context = self._context, None  # asked again, it does not log again
-        if context is not None:
-            _hand_on_logs(scored, context)
-        return scored
-
-
-class ScoringQueue:
-    """Scores batches in the background, one after the other in the order of `submit`, while the caller goes on.
-
-    Nothing in the results depends on timing: rewards see one batch at a time and in order, and the caller decides when
-    it asks for which result. The caller must leave a submitted batch's pictures alone until then, and a reward must not
-    draw from the global random generators, where its draws would mix with the caller's.
-
-        with ScoringQueue() as queue:
-            pending = [queue.submit(rewards, *batch) for batch in batches]   # rolls out between the submissions
-            scores = [batch.result() for batch in pending]
-
-    Args:
-        workers: batches that are scored at the same time. More than 1 only where every plain reward may be called from
-            several threads at once; asynchronous rewards of several batches then overlap as well.
-    """
-
-    def __init__(self, workers: int = 1) -> None:
-        if workers < 1:
-            raise ValueError(f"workers: got {workers}, expected at least 1")
-        self._executor = ThreadPoolExecutor(workers, thread_name_prefix="rcgrpo-scoring")
-
-    def submit(
-        self,
-        rewards: Sequence[Reward],
-        prompts: list[str],
-        images: list[Image.Image],
-        source_images: list[Image.Image],
-        masks: list[Image.Image],
-        columns: Mapping[str, list[Any]],
-        labels: list[str],
-        context: Mapping[str, Any] | None = None,
-    ) -> PendingScores:
-        """Queue a batch, with `score`'s arguments, and return at once.
-
-        Raises:
-            RuntimeError: the queue is closed.
-        """
-        pending = PendingScores(context)
-        # A new thread starts on the first GPU, whichever one this process was given.
-        device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
-
-        def work() -> ScoredBatch:
-            pending.started = perf_counter()
-            try:
-                with nullcontext() if device is None else torch.cuda.device(device):
-                    return _score(rewards, prompts, images, source_images, masks, columns, labels, context)
-            finally:
-                pending.ended = perf_counter()
-
-        pending.future = self._executor.submit(work)
-        return pending
-
-    def close(self) -> None:
-        """Drop what has not begun and take no more; what is under way ends by itself, unwaited for."""
-        self._executor.shutdown(wait=False, cancel_futures=True)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-
-def fault_counts(rewards: Sequence[Reward]) -> dict[str, int]:
-    """`{"rewards/<name>/faults/<kind>": count}` since the start, of the rewards that count their faults.
-
-    A reward does so with an attribute `faults`, a mapping from a fault's kind to a number.
-    """
-    return {
-        f"rewards/{reward.name}/faults/{kind}": number
-        for reward in rewards
-        for kind, number in dict(getattr(reward.function, "faults", {})).items()
-    }
-
-
-def agree_on_failure(accelerator: Any, error: Exception | None) -> None:
-    """Raise on every process of a run when any of them has an error, the same one everywhere.
-
-    A process that raises alone leaves the others waiting for it in the next collective operation, until a timeout of
-    half an hour or for ever. So each catches what its own scoring raises and calls this at the same place, every time:
-
-        error = None
-        try:
-            ...  # gather scores, update the FailureWatch
-        except Exception as caught:
-            error = caught
-        agree_on_failure(accelerator, error)
-
-    Args:
-        accelerator: accelerate's.
-        error: this process's, or `None`.
-
-    Raises:
-        RewardError, RequiredRewardError: the lowest failed process has one of these; with its message and rank.
-        RuntimeError: it has any other error. On a single process `error` itself is raised.
-    """
-    if accelerator.num_processes == 1:
-        if error is not None:
-            raise error
-        return
-    flag = torch.tensor([0 if error is None else 1], device=accelerator.device)
-    if not int(accelerator.reduce(flag, reduction="sum").item()):
-        return
-    from accelerate.utils import gather_object
-
-    told = gather_object([None if error is None else (type(error).__name__, str(error))])
-    rank, (kind, text) = next((rank, report) for rank, report in enumerate(told) if report is not None)
-    known: dict[str, type[Exception]] = {cls.__name__: cls for cls in (RewardError, RequiredRewardError)}
-    if kind in known:
-        raise known[kind](f"process {rank}: {text}") from error
-    raise RuntimeError(f"process {rank}: {kind}: {text}") from error
-
-
-class RequiredRewardError(RuntimeError):
-    """A required reward has failed for too long to go on training."""
-
-
-class FailureWatch:
-    """Counts failures over a run and stops it when a required reward has gone silent.
-
-    Args:
-        rewards: the run's rewards.
-        patience: so many batches in a row without one score, because the reward failed, end the run; at least 1.
-
-    Attributes:
-        counts: failed candidates per reward since the start, every reward included.
-    """
-
-    def __init__(self, rewards: Sequence[Reward], patience: int = 3) -> None:
-        if patience < 1:
-            raise ValueError(f"patience: got {patience}, expected at least 1 batch")
-        self.patience = patience
-        self.counts = {reward.name: 0 for reward in rewards}
-        self._silent = {reward.name: 0 for reward in rewards if reward.required}
-
-    def update(self, scored: ScoredBatch) -> None:
-        """Takes note of a batch. One in which a required reward applied to no candidate neither counts nor resets.
-
-        Raises:
-            RequiredRewardError: `patience` batches in a row brought no score from a required reward.
-        """
-        failed = Counter(failure.reward for failure in scored.failures)
-        for name, number in failed.items():
-            self.counts[name] += number
-        for column, name in enumerate(scored.names):
-            if name not in self._silent:
-                continue
-            if not scored.values[:, column].isnan().all():
-                self._silent[name] = 0
-            elif failed[name]:
-                self._silent[name] += 1
-            if self._silent[name] >= self.patience:
-                last = [failure for failure in scored.failures if failure.reward == name][-1]
-                raise RequiredRewardError(
-                    f"the required reward {name!r} failed on every candidate of {self._silent[name]} batches in a row; "
-                    f"the last time, on {last.sample_label}, it {last.reason}. Repair the reward (or the server behind "
-                    "it) and resume from the last checkpoint, or set its `required` to False to train without it"
-                )

@@ -5,11 +5,14 @@ Where it fits: the other end of `remote.py`, which describes the protocol. FastA
 
 What it guards against: it listens on this machine only, unless there is a bearer token; a request's size is bounded
 before it is read into memory, a picture's before it is decoded; pictures are PNG and nothing else; nothing is ever
-unpickled; waiting requests are bounded, beyond them callers get 503 and `Retry-After`. It speaks plain HTTP: between
-machines put it behind a TLS proxy or an SSH tunnel, or the token travels in the clear.
+unpickled; waiting requests are bounded, beyond them callers get 429 and `Retry-After`, and one whose caller has hung up
+is not scored. It speaks plain HTTP: between machines put it behind a TLS proxy or an SSH tunnel, or the token travels
+in the clear.
 
-Gotchas: rewards are called in one thread, one request at a time and in the order of arrival, so a reward need not be
-thread-safe. A candidate that a reward fails on is `null` with a reason in `failures`; a mistake in the request is 400.
+Gotchas: by default one request is scored at a time, in the order of arrival, so a reward need not be thread-safe and a
+GPU is not shared; `concurrency` is for rewards that may be called from several threads at once, and for asynchronous
+ones. Requests are read and decoded beside the scoring, and `/health` always answers. A candidate that a reward fails on
+is `null` with a reason in `failures`; a mistake in the request is 400.
 """
 
 import asyncio
@@ -20,11 +23,13 @@ import math
 import socket
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
+from time import perf_counter
 from typing import Any
 
 from .pictures import from_png
-from .registry import Reward, RewardError
-from .scoring import ScoredBatch, ScoringQueue
+from .registry import Reward
+from .scoring import ScoredBatch
+from .scoring_queue import ScoringQueue
 from .transport import is_loopback
 
 logger = logging.getLogger(__name__)
@@ -44,6 +49,7 @@ def create_app(
     token: str | None = None,
     max_request_bytes: int = 256 << 20,
     max_pixels: int = 64_000_000,
+    concurrency: int = 1,
     max_waiting: int = 32,
 ) -> Any:
     """The FastAPI application.
@@ -53,11 +59,17 @@ def create_app(
         token: callers must send it as a bearer token; `None`: anybody who can connect may call.
         max_request_bytes: larger requests are refused with 413.
         max_pixels: of one picture.
-        max_waiting: requests being scored or waiting; further ones are refused with 503.
+        concurrency: requests that are scored at the same time; above 1 every plain reward must be thread-safe.
+        max_waiting: requests that wait for their turn besides; further ones are refused with 429.
 
     Raises:
+        ValueError: `concurrency` below 1, or `max_waiting` below 0.
         ModuleNotFoundError: FastAPI is not installed.
     """
+    if concurrency < 1:
+        raise ValueError(f"concurrency: got {concurrency}, expected at least 1 request")
+    if max_waiting < 0:
+        raise ValueError(f"max_waiting: got {max_waiting}, expected 0 or more requests")
     try:
         from fastapi import FastAPI, Request
         from fastapi.responses import JSONResponse
@@ -65,8 +77,9 @@ def create_app(
         raise ModuleNotFoundError("serving rewards needs FastAPI: pip install 'rcgrpo[serve]'") from error
 
     by_name = {reward.name: reward for reward in rewards}
-    queue = ScoringQueue()
-    waiting = 0
+    queue = ScoringQueue(concurrency)
+    turn = asyncio.Semaphore(concurrency)
+    accepted, seconds = 0, 1.0  # requests being read, waiting or scored; how long the latest one was scored
 
     @asynccontextmanager
     async def lifespan(app: Any) -> AsyncIterator[None]:
@@ -80,7 +93,7 @@ def create_app(
         if token is not None and not hmac.compare_digest(given, f"Bearer {token}".encode()):
             raise _Refused(401, "this server wants `Authorization: Bearer <token>`", {"WWW-Authenticate": "Bearer"})
 
-    async def read(request: Any) -> Any:
+    async def read(request: Any) -> bytes:
         # A page in a browser can post to this machine, but not with this content type unless it is let.
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise _Refused(415, "expected Content-Type: application/json")
@@ -92,30 +105,29 @@ def create_app(
             body += chunk
             if len(body) > max_request_bytes:
                 raise _Refused(413, f"the request is larger than {max_request_bytes} bytes")
-        try:
-            return json.loads(body)
-        except (ValueError, RecursionError) as error:
-            raise _Refused(400, f"the request is no JSON ({error})") from error
+        return bytes(body)
 
     async def compute(request: Any) -> dict[str, Any]:
-        nonlocal waiting
+        nonlocal accepted, seconds
         check_token(request)
-        if waiting >= max_waiting:
-            raise _Refused(503, f"{waiting} requests are waiting already", {"Retry-After": "1"})
-        waiting += 1
+        if accepted >= concurrency + max_waiting:
+            text = f"{accepted} requests are being scored or waiting already"
+            raise _Refused(429, text, {"Retry-After": str(math.ceil(seconds / concurrency))})
+        accepted += 1
         try:
-            given = await read(request)
-            try:
-                reward, batch = await asyncio.to_thread(_batch, given, by_name, max_pixels)
-            except ValueError as error:
-                raise _Refused(400, str(error)) from error
-            pending = queue.submit([reward], **batch)
-            try:
-                return _answer(await asyncio.wrap_future(pending.future))
-            except RewardError as error:
-                raise _Refused(400, str(error)) from error
+            body = await read(request)
+            reward, batch = await asyncio.to_thread(_batch, body, by_name, max_pixels)
+            async with turn:
+                if await request.is_disconnected():
+                    raise _Refused(499, "the caller hung up")
+                began = perf_counter()
+                scored = await asyncio.wrap_future(queue.submit([reward], **batch).future)
+                seconds = perf_counter() - began
+                return _answer(scored)
+        except ValueError as error:  # a RewardError as well
+            raise _Refused(400, str(error)) from error
         finally:
-            waiting -= 1
+            accepted -= 1
 
     @app.get("/health")
     async def health(request: Request) -> dict[str, Any]:
@@ -139,12 +151,16 @@ def create_app(
     return app
 
 
-def _batch(given: Any, rewards: Mapping[str, Reward], max_pixels: int) -> tuple[Reward, dict[str, Any]]:
+def _batch(body: bytes, rewards: Mapping[str, Reward], max_pixels: int) -> tuple[Reward, dict[str, Any]]:
     """The reward that a request names and the arguments of `score`.
 
     Raises:
         ValueError: naming the field, for anything that is not as the protocol says.
     """
+    try:
+        given = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"the request is no JSON ({error})") from error
     if not isinstance(given, dict):
         raise ValueError(f"got {type(given).__name__}, expected an object with prompts, images, source_images, masks")
     name = given.get("reward", next(iter(rewards)) if len(rewards) == 1 else None)
@@ -200,19 +216,20 @@ def serve(
     shutdown_seconds: int = 30,
     **limits: Any,
 ) -> None:
-    """Serve until SIGINT or SIGTERM; then requests under way are finished, for at most `shutdown_seconds`.
+    """Serve until SIGINT or SIGTERM; then no more are taken, and accepted requests have `shutdown_seconds` to finish.
 
-    Prints the address on stdout once it listens.
+    Prints the address on stdout once it listens. A call of a reward cannot be broken off: one that takes longer than
+    that loses its caller, and the process ends when it returns.
 
     Args:
         rewards: from `resolve_rewards`.
         host: the address to listen on.
         port: 0 for any free one.
         token: see `create_app`.
-        limits: `max_request_bytes`, `max_pixels`, `max_waiting` of `create_app`.
+        limits: `max_request_bytes`, `max_pixels`, `concurrency`, `max_waiting` of `create_app`.
 
     Raises:
-        ValueError: an address that others can reach, without a token.
+        ValueError: an address that others can reach, without a token; a limit that cannot be.
         ModuleNotFoundError: FastAPI or uvicorn is not installed.
         OSError: the address is taken.
     """

@@ -4,7 +4,8 @@ Where it fits: `RemoteReward` and the judges behind a server send every request 
 a judge is the part of a run that breaks most often, and retries without an end, or a hang, cost the whole run.
 
 What happens to a request:
-- it waits for one of `concurrency` slots; its time counts from the start of the *batch* (`until`), waiting included;
+- it waits for one of `concurrency` slots, in order; its time counts from when the first request of its *batch* got one
+  (`Deadline`), so that a batch which was begun ahead does not pay for the one before it;
 - it goes to the server that is ready soonest, taking turns among equals;
 - 408, 429, 5xx and connection errors are tried again: at once on another server if there is one, else after an
   exponential back-off with jitter, or after the server's `Retry-After`; never beyond the deadline;
@@ -19,6 +20,7 @@ a token never travels to another host. Jitter comes from a generator of its own 
 
 import asyncio
 import json
+import math
 import random
 from collections import Counter
 from collections.abc import Sequence
@@ -47,6 +49,19 @@ class Fault(Exception):
         self.kind, self.refused = kind, refused
 
 
+class Deadline:
+    """A batch's time; the first call of `remaining` begins it, by the batch's first request that gets a slot."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds, self._end = seconds, math.inf
+
+    def remaining(self) -> float:
+        """Seconds, at least 0."""
+        if self._end == math.inf:
+            self._end = monotonic() + self._seconds
+        return max(0.0, self._end - monotonic())
+
+
 @dataclass
 class _Server:
     url: str
@@ -61,7 +76,7 @@ class Transport:
     Args:
         urls: base addresses, `http(s)://host:port[/path]`; the first one is not preferred.
         token: sent as `Authorization: Bearer …`; it is shown nowhere.
-        timeout: seconds for a whole batch of requests, waiting and retries included.
+        timeout: seconds for a whole batch of requests, from the first one's start, waiting and retries included.
         attempt_timeout: seconds for one attempt; by default `timeout` shared out among the servers.
         retries: attempts after the first one and beyond one for each further server.
         concurrency: requests under way at the same time.
@@ -124,17 +139,17 @@ class Transport:
         # Connections belong to the event loop that opened them.
         self._sessions: WeakKeyDictionary[Any, tuple[Any, asyncio.Semaphore]] = WeakKeyDictionary()
 
-    def until(self) -> float:
-        """The deadline of a batch that starts now, on `time.monotonic`."""
-        return monotonic() + self.timeout
+    def deadline(self) -> Deadline:
+        """One for all requests of a batch."""
+        return Deadline(self.timeout)
 
-    async def post(self, path: str, body: bytes, until: float) -> Any:
+    async def post(self, path: str, body: bytes, deadline: Deadline) -> Any:
         """One request.
 
         Args:
             path: appended to a server's URL, e.g. "/compute".
             body: JSON.
-            until: from `until()`, once for the whole batch.
+            deadline: from `deadline()`, once for the whole batch.
 
         Returns:
             The decoded answer.
@@ -144,8 +159,8 @@ class Transport:
         """
         client, slots = self._session()
         try:
-            async with asyncio.timeout(max(0.0, until - monotonic())), slots:
-                return await self._attempts(client, path, body, until)
+            async with slots, asyncio.timeout(deadline.remaining()):
+                return await self._attempts(client, path, body, deadline)
         except TimeoutError:
             raise self._count(Fault("deadline", f"no answer within the batch's {self.timeout:g} s")) from None
 
@@ -162,7 +177,7 @@ class Transport:
             self._sessions[loop] = (client, asyncio.Semaphore(self.concurrency))
         return self._sessions[loop]
 
-    async def _attempts(self, client: Any, path: str, body: bytes, until: float) -> Any:
+    async def _attempts(self, client: Any, path: str, body: bytes, deadline: Deadline) -> Any:
         given_up: set[int] = set()
         last: Fault | None = None
         for attempt in range(self.retries + len(self._servers)):
@@ -171,7 +186,7 @@ class Transport:
                 break
             wait = server.ready_at - monotonic()
             if wait > 0:
-                if monotonic() + wait >= until:
+                if wait >= deadline.remaining():
                     raise self._count(Fault("deadline", f"the next retry would come too late ({last})"))
                 await asyncio.sleep(wait)
             try:

@@ -20,7 +20,7 @@ from rcgrpo.rewards import (
     resolve_rewards,
     score,
 )
-from rcgrpo.rewards.judges import DIGITS, edit_score, expected_score, parse_scores
+from rcgrpo.rewards.judge_rewards import DIGITS, edit_score, expected_score, parse_scores
 from rcgrpo.rewards.pictures import from_png
 
 FAST = {"timeout": 4.0, "attempt_timeout": 1.0, "retries": 1, "backoff": 0.01}
@@ -142,6 +142,26 @@ def test_passes_are_averaged_and_unparsable_ones_left_out(server, judge):
     assert column(run(EditScoreReward(judge, passes=2), 1)) == [0.8]
 
 
+def test_a_server_that_ignores_n_is_asked_again_with_other_seeds(server, judge):
+    server.behave({"do": "chat", "two": [said(25, 25)], "one": [said(16, 25)]})
+    assert column(run(EditScoreReward(judge, passes=3), 1)) == [0.8]
+    asked = sorted((len(pictures(r)), r["body"]["n"], r["body"]["seed"]) for r in server.log())
+    assert asked == [(shown, n, seed) for shown in (1, 2) for n, seed in ((1, 44), (2, 43), (3, 42))]
+    one = {"do": "chat", "two": [said(25, 25)], "one": [said(25, 25)]}
+    server.behave(one, one, {"do": "status", "status": 500})
+    reward = EditScoreReward(judge, passes=2)
+    assert column(run(reward, 1)) == [1.0] and reward.faults["http_500"] > 0, "what was answered counts"
+
+
+def test_answers_that_reached_max_tokens_are_counted(server, judge):
+    choice = {"message": {"content": '{"reasoning": "  '}, "finish_reason": "length"}
+    refusal = {"message": {"content": None, "refusal": "no"}, "finish_reason": "stop"}
+    server.behave({"do": "body", "body": json.dumps({"choices": [choice, refusal]})})
+    reward = EditScoreReward(judge, passes=2)
+    assert column(run(reward, 1)) == [None]
+    assert reward.faults == Counter(cut_off=2, unparsable=1)
+
+
 def test_unparsable_is_none_and_a_failure_never_a_number(server, judge):
     server.behave({"do": "chat", "two": said(25, 25), "one": "I would say 25 out of 25!"})
     reward = EditScoreReward(judge)
@@ -169,16 +189,25 @@ def test_wrong_key_stops_the_run(server, judge):
         run(EditScoreReward(judge))
 
 
+@pytest.mark.parametrize(("status", "hint"), [(400, "structured=False"), (404, "GET <URL>/models")])
+def test_refusals_say_what_to_try(server, judge, status, hint):
+    server.behave({"do": "status", "status": status})
+    with pytest.raises(RewardError, match=hint):
+        run(EditScoreReward(judge))
+
+
 def test_own_prompts_key_and_fields(server, monkeypatch):
     monkeypatch.setenv("MY_KEY", "sk-1")
-    judge = ServerJudge(server.url, "m", structured=False, key_variable="MY_KEY", extra_body={"top_k": 5}, **FAST)
+    extra = {"top_k": 5, "max_tokens": None, "max_completion_tokens": 300}
+    judge = ServerJudge(server.url, "m", structured=False, key_variable="MY_KEY", extra_body=extra, **FAST)
     reward = EditScoreReward(judge, prompts=EditPrompts('<instruction>? {"score": [a, b]}', "quality"))
     assert column(run(reward, 1)) == [round(math.sqrt(6.4 * 3.6) / 10, 4)]
     requests = server.log()
     assert {text(request) for request in requests} == {'make it red? {"score": [a, b]}', "quality"}
     for request in requests:
         assert request["token"] == "Bearer sk-1" and request["body"]["top_k"] == 5
-        assert "response_format" not in request["body"]
+        assert request["body"]["max_completion_tokens"] == 300
+        assert not {"response_format", "max_tokens"} & request["body"].keys()
 
 
 def test_crop_shows_the_region_of_both_pictures(server, judge):
@@ -214,7 +243,7 @@ def test_names_columns_ranges_and_the_server_of_the_environment(server, monkeypa
     for reward in resolve_rewards(names):
         assert reward.name in names and reward.columns == () and reward.value_range == (0, 1) and reward.is_async
         assert isinstance(reward.function.judge, LocalJudge), "nothing is loaded by asking for it"
-    monkeypatch.setenv("RCGRPO_JUDGE_URL", f"{server.url}/v1,{server.url}/v1")
+    monkeypatch.setenv("RCGRPO_JUDGE_URL", f"{server.url}/v1, {server.url}/v1")
     monkeypatch.setenv("RCGRPO_JUDGE_MODEL", "mine")
     assert column(run(UnifiedRewardEditReward(passes=1), 1)) == [round(math.sqrt(6.4 * 3.6) / 10, 4)]
     assert server.log()[0]["body"]["model"] == "mine"

@@ -1,0 +1,111 @@
+"""What failed over a run: counts for the log, and when a silent reward ends the run, on every process at once.
+
+Where it fits: the trainer hands each batch that `scoring.score` returned to a `FailureWatch`, adds `fault_counts` to
+its log, and calls `agree_on_failure` where a process of several may have failed alone.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from .registry import Reward, RewardError
+from .scoring import ScoredBatch
+
+
+class RequiredRewardError(RuntimeError):
+    """A required reward has failed for too long to go on training."""
+
+
+def fault_counts(rewards: Sequence[Reward]) -> dict[str, int]:
+    """`{"rewards/<name>/faults/<kind>": count}` since the start, of the rewards that count their faults.
+
+    A reward does so with an attribute `faults`, a mapping from a fault's kind to a number.
+    """
+    return {
+        f"rewards/{reward.name}/faults/{kind}": number
+        for reward in rewards
+        for kind, number in dict(getattr(reward.function, "faults", {})).items()
+    }
+
+
+def agree_on_failure(accelerator: Any, error: Exception | None) -> None:
+    """Raise on every process of a run when any of them has an error, the same one everywhere.
+
+    A process that raises alone leaves the others waiting for it in the next collective operation, until a timeout of
+    half an hour or for ever. So each catches what its own scoring raises and calls this at the same place, every time:
+
+        error = None
+        try:
+            ...  # gather scores, update the FailureWatch
+        except Exception as caught:
+            error = caught
+        agree_on_failure(accelerator, error)
+
+    Args:
+        accelerator: accelerate's.
+        error: this process's, or `None`.
+
+    Raises:
+        RewardError, RequiredRewardError: the lowest failed process has one of these; with its message and rank.
+        RuntimeError: it has any other error. On a single process `error` itself is raised.
+    """
+    if accelerator.num_processes == 1:
+        if error is not None:
+            raise error
+        return
+    flag = torch.tensor([0 if error is None else 1], device=accelerator.device)
+    if not int(accelerator.reduce(flag, reduction="sum").item()):
+        return
+    from accelerate.utils import gather_object
+
+    told = gather_object([None if error is None else (type(error).__name__, str(error))])
+    rank, (kind, text) = next((rank, report) for rank, report in enumerate(told) if report is not None)
+    known: dict[str, type[Exception]] = {cls.__name__: cls for cls in (RewardError, RequiredRewardError)}
+    if kind in known:
+        raise known[kind](f"process {rank}: {text}") from error
+    raise RuntimeError(f"process {rank}: {kind}: {text}") from error
+
+
+class FailureWatch:
+    """Counts failures over a run and stops it when a required reward has gone silent.
+
+    Args:
+        rewards: the run's rewards.
+        patience: so many batches in a row without one score, because the reward failed, end the run; at least 1.
+
+    Attributes:
+        counts: failed candidates per reward since the start, every reward included.
+    """
+
+    def __init__(self, rewards: Sequence[Reward], patience: int = 3) -> None:
+        if patience < 1:
+            raise ValueError(f"patience: got {patience}, expected at least 1 batch")
+        self.patience = patience
+        self.counts = {reward.name: 0 for reward in rewards}
+        self._silent = {reward.name: 0 for reward in rewards if reward.required}
+
+    def update(self, scored: ScoredBatch) -> None:
+        """Takes note of a batch. One in which a required reward applied to no candidate neither counts nor resets.
+
+        Raises:
+            RequiredRewardError: `patience` batches in a row brought no score from a required reward.
+        """
+        failed = Counter(failure.reward for failure in scored.failures)
+        for name, number in failed.items():
+            self.counts[name] += number
+        for column, name in enumerate(scored.names):
+            if name not in self._silent:
+                continue
+            if not scored.values[:, column].isnan().all():
+                self._silent[name] = 0
+            elif failed[name]:
+                self._silent[name] += 1
+            if self._silent[name] >= self.patience:
+                last = [failure for failure in scored.failures if failure.reward == name][-1]
+                raise RequiredRewardError(
+                    f"the required reward {name!r} failed on every candidate of {self._silent[name]} batches in a row; "
+                    f"the last time, on {last.sample_label}, it {last.reason}. Repair the reward (or the server behind "
+                    "it) and resume from the last checkpoint, or set its `required` to False to train without it"
+                )
