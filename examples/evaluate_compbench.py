@@ -36,11 +36,13 @@ def main() -> None:
     if arguments.tiny:
         from rcgrpo.tiny import CALL, WEIGHTS
 
-        model, dtype, data = str(WEIGHTS), torch.float32, compbench_mini("test", arguments.num_samples or 16)
+        model, name, dtype = str(WEIGHTS), "kontext-tiny", torch.float32
+        data = compbench_mini("test", arguments.num_samples or 16)
         metrics, metric_size = MINI_METRICS, None  # enlarging 64 pixels to CompBench's 512 says nothing
         sampling = Sampling(64, CALL["num_inference_steps"], max_sequence_length=CALL["max_sequence_length"])
     else:
-        model, dtype = "black-forest-labs/FLUX.1-Kontext-dev", torch.bfloat16
+        model = name = "black-forest-labs/FLUX.1-Kontext-dev"
+        dtype = torch.bfloat16
         split = "held_out" if arguments.held_out else "train"  # its large split is called train, and is the benchmark
         data = load_edit_dataset("BohanJia/CompBench", split=split, held_out=arguments.held_out)
         metrics, metric_size = COMPBENCH_METRICS, 512
@@ -51,11 +53,11 @@ def main() -> None:
     scorer = Scorer(metrics, metric_size)
     entrants = contenders(arguments.lora)  # "base" first, then each LoRA under its folder's name
     names = [entrant.name for entrant in entrants]
-    pipeline = FluxKontextPipeline.from_pretrained(model, torch_dtype=dtype)
+    pipeline = FluxKontextPipeline.from_pretrained(model, dtype=dtype)
     pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
     load_loras(pipeline, entrants)
 
-    settings = {"model": model, "dataset": "CompBench-mini" if arguments.tiny else "CompBench", **asdict(sampling)}
+    settings = {"model": name, "dataset": "CompBench-mini" if arguments.tiny else "CompBench", **asdict(sampling)}
     settings |= {"loras": arguments.lora, "held_out": arguments.held_out, "num_samples": arguments.num_samples}
     earlier = open_folder(arguments.output_dir, settings, arguments.resume)
     records = run(pipeline, entrants, rows, plan, sampling, scorer, arguments.output_dir, earlier, batch_size=4)

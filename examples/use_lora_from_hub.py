@@ -39,7 +39,7 @@ def main() -> None:
         model, dtype, call = "black-forest-labs/FLUX.1-Kontext-dev", torch.bfloat16, {}
         source, instruction = Image.open(arguments.image).convert("RGB"), arguments.instruction
 
-    pipe = FluxKontextPipeline.from_pretrained(model, torch_dtype=dtype)
+    pipe = FluxKontextPipeline.from_pretrained(model, dtype=dtype)
     pipe.to("cuda" if torch.cuda.is_available() else "cpu")
     pipe.load_lora_weights(arguments.lora, weight_name=LORA_FILE)
 

@@ -25,9 +25,12 @@ from rcgrpo.benchmark import (
     sample,
     switch_to,
 )
+from rcgrpo.cli.opening import call_defaults
+from rcgrpo.cli.parsing import TINY
 from rcgrpo.data import EditRows, compbench_mini
 from rcgrpo.evaluation import Result, Scorer
 from rcgrpo.hub import LORA_FILE, save_lora
+from rcgrpo.tiny import CALL, RESOLUTION
 from tiny_kontext import build_tiny_kontext
 
 SAMPLING = Sampling(resolution=32, num_inference_steps=2, max_sequence_length=48)
@@ -248,3 +251,9 @@ def test_a_row_that_cannot_be_read_costs_only_itself(pipeline, rows, tmp_path):
     assert "evaluation row 1, column 'mask': got an empty mask" in records[1]["error"]
     assert all("evaluation row 6, column 'input_image'" in r["error"] for r in records if r["row"] in (5, 6))
     assert sum("scores" in r for r in records) == 6
+
+
+def test_the_embedded_editor_is_called_as_it_was_trained():
+    sampling = Sampling(RESOLUTION, CALL["num_inference_steps"], max_sequence_length=CALL["max_sequence_length"])
+    assert sampling.call(RESOLUTION, RESOLUTION) == CALL | {"guidance_scale": 3.5}
+    assert Sampling(**call_defaults(TINY)) == sampling

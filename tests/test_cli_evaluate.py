@@ -26,7 +26,7 @@ def settled(*arguments):
 
 def test_defaults_follow_model_and_data():
     tiny = settled()
-    assert (tiny.resolution, tiny.num_inference_steps, tiny.max_sequence_length) == (64, 8, 16)
+    assert (tiny.resolution, tiny.num_inference_steps, tiny.max_sequence_length) == (64, 8, 20)
     assert tiny.metrics == ["psnr", "ssim", "lp_t", "lp_i", "edit_score"] and tiny.metric_size is None
     assert (tiny.splits, tiny.intervals_by, tiny.output_dir) == (["test"], "edit", "rcgrpo-evaluation")
     real = settled("--model", "black-forest-labs/FLUX.1-Kontext-dev", "--dataset", COMPBENCH)
@@ -52,6 +52,7 @@ def test_loras_may_be_repeated_or_listed():
         (["--metrics", "mse"], "--metrics: got 'mse', expected some of lc_t lc_i psnr"),
         (["--resume"], "--resume: got no --output_dir"),
         (["--num_samples", "0"], "--num_samples: got 0, expected at least 1"),
+        (["--resolution", "0"], "--resolution: got 0, expected at least 1"),
         (["--intervals_by", "frame"], "--intervals_by: got 'frame', expected 'video' or 'edit'"),
         (["--held_out", "0.1"], "--held_out: got 0.1, expected 0 on compbench-mini"),
         (["--lroa", "x"], "the nearest known one is --lora"),

@@ -178,6 +178,33 @@ def test_card_metadata_survives_the_file(tmp_path):
     assert "2604.09386" in card.text and "{{TRL:" in card.text
 
 
+def test_the_licence_is_the_bases_own_unless_another_is_named(tmp_path):
+    flux = "black-forest-labs/FLUX.1-Kontext-dev"
+    data = parsed(model_card(model_name="m", base_model=flux), tmp_path).data
+    assert (data.license, data.license_name) == ("other", "flux-1-dev-non-commercial-license")
+    assert data.license_link == f"https://huggingface.co/{flux}/blob/main/LICENSE.md"
+    for given, base, expected in [("mit", flux, "mit"), (None, "someone/else", "other"), (None, None, "other")]:
+        data = parsed(model_card(model_name="m", base_model=base, license=given), tmp_path).data
+        assert data.license == expected and "license_name" not in data.to_dict()
+
+
+def test_examples_become_the_pages_widget(tmp_path):
+    (tmp_path / "samples").mkdir()
+    for name in ("1_source.png", "1_edited.png", "2_source.png"):
+        (tmp_path / "samples" / name).touch()
+    examples = [
+        {"source": f"samples/{i}_source.png", "edited": f"samples/{i}_edited.png", "prompt": "remove: the 'cup'"}
+        for i in (1, 2)
+    ]
+    card = parsed(model_card(model_name="m", folder=tmp_path, examples=examples), tmp_path)
+    assert card.data.widget == [  # of the second one a picture is missing
+        {"src": "samples/1_source.png", "prompt": "remove: the 'cup'", "output": {"url": "samples/1_edited.png"}}
+    ]
+    assert "widget" not in model_card(model_name="m", folder=tmp_path).data.to_dict()
+    with pytest.raises(ValueError, match=r"picture='\.\./edited\.png'"):
+        model_card(model_name="m", folder=tmp_path, examples=[{**examples[0], "edited": "../edited.png"}])
+
+
 def test_card_of_a_local_base_keeps_the_path_private(tmp_path):
     base = tmp_path / "secret" / "my-editor"
     card = parsed(

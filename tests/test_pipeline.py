@@ -1,9 +1,16 @@
+from inspect import signature
+
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload
 from diffusers import DiffusionPipeline, FluxKontextPipeline
+from diffusers.pipelines.flux import pipeline_flux_kontext
+from peft import LoraConfig
 from PIL import Image
+from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
+import rcgrpo.pipeline as pipeline_module
 from rcgrpo import RegionDecoupledFluxKontextPipeline
 from rcgrpo.editors import FluxKontextEditor
 from rcgrpo.regions import to_tokens
@@ -34,18 +41,19 @@ def noise(batch, seed=5):
 SOURCES, MASKS = [picture(1), picture(2)], [mask(), mask(16, 4, 12)]
 
 
+def quiet(pipeline):
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
 @pytest.fixture(scope="module")
 def stock():
-    pipe = build_tiny_kontext()
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return quiet(build_tiny_kontext())
 
 
 @pytest.fixture(scope="module")
 def pipe(stock):
-    pipe = RegionDecoupledFluxKontextPipeline.from_pipe(stock)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return quiet(RegionDecoupledFluxKontextPipeline.from_pipe(stock))
 
 
 def latents_of(pipeline, *args, **kwargs):
@@ -68,23 +76,135 @@ def started_from(pipe, *args, **kwargs):
 # ------------------------------------------------------------------------------------ without a mask: diffusers
 
 
-@pytest.mark.parametrize(
-    ("image", "prompt", "kwargs"),
-    [
-        (SOURCES[0], PROMPTS[0], {}),
-        (SOURCES, PROMPTS, {}),
-        (SOURCES[0], PROMPTS[0], {"num_images_per_prompt": 3}),
-        (SOURCES, PROMPTS, {"num_images_per_prompt": 2}),
-        (None, PROMPTS, {}),
-        (SOURCES[0], PROMPTS[0], {"output_type": "np"}),
-        (SOURCES[0], PROMPTS[0], {"negative_prompt": "blue", "true_cfg_scale": 2.0}),
-    ],
-)
-def test_without_new_arguments_every_bit_is_diffusers_own(stock, pipe, image, prompt, kwargs):
-    expected = stock(image, prompt, generator=generator(), **{"output_type": "latent", **TINY_CALL, **kwargs})
-    result = pipe(image, prompt, generator=generator(), **{"output_type": "latent", **TINY_CALL, **kwargs})
-    assert type(result) is type(expected)
-    assert np.array_equal(np.asarray(result.images), np.asarray(expected.images))
+def add_lora(pipeline):
+    """A LoRA of random weights, so that its scale makes a difference."""
+    pipeline.transformer.add_adapter(LoraConfig(r=2, target_modules=["attn.to_q", "ff.net.0.proj"]))
+    for i, (name, weight) in enumerate(pipeline.transformer.named_parameters()):
+        if "lora_" in name:
+            weight.data = torch.randn(weight.shape, generator=generator(i)) * 0.3
+
+
+def add_ip_adapter(pipeline):
+    """An IP adapter of random weights on a random CLIP, as `load_ip_adapter` would leave them."""
+    transformer, width = pipeline.transformer, 16
+
+    def weights(*shape):
+        return torch.randn(shape, generator=generator(sum(shape)))
+
+    hidden, joint = transformer.inner_dim, transformer.config.joint_attention_dim
+    projection = {"proj.weight": weights(4 * joint, width), "proj.bias": weights(4 * joint)}
+    projection |= {"norm.weight": weights(joint), "norm.bias": weights(joint)}
+    layers = {f"{i}.to_{part}_ip.weight": weights(hidden, joint) for i in range(2) for part in "kv"}
+    layers |= {f"{i}.to_{part}_ip.bias": weights(hidden) for i in range(2) for part in "kv"}
+    transformer._load_ip_adapter_weights({"image_proj": projection, "ip_adapter": layers})
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        encoder = CLIPVisionModelWithProjection(
+            CLIPVisionConfig(**sizes, image_size=32, patch_size=8, projection_dim=width)
+        )
+    crop = {"height": 32, "width": 32}
+    processor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=crop)
+    pipeline.register_modules(image_encoder=encoder.eval(), feature_extractor=processor)
+
+
+@pytest.fixture(scope="module")
+def with_lora():
+    """Stock and ours with guidance and a LoRA."""
+    stock = build_tiny_kontext(guidance_embeds=True)
+    add_lora(stock)
+    return quiet(stock), quiet(RegionDecoupledFluxKontextPipeline.from_pipe(stock))
+
+
+@pytest.fixture(scope="module")
+def with_ip_adapter():
+    """Stock and ours with an IP adapter."""
+    stock = build_tiny_kontext()
+    add_ip_adapter(stock)
+    return quiet(stock), quiet(RegionDecoupledFluxKontextPipeline.from_pipe(stock))
+
+
+def halve(pipeline, step, timestep, tensors):
+    return {name: tensor / 2 for name, tensor in tensors.items()}
+
+
+TEXT, POOLED = torch.randn(1, 48, 32, generator=generator(1)), torch.randn(1, 32, generator=generator(2))
+IP_EMBEDS = [torch.randn(1, 1, 16, generator=generator(3))]
+CALLS = [
+    {},
+    {"image": SOURCES, "prompt": PROMPTS},
+    {"image": None},
+    {"image": torch.rand(1, 3, 32, 32, generator=generator(4))},
+    {"image": np.random.default_rng(4).random((1, 32, 32, 3))},
+    {"image": torch.randn(1, 4, 16, 16, generator=generator(4))},  # ready latents
+    {"prompt_2": "2nd"},
+    {"negative_prompt": "blue", "negative_prompt_2": "green", "true_cfg_scale": 2.0},
+    {"height": 16, "width": 64},
+    {"max_area": 16 * 16, "max_sequence_length": 24},
+    {"num_inference_steps": 2},
+    {"num_inference_steps": 2, "sigmas": [1.0, 0.7]},
+    {"guidance_scale": 9.0},
+    {"num_images_per_prompt": 3},
+    {"image": SOURCES, "prompt": PROMPTS, "num_images_per_prompt": 2},
+    {"image": SOURCES, "prompt": PROMPTS, "generator": [3, 4]},
+    {"latents": noise(1)},
+    {"prompt": None, "prompt_embeds": TEXT, "pooled_prompt_embeds": POOLED},
+    {
+        **{"prompt": None, "prompt_embeds": TEXT, "pooled_prompt_embeds": POOLED, "true_cfg_scale": 2.0},
+        **{"negative_prompt_embeds": -TEXT, "negative_pooled_prompt_embeds": -POOLED},
+    },
+    {"output_type": "pil"},
+    {"output_type": "np"},
+    {"output_type": "pt"},
+    {"joint_attention_kwargs": {"scale": 0.3}},
+    {"callback_on_step_end": halve, "callback_on_step_end_tensor_inputs": ["latents", "prompt_embeds"]},
+    {"_auto_resize": True},
+]
+GUIDED = {"negative_prompt": "blue", "true_cfg_scale": 2.0}
+IP_CALLS = [
+    {"ip_adapter_image": SOURCES[1]},
+    {"ip_adapter_image_embeds": IP_EMBEDS, "num_images_per_prompt": 2},
+    {"ip_adapter_image": SOURCES[0], "negative_ip_adapter_image": SOURCES[1], **GUIDED},
+    {"ip_adapter_image": SOURCES[0], "negative_ip_adapter_image_embeds": IP_EMBEDS, **GUIDED},
+]
+
+
+def output_of(pipeline, call):
+    """What a call returns and its pictures as one array; generators are given by their seeds."""
+    call = {"image": SOURCES[0], "prompt": PROMPTS[0], "output_type": "latent", "generator": 0, **TINY_CALL, **call}
+    seeds = call.pop("generator")
+    generators = [generator(seed) for seed in seeds] if isinstance(seeds, list) else generator(seeds)
+    output = pipeline(generator=generators, **call)
+    return output, np.stack([np.asarray(image) for image in output.images])
+
+
+@pytest.fixture
+def small_references(monkeypatch):
+    """`_auto_resize` chooses among sizes of a megapixel, which is much for these tests."""
+    monkeypatch.setattr(pipeline_flux_kontext, "PREFERRED_KONTEXT_RESOLUTIONS", [(16, 48), (40, 40)])
+
+
+def check_same(pair, call, plain):
+    """Both pipelines of a pair return the same bits, which are not those of another call."""
+    (expected, pictures), (result, ours) = (output_of(pipeline, call) for pipeline in pair)
+    assert type(result) is type(expected) and ours.dtype == pictures.dtype and np.array_equal(ours, pictures)
+    assert not np.array_equal(ours, plain), "else an argument that got lost would not be seen"
+
+
+@pytest.mark.parametrize("call", CALLS, ids=lambda call: " ".join(call) or "plain")
+def test_without_new_arguments_every_bit_is_diffusers_own(with_lora, small_references, call):
+    check_same(with_lora, call, output_of(with_lora[0], {})[1] if call else None)
+
+
+@pytest.mark.parametrize("call", IP_CALLS, ids=" ".join)
+def test_ip_adapters_are_diffusers_own(with_ip_adapter, call):
+    other = {"ip_adapter_image": SOURCES[0], "num_images_per_prompt": call.get("num_images_per_prompt", 1)}
+    check_same(with_ip_adapter, call, output_of(with_ip_adapter[0], other)[1])
+
+
+def test_every_argument_of_diffusers_is_among_these_calls():
+    tried = {"return_dict", "generator"}.union(*CALLS, *IP_CALLS)
+    assert set(signature(FluxKontextPipeline.__call__).parameters) - {"self", "image", "prompt"} <= tried
 
 
 def test_positional_arguments_and_tuples_are_passed_on(stock, pipe):
@@ -220,7 +340,114 @@ def test_one_generator_for_each_prompt_makes_prompts_independent(pipe):
         torch.testing.assert_close(both[2 * i : 2 * i + 2], alone, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "masks",
+    [
+        np.stack([np.asarray(m) for m in MASKS]),
+        torch.stack([torch.from_numpy(np.array(m))[None] for m in MASKS]),
+        [np.asarray(MASKS[0], dtype=bool), np.asarray(MASKS[1])[..., None] / 255],
+    ],
+    ids=["array", "tensor with channel", "mixed list"],
+)
+def test_masks_may_come_as_a_batch(pipe, masks):
+    result = latents_of(pipe, SOURCES, PROMPTS, mask_image=masks, generator=generator())
+    assert torch.equal(result, latents_of(pipe, SOURCES, PROMPTS, mask_image=MASKS, generator=generator()))
+
+
+def test_the_base_is_that_of_diffusers_in_half_precision():
+    stock = quiet(build_tiny_kontext().to(torch.bfloat16))
+    pipe = quiet(RegionDecoupledFluxKontextPipeline.from_pipe(stock, dtype=torch.bfloat16))
+    assert pipe.transformer is stock.transformer and stock.dtype == torch.bfloat16
+    result = latents_of(
+        pipe,
+        SOURCES[0],
+        PROMPTS[0],
+        mask_image=MASKS[0],
+        edit_strength=0.0,
+        generator=generator(),
+        output_type="latent",
+    )
+    expected = latents_of(stock, SOURCES[0], PROMPTS[0], generator=generator())
+    assert result.dtype == torch.bfloat16 and torch.equal(result, expected)
+
+
+def test_without_text_encoders_embeddings_are_enough(stock, pipe):
+    embeds, pooled, _ = stock.encode_prompt(PROMPTS, None, max_sequence_length=48)
+    parts = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
+    bare = quiet(RegionDecoupledFluxKontextPipeline(**{**stock.components, **parts}))
+    given = {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled, "mask_image": MASKS, "output_attention": True}
+    result = bare(SOURCES, output_type="latent", generator=generator(), **given, **TINY_CALL)
+    expected = latents_of(pipe, SOURCES, PROMPTS, mask_image=MASKS, generator=generator())
+    torch.testing.assert_close(result.images, expected, rtol=0, atol=1e-5)
+    assert (result.attention.mass > 0).all()
+
+
+def test_callbacks_see_every_candidate_at_every_step(pipe):
+    seen = []
+
+    def callback(pipeline, step, timestep, tensors):
+        seen.append((step, *tensors["latents"].shape))
+        pipeline._interrupt = step == 1
+        return {}
+
+    call = {"mask_image": MASKS, "num_images_per_prompt": 2, "callback_on_step_end": callback}
+    latents_of(pipe, SOURCES, PROMPTS, **call)
+    assert seen == [(0, 4, 64, 16), (1, 4, 64, 16)]
+
+
+def test_an_ip_adapter_reaches_every_candidate(with_ip_adapter):
+    stock, pipe = with_ip_adapter
+    adapter = {"ip_adapter_image": SOURCES[1]}
+    call = {"mask_image": MASKS, "num_images_per_prompt": 2, "latents": noise(2), **adapter}
+    result, start = started_from(pipe, SOURCES, PROMPTS, **call)
+    for i in range(4):
+        alone = latents_of(stock, SOURCES[i // 2], PROMPTS[i // 2], latents=start[i : i + 1], **adapter)
+        torch.testing.assert_close(result[i : i + 1], alone, rtol=0, atol=1e-4)
+    measured = pipe(SOURCES, PROMPTS, output_attention=True, **call, **TINY_CALL).attention
+    assert ((measured.mass > 0) & (measured.mass < 1)).all()
+
+
+@pytest.mark.parametrize("how", ["by model", "by layer"])
+def test_offloading_changes_nothing(pipe, how):
+    offloaded = quiet(RegionDecoupledFluxKontextPipeline.from_pipe(build_tiny_kontext()))
+    if how == "by model":
+        offloaded.enable_model_cpu_offload(device="cpu")
+    else:  # `enable_sequential_cpu_offload` without an accelerator
+        cpu_offload(offloaded.transformer, torch.device("cpu"))
+        assert offloaded.transformer.device.type == "meta"
+    call = {"mask_image": MASKS[0], "num_images_per_prompt": 2, "output_attention": True, "output_type": "latent"}
+    for _ in range(2):
+        expected, result = (
+            p(SOURCES[0], PROMPTS[0], generator=generator(), **call, **TINY_CALL) for p in (pipe, offloaded)
+        )
+        assert torch.equal(result.images, expected.images)
+        assert torch.equal(result.attention_maps, expected.attention_maps)
+
+
 # ------------------------------------------------------------------------------------ attention
+
+
+def test_attention_is_measured_on_a_compiled_transformer(pipe):
+    def compile_nothing(graph, inputs):
+        raise AssertionError("compiled code would not be heard")
+
+    compiled = quiet(RegionDecoupledFluxKontextPipeline.from_pipe(build_tiny_kontext()))
+    compiled.transformer.compile(backend=compile_nothing)
+    call = {"mask_image": MASKS[0], "output_attention": True, **TINY_CALL}
+    expected, result = (p(SOURCES[0], PROMPTS[0], generator=generator(), **call) for p in (pipe, compiled))
+    assert torch.equal(result.attention_maps, expected.attention_maps)
+
+
+def test_attention_is_that_of_the_instruction_that_t5_reads(pipe, monkeypatch):
+    read = []
+    weights = pipeline_module.instruction_token_weights
+    monkeypatch.setattr(
+        pipeline_module, "instruction_token_weights", lambda p, texts, n: read.append(texts) or weights(p, texts, n)
+    )
+    call = {"mask_image": MASKS[0], "num_images_per_prompt": 2, "output_attention": True, **TINY_CALL}
+    pipe(SOURCES[0], PROMPTS[0], **call)
+    pipe(SOURCES[0], PROMPTS[0], prompt_2="sunny", **call)
+    assert read == [[PROMPTS[0]] * 2, ["sunny"] * 2]
 
 
 def test_attention_is_that_of_the_same_rollout(pipe):
@@ -274,9 +501,23 @@ def test_measuring_attention_changes_no_picture(pipe):
         ({"mask_image": MASKS}, "mask_image: got 2, expected one, or one for each of the 1 prompts"),
         ({"mask_image": MASKS[0], "image": SOURCES}, "image: got 2, expected one, or one for each of the 1 prompts"),
         ({"mask_image": MASKS[0], "image": None}, "image: got None, expected the source picture"),
+        ({"mask_image": MASKS[0], "image": torch.rand(1, 3, 16, 32)}, r"\(32, 32\), expected .* \(16, 32\)"),
+        ({"mask_image": MASKS[0], "image": np.ones((1, 16, 32, 3))}, r"\(32, 32\), expected .* \(16, 32\)"),
+        ({"mask_image": np.zeros((2, 2, 32, 32))}, "mask_image: got 2, expected one"),
+        ({"mask_image": np.zeros((3, 32, 32, 2))}, "mask_image: got 3, expected one"),
+        ({"mask_image": np.full((32, 32), 2.0)}, r"mask: got values in \[2.0, 2.0\], expected \[0, 1\]"),
+        ({"mask_image": MASKS[0], "prompt": None}, "prompt: got neither prompt nor prompt_embeds"),
+        ({"mask_image": MASKS[0], "generator": [generator()] * 2}, "generator: got 2, expected one, or one for each"),
+        (
+            {"mask_image": MASKS[0], "latents": noise(2), "num_images_per_prompt": 2},
+            r"latents: got shape \(2, 64, 16\), expected \[prompts, tokens, channels\] = \(1, 64, 16\)",
+        ),
         ({"mask_image": MASKS[0], "edit_strength": 1.5}, "edit_strength: got 1.5, expected a strength in"),
         ({"mask_image": MASKS[0], "keep_strength": -0.5}, "keep_strength: got -0.5"),
-        ({"mask_image": MASKS[0], "output_attention": True, "true_cfg_scale": 2.0}, "output_attention: cannot be comb"),
+        (
+            {"mask_image": MASKS[0], "output_attention": True, "true_cfg_scale": 2.0, "negative_prompt": "blue"},
+            "output_attention: cannot be combined",
+        ),
     ],
 )
 def test_wrong_arguments_are_refused_with_their_name(pipe, kwargs, message):

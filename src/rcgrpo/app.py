@@ -21,7 +21,6 @@ from torch import Tensor
 
 from .benchmark import Contender, Sampling, contenders, load_loras, switch_to
 from .data import compbench_mini
-from .editors.flux_kontext import fit_size
 from .metrics import first_words, masked_psnr
 from .pipeline import RegionDecoupledFluxKontextPipeline
 from .rewards.transport import is_loopback
@@ -34,6 +33,12 @@ CHANGE_FULL_COLOUR = 0.25
 """A change by this share of the range has full colour; always the same, so that pictures can be compared."""
 
 SHOWN_SIDE = 320
+CSS = """
+.thumbnail-item { aspect-ratio: auto !important; height: auto !important; overflow: visible !important; }
+.thumbnail-item .caption-label { position: static !important; max-width: none !important; white-space: normal }
+"""
+"""Captions stand below their pictures instead of on them."""
+
 NUM_EXAMPLES, EXAMPLE_SIDE = 6, 256
 PAINT, PAINT_OPACITY = "#ff2d78", 0.6
 
@@ -107,7 +112,7 @@ def compare(
         raise ValueError(f"mask: got {mask.size}, expected the source's size {source.size}")
     if mask.getbbox() is None:
         raise ValueError("mask: got nothing painted, expected the region to edit")
-    height, width = fit_size(source.height, source.width, sampling.resolution**2, pipeline.vae_scale_factor * 2)
+    height, width = sampling.size_for(pipeline, source)
     source = pipeline.image_processor.resize(source.convert("RGB"), height, width)
     mask = mask.convert("L").resize(source.size, Image.Resampling.BOX).point(lambda value: 255 * (value > 0))
     outcomes = []
@@ -120,14 +125,8 @@ def compare(
             edit_strength=edit_strength,
             output_attention=True,
             num_images_per_prompt=num_candidates,
-            height=height,
-            width=width,
-            max_area=height * width,
-            _auto_resize=False,
-            num_inference_steps=sampling.num_inference_steps,
-            guidance_scale=sampling.guidance_scale,
-            max_sequence_length=sampling.max_sequence_length,
             generator=torch.Generator().manual_seed(sampling.seed),
+            **sampling.call(height, width),
         )
         outcomes.append(
             Outcome(
@@ -323,14 +322,19 @@ def create_app(
     def side(title: str, visible: bool) -> tuple[Any, list[Any]]:
         with gr.Column(visible=visible, min_width=240) as column:
             gr.Markdown(f"### {title}")
-            labels = ("edited", "where the instruction's attention falls", "what changed outside the region")
-            galleries = [
-                gr.Gallery(label=label, columns=2, object_fit="contain", height="max-content") for label in labels
-            ]
+            galleries = []
+            for label in ("edited", "where the instruction's attention falls", "what changed outside the region"):
+                gr.Markdown(label)  # a gallery's own label would cover a corner of the first picture
+                galleries.append(
+                    gr.Gallery(label=label, show_label=False, columns=2, object_fit="contain", height="max-content")
+                )
         return column, galleries
 
     with gr.Blocks(title="rcgrpo", analytics_enabled=False, delete_cache=(3600, 24 * 3600), fill_width=True) as page:
-        gr.Markdown("## Edit a region, with and without a LoRA")
+        gr.Markdown(
+            "## Edit a region, with and without a LoRA\n"
+            "Open a picture or click an example, paint over the region to edit, say what to do, and press Edit."
+        )
         with gr.Row():
             with gr.Column(scale=2, min_width=360):
                 painting = gr.ImageEditor(
@@ -351,13 +355,15 @@ def create_app(
                     elem_id="lora",
                 )
                 with gr.Row():
-                    candidates = gr.Slider(1, MAX_CANDIDATES, 2, step=1, label="Candidates")
-                    strength = gr.Slider(0, 1, 0.5, label="How much they differ (edit_strength)")
-                    seed = gr.Number(0, label="Seed", precision=0)
+                    candidates = gr.Slider(1, MAX_CANDIDATES, 2, step=1, label="Candidates", min_width=120)
+                    strength = gr.Slider(0, 1, 0.5, label="Their difference", min_width=120)
+                    seed = gr.Number(0, label="Seed", precision=0, min_width=80)
                 button = gr.Button("Edit", variant="primary", elem_id="edit")
+                gr.Markdown("Examples")
                 gallery = gr.Gallery(
                     [(row["input_image"], row["instruction"]) for row in examples],
                     label="Examples",
+                    show_label=False,
                     columns=3,
                     height="max-content",
                     allow_preview=False,
@@ -413,6 +419,7 @@ def serve(
         ssr_mode=False,
         quiet=True,
         max_file_size="64mb",
+        css=CSS,
         prevent_thread_lock=True,
     )[1]
     print(f"rcgrpo app on {address}", flush=True)

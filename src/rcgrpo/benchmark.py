@@ -200,25 +200,34 @@ class Sampling:
     max_sequence_length: int = 512
     seed: int = 0
 
+    def size_for(self, pipeline: FluxKontextPipeline, picture: Image.Image) -> tuple[int, int]:
+        """The (height, width) in pixels at which a picture is edited."""
+        return fit_size(picture.height, picture.width, self.resolution**2, pipeline.vae_scale_factor * 2)
+
+    def call(self, height: int, width: int) -> dict[str, Any]:
+        """The pipeline's arguments for a source that has this size, and keeps it."""
+        return {
+            "height": height,
+            "width": width,
+            "max_area": height * width,
+            "_auto_resize": False,
+            "num_inference_steps": self.num_inference_steps,
+            "guidance_scale": self.guidance_scale,
+            "max_sequence_length": self.max_sequence_length,
+        }
+
 
 def sample(pipeline: FluxKontextPipeline, edits: Sequence[Edit], sampling: Sampling) -> list[Image.Image]:
     """One picture per edit, whose noise depends on the seed and `edit.row` alone; one call for all of one size."""
-    area = sampling.resolution**2
-    sizes = [fit_size(e.source.height, e.source.width, area, pipeline.vae_scale_factor * 2) for e in edits]
+    sizes = [sampling.size_for(pipeline, edit.source) for edit in edits]
     pictures: dict[int, Image.Image] = {}
     for height, width in dict.fromkeys(sizes):
         chosen = [i for i, size in enumerate(sizes) if size == (height, width)]
         drawn = pipeline(
             image=[pipeline.image_processor.resize(edits[i].source, height, width) for i in chosen],
             prompt=[edits[i].prompt for i in chosen],
-            height=height,
-            width=width,
-            max_area=height * width,
-            _auto_resize=False,
-            num_inference_steps=sampling.num_inference_steps,
-            guidance_scale=sampling.guidance_scale,
-            max_sequence_length=sampling.max_sequence_length,
             generator=[keyed_generator(sampling.seed, "evaluate", edits[i].row) for i in chosen],
+            **sampling.call(height, width),
         ).images
         pictures.update(zip(chosen, drawn, strict=True))
     return [pictures[i] for i in range(len(edits))]

@@ -182,6 +182,9 @@ def _embedded_scores(results: Sequence[Result]) -> dict[str, list[float | None]]
 
 # Before and after training --------------------------------------------------------------------------------------------
 
+NUM_EXAMPLES = 3
+"""Edits whose pictures are written one by one."""
+
 
 def roll_out_held_out(
     trainer: "RCGRPOTrainer", edits: Sequence[Edit], description: str, batch_size: int = 32, maps: bool = True
@@ -225,7 +228,10 @@ def write_report(
     settings: Mapping[str, Any],
     num_pictures: int = 12,
 ) -> list[PairedDifference]:
-    """Write `metrics.json`, `metrics.md`, `reward_curves.png`, `samples/contact_sheet.png`, each whole or not at all.
+    """Write `metrics.json`, `metrics.md`, `reward_curves.png` and the pictures in `samples`, each whole or not at all.
+
+    These are `contact_sheet.png` and, for the model's page on the Hub, source and edited picture of a few edits, which
+    `metrics.json` lists as `examples`.
 
     Returns:
         The rows of the before/after table, with 95 % bootstrap intervals of the paired difference.
@@ -234,15 +240,16 @@ def write_report(
     rows = compare(old, new)
     with write_atomically(folder / "metrics.md") as path:
         path.write_text(markdown_table(rows) + "\n")
+    # Even spacing would fall in step with tasks that take turns.
+    shown = sorted(random.Random(0).sample(range(len(after)), min(num_pictures, len(after))))
     with write_atomically(folder / "metrics.json") as path:
         summary = {
             "held_out": [asdict(row) for row in rows],
             "per_sample": {"before": old, "after": new},
+            "examples": [_save_example(folder, i, after[i]) for i in shown[:NUM_EXAMPLES]],
             "settings": dict(settings),
         }
         path.write_text(json.dumps(summary, indent=1, default=str))
-    # Even spacing would fall in step with tasks that take turns.
-    shown = sorted(random.Random(0).sample(range(len(after)), min(num_pictures, len(after))))
     masks = [after[i].mask for i in shown]
     sheet: dict[str, list[Image.Image]] = {
         "source": [outline(after[i].source, mask) for i, mask in zip(shown, masks, strict=True)],
@@ -256,3 +263,13 @@ def write_report(
     if any("reward" in row for row in log_history):
         plot_curves(log_history, folder / "reward_curves.png")
     return rows
+
+
+def _save_example(folder: Path, place: int, group: "Group") -> dict[str, str]:
+    """Write an edit's source and first candidate; what `hub.model_card` takes as an example."""
+    example = {"prompt": group.edit.prompt}
+    for name, picture in (("source", group.source), ("edited", group.images[0])):
+        example[name] = f"samples/{place:03d}_{name}.png"
+        with write_atomically(folder / example[name]) as path:
+            picture.save(path)
+    return example

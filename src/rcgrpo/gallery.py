@@ -90,9 +90,10 @@ def write_gallery(
             f"<h1>{html.escape(title)}</h1>\n"
         )
         page.writelines(f"<p>{html.escape(note)}</p>\n" for note in notes)
+        page.write('<p><a href="#edits">To the edits</a></p>\n')
         page.writelines(map(_table, tables))
         page.write(
-            f'<form>Sort by <select id="key">{"".join(options)}</select> '
+            f'<form id="edits">Sort by <select id="key">{"".join(options)}</select> '
             '<select id="order"><option value="1">worst first</option><option value="-1">best first</option></select> '
             'show <select id="group"><option value="">all</option></select></form>\n<main>\n'
         )
@@ -126,8 +127,8 @@ def _card(
 ) -> str:
     values = [_value(card, *key, base=names[0]) for key in keys]
     figures = "".join(
-        f'<figure><img src="{_data_uri(picture)}" alt="{html.escape(name)}" loading="lazy">'
-        f"<figcaption>{html.escape(name)}</figcaption></figure>"
+        f'<figure><img src="{_data_uri(picture)}" alt="{html.escape(name)}" width="{picture.width}" '
+        f'height="{picture.height}" decoding="async"><figcaption>{html.escape(name)}</figcaption></figure>'
         for name, picture in card.pictures.items()
     )
     head = ["", *(metrics[metric].label for metric in metrics)]

@@ -10,7 +10,7 @@ in a safetensors file varies from run to run: compare files by their tensors, no
 """
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from math import isfinite
 from pathlib import Path
@@ -24,6 +24,14 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
 LORA_FILE = "pytorch_lora_weights.safetensors"
 CARD_TAGS = ("rcgrpo", "trl", "lora", "image-editing", "reinforcement-learning", "grpo")
 DEFAULT_PICTURE = "samples/contact_sheet.png"
+LICENSES = {
+    "black-forest-labs/FLUX.1-Kontext-dev": {
+        "license": "other",
+        "license_name": "flux-1-dev-non-commercial-license",
+        "license_link": "https://huggingface.co/black-forest-labs/FLUX.1-Kontext-dev/blob/main/LICENSE.md",
+    }
+}
+"""What binds a LoRA of a base, as the base's own card says it; the link leads there."""
 
 _CARD_TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
 _PACKAGES = ("rcgrpo", "torch", "diffusers", "transformers", "trl", "peft")
@@ -118,7 +126,7 @@ def model_card(
     model_name: str,
     hub_model_id: str | None = None,
     base_model: str | None = None,
-    license: str = "other",
+    license: str | None = None,
     license_name: str | None = None,
     license_link: str | None = None,
     datasets: str | Iterable[str] = (),
@@ -128,6 +136,7 @@ def model_card(
     settings: Mapping[str, Any] | None = None,
     folder: str | os.PathLike[str] | None = None,
     picture: str = DEFAULT_PICTURE,
+    examples: Sequence[Mapping[str, str]] = (),
     pipeline_class: str = "FluxKontextPipeline",
     tags: Iterable[str] = (),
 ) -> ModelCard:
@@ -140,7 +149,8 @@ def model_card(
         model_name: title of the card, and name of the model in `model-index`.
         hub_model_id: `owner/name` to load the LoRA from in the example; without it the example names `model_name`.
         base_model: Hub id or folder of the base pipeline.
-        license: licence of the *base*, which binds the adapter, as a Hub identifier; "other" when unknown.
+        license: licence of the *base*, which binds the adapter, as a Hub identifier; by default that of `LICENSES`,
+            "other" for a base that is not there.
         license_name: its name, where `license` is "other".
         license_link: where to read it, where `license` is "other".
         datasets: Hub ids or folders of the training data.
@@ -150,28 +160,41 @@ def model_card(
         settings: the training settings worth reading; those that are None are left out.
         folder: the model folder, to see whether `picture` exists.
         picture: before/after sheet, as a path relative to `folder`; shown only where it exists.
+        examples: edits for the Hub's page of the model, each with `source` and `edited`, pictures as paths like
+            `picture`, and `prompt`; those whose pictures do not exist are left out.
         pipeline_class: the stock diffusers pipeline that the LoRA is for.
         tags: more tags than `CARD_TAGS`.
 
     Raises:
-        ValueError: `picture` is not a relative path inside the folder.
+        ValueError: `picture` or an example's is not a relative path inside the folder.
     """
-    if Path(picture).is_absolute() or ".." in Path(picture).parts:
-        raise ValueError(f"Got picture={picture!r} but expected a path relative to, and inside, the model folder.")
+
+    def exists(path: str) -> bool:
+        if Path(path).is_absolute() or ".." in Path(path).parts:
+            raise ValueError(f"Got picture={path!r} but expected a path relative to, and inside, the model folder.")
+        return folder is not None and (Path(folder) / path).is_file()
+
     names = [datasets] if isinstance(datasets, str) else list(datasets)
     dataset_ids = [hub_id for name in names if (hub_id := _hub_id(name))]
     eval_name = eval_dataset or next(iter(names), None)
     base_id = _hub_id(base_model)
+    bound: dict[str, Any] = {"license": license or "other", "license_name": license_name, "license_link": license_link}
+    if license is None and license_name is None and license_link is None:
+        bound |= LICENSES.get(base_id or "", {})
+    widget = [
+        {"src": example["source"], "prompt": example["prompt"], "output": {"url": example["edited"]}}
+        for example in examples
+        if all([exists(example["source"]), exists(example["edited"])])
+    ]
     data = ModelCardData(
         library_name="diffusers",
         base_model=base_id,
         base_model_relation="adapter" if base_id else None,
         pipeline_tag="image-to-image",
-        license=license,
-        license_name=license_name,
-        license_link=license_link,
+        **bound,
         datasets=dataset_ids or None,
         tags=[*CARD_TAGS, *tags],
+        widget=widget or None,
         model_name=model_name,
         eval_results=[
             EvalResult(
@@ -196,7 +219,7 @@ def model_card(
         base=base_id or (f"path/to/{_last_part(base_model)}" if base_model else "path/to/the-base-model"),
         base_name=_last_part(base_model) if base_model else None,
         datasets=[(_hub_id(name), _last_part(name)) for name in names],
-        picture=picture if folder is not None and (Path(folder) / picture).is_file() else None,
+        picture=picture if exists(picture) else None,
         metric_table=metric_table,
         settings={key: _cell(value) for key, value in (settings or {}).items() if value is not None},
         pipeline_class=pipeline_class,

@@ -6,7 +6,7 @@ diffusers' own class, so that anyone opens it without this package.
 """
 
 import json
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,10 +46,22 @@ def _repeat_each(batch: Any, times: int) -> Any:
     return batch.repeat(times, axis=0) if isinstance(batch, np.ndarray) else [x for x in batch for _ in range(times)]
 
 
+def _as_list(masks: Any) -> list[Any]:
+    """One mask, or several as a list or a batch, as a list."""
+    if isinstance(masks, (list, tuple)):
+        return list(masks)
+    if isinstance(masks, Image.Image):
+        return [masks]
+    batched = masks.ndim == 4 or (masks.ndim == 3 and 1 not in (masks.shape[0], masks.shape[-1]))
+    return list(masks) if batched else [masks]
+
+
 class RegionDecoupledFluxKontextPipeline(FluxKontextPipeline):
     """FLUX.1-Kontext with region-decoupled initial noise (RC-GRPO-Editing, arXiv 2604.09386).
 
-    Loads from any Kontext folder or Hub id, and from another pipeline by `from_pipe`.
+    Loads from any Kontext folder or Hub id. From another pipeline it is made, as every diffusers pipeline, by
+    `from_pipe(pipe, dtype=pipe.dtype)`; without a dtype diffusers casts the shared weights to fp32. Offloading,
+    LoRAs, IP adapters and compiled transformers work as in the stock pipeline.
     """
 
     def to_json_string(self) -> str:
@@ -74,20 +86,25 @@ class RegionDecoupledFluxKontextPipeline(FluxKontextPipeline):
 
         Args:
             mask_image: region to edit, 1 or 255 = edit: a PIL image, array or tensor `[height, width]` of the source's
-                size, or a list with one for each prompt. Switches region-decoupled noise on: the candidates of a prompt
-                (`num_images_per_prompt`) share a base noise, which is the one that stock diffusers would draw from
-                `generator`, and differ from it by `edit_strength` inside and `keep_strength` outside the region.
+                size, or one for each prompt as a list or a batch (`[prompts, height, width]`, with or without a
+                channel). Switches region-decoupled noise on: the candidates of a prompt (`num_images_per_prompt`) share
+                a base noise, which is the one that stock diffusers would draw from `generator`, or `latents`, and
+                differ from it by `edit_strength` inside and `keep_strength` outside the region. Images, masks,
+                `latents` and generators then come one for each prompt, and each prompt's candidates are made from its
+                own; the stock pipeline pairs several prompts and images wrongly when `num_images_per_prompt` > 1.
             edit_strength: in [0, 1]; 0 repeats the base noise, 1 draws independent noise.
             keep_strength: in [0, 1]; 0 keeps the background's noise bit by bit.
             output_attention: also measure how much of the instruction's attention falls on the region (needs
-                `mask_image`).
+                `mask_image`). A compiled transformer runs uncompiled in such a call.
 
         Returns:
-            `RegionDecoupledPipelineOutput` with a mask, else diffusers' own output.
+            `RegionDecoupledPipelineOutput` with a mask, or its three fields as a tuple if `return_dict=False`; without
+            a mask diffusers' own output.
 
         Raises:
-            ValueError: a mask that is empty or of another size than its source, strengths outside [0, 1],
-                `output_attention` without a mask or with true CFG.
+            ValueError: a mask that is empty or of another size than its source, strengths outside [0, 1], images,
+                masks, generators or `latents` that are not one for each prompt, `output_attention` without a mask or
+                with true CFG.
         """
         if mask_image is None:
             if output_attention:
@@ -97,7 +114,8 @@ class RegionDecoupledFluxKontextPipeline(FluxKontextPipeline):
             raise ValueError("mask_image: pass every argument after `prompt` by name when a mask is given")
         if image is None:
             raise ValueError("image: got None, expected the source picture(s) that mask_image belongs to")
-        if output_attention and kwargs.get("true_cfg_scale", 1.0) > 1:
+        negative = any(kwargs.get(name) is not None for name in ("negative_prompt", "negative_prompt_embeds"))
+        if output_attention and negative and kwargs.get("true_cfg_scale", 1.0) > 1:
             raise ValueError(
                 "output_attention: cannot be combined with true_cfg_scale > 1, whose second pass would mix in"
             )
@@ -120,17 +138,17 @@ class RegionDecoupledFluxKontextPipeline(FluxKontextPipeline):
             prompts = _repeat_each(prompts, group)
         images = _repeat_each(images, group)
 
-        recorder, recording = None, nullcontext()
-        if output_attention:
-            recorder = AttentionRecorder(self.transformer)
-            length = kwargs.get("max_sequence_length", 512)
-            if prompts is None:
-                weights = torch.ones(len(regions), kwargs["prompt_embeds"].shape[1])
-            else:
-                weights = instruction_token_weights(self, prompts, length)
-            covered = torch.stack([to_tokens(mask, grid, "mean") for mask in masks]).repeat_interleave(group, dim=0)
-            recording = recorder.record(covered, weights, maps=True)  # type: ignore[assignment]
-        with recording:
+        recorder = AttentionRecorder(self.transformer) if output_attention else None
+        with ExitStack() as recording:
+            if recorder is not None:
+                texts = kwargs.get("prompt_2") or prompts  # the second prompt is T5's
+                if texts is None:
+                    weights = torch.ones(len(regions), kwargs["prompt_embeds"].shape[1])
+                else:
+                    weights = instruction_token_weights(self, texts, kwargs.get("max_sequence_length", 512))
+                covered = torch.stack([to_tokens(mask, grid, "mean") for mask in masks])
+                recording.enter_context(recorder.record(covered.repeat_interleave(group, dim=0), weights, maps=True))
+                recording.enter_context(torch.compiler.set_stance("force_eager"))  # compiled code calls no new hooks
             output = super().__call__(images, prompts, latents=latents, return_dict=False, **kwargs)[0]
         attention = maps = None
         if recorder is not None:
@@ -145,20 +163,31 @@ class RegionDecoupledFluxKontextPipeline(FluxKontextPipeline):
     ) -> tuple[list[str] | None, Any, list[Tensor]]:
         """Prompts, images and masks, one of each per prompt, after checking that they belong together."""
         prompts = [prompt] if isinstance(prompt, str) else prompt
+        if prompts is None and kwargs.get("prompt_embeds") is None:
+            raise ValueError("prompt: got neither prompt nor prompt_embeds, expected one of them")
         count = len(prompts) if prompts is not None else len(kwargs["prompt_embeds"])
         images = [image] if isinstance(image, Image.Image) else image
         if len(images) == 1 and count > 1:
             images = _repeat_each(images, count)
-        given = mask_image if isinstance(mask_image, (list, tuple)) else [mask_image]
-        given = list(given) * count if len(given) == 1 else given
-        for name, values in (("image", images), ("mask_image", given)):
-            if len(values) != count:
+        given = _as_list(mask_image)
+        given = given * count if len(given) == 1 else given
+        generators = kwargs["generator"] if isinstance(kwargs.get("generator"), list) else [None]
+        for name, values in (("image", images), ("mask_image", given), ("generator", generators)):
+            if len(values) not in (1, count):
                 raise ValueError(f"{name}: got {len(values)}, expected one, or one for each of the {count} prompts")
         masks = [mask_to_tensor(mask) for mask in given]
         for i, (mask, picture) in enumerate(zip(masks, images, strict=True)):
-            size = (picture.height, picture.width) if isinstance(picture, Image.Image) else None
-            check_mask(mask, size, f"mask_image[{i}]")
+            check_mask(mask, self._picture_size(picture), f"mask_image[{i}]")
         return prompts, images, masks
+
+    def _picture_size(self, picture: Any) -> tuple[int, int] | None:
+        """(height, width) in pixels of anything that diffusers takes as an image; None for ready latents."""
+        if isinstance(picture, Image.Image):
+            return picture.height, picture.width
+        if isinstance(picture, Tensor):  # `[..., channels, height, width]`
+            return None if picture.shape[-3] == self.latent_channels else (picture.shape[-2], picture.shape[-1])
+        height, width = (picture.shape if picture.ndim == 2 else picture.shape[:-1])[-2:]
+        return height, width
 
     def _token_grid(self, kwargs: dict[str, Any]) -> tuple[int, int, tuple[int, int]]:
         """Height and width in pixels and the token grid of the pictures that the call will make."""
@@ -174,7 +203,8 @@ class RegionDecoupledFluxKontextPipeline(FluxKontextPipeline):
     ) -> Tensor:
         """Packed noise of `prompts · group` candidates; draws the base as diffusers would, then the differences."""
         device, generator = self._execution_device, kwargs.pop("generator", None)
-        dtype = self.transformer.dtype
+        embeds = kwargs.get("prompt_embeds")
+        dtype = self.text_encoder_2.dtype if embeds is None else embeds.dtype  # diffusers draws in the text's dtype
         channels = self.transformer.config.in_channels // 4
         rows, columns = 2 * (height // (self.vae_scale_factor * 2)), 2 * (width // (self.vae_scale_factor * 2))
 
@@ -184,6 +214,12 @@ class RegionDecoupledFluxKontextPipeline(FluxKontextPipeline):
             return self._pack_latents(noise, count, channels, rows, columns)
 
         base = kwargs.pop("latents", None)
+        packed = (prompts, rows * columns // 4, channels * 4)
+        if base is not None and tuple(base.shape) != packed:
+            raise ValueError(
+                f"latents: got shape {tuple(base.shape)}, expected [prompts, tokens, channels] = {packed}: with a mask "
+                "the candidates of a prompt share one"
+            )
         base = draw(prompts) if base is None else base.to(device, dtype)
         if isinstance(generator, list):
             delta = torch.cat([draw(prompts) for _ in range(group)]).unflatten(0, (group, prompts)).transpose(0, 1)

@@ -91,7 +91,7 @@ def result_tables(categories: Sequence[Section], sub_tasks: Sequence[Section], p
             for model, values in PUBLISHED.get(section.name, {}).items():
                 cells = [f"{values[name]:.3f}" if name in values else "" for name in metrics]
                 lines.append([f"{model}: published in {PUBLISHED_SOURCE}, not measured here", *cells])
-        title = f"{section.name} ({', '.join(section.sub_tasks)}): {section.n} edits"
+        title = f"{section.name} ({', '.join(section.sub_tasks)}): {section.n} edit{'' if section.n == 1 else 's'}"
         tables.append(Table(title, lines))
     lines = [["sub-task", "n", *head]]
     for section in sub_tasks:
@@ -175,7 +175,7 @@ def write_results(
     cut = f"; the {len(shown)} worst of {names[-1]} are shown" if len(shown) < len(ranked) else ""
     write_gallery(
         folder / "report.html",
-        title=f"{settings.get('model', 'A model')} on {settings.get('dataset', 'its data')}",
+        title=f"{_shown(settings.get('model', 'A model'))} on {_shown(settings.get('dataset', 'its data'))}",
         notes=[INTERVALS, f"{len(ranked)} edits scored{cut}.", *notes],
         tables=tables,
         cards=_cards(folder, shown, rows, names),
@@ -213,6 +213,11 @@ def _cards(folder: Path, records: Sequence[Record], rows: EditRows, names: Seque
             pictures["target"] = edit.columns["edited_image"]
         label = " ".join(part for part in (record["id"], record["image_path"]) if part)
         yield Card(pictures, record["instruction"], record["sub_task"], label, record["scores"])
+
+
+def _shown(name: str) -> str:
+    """A Hub id as it is, and of a folder of this machine its last part, as the page may travel."""
+    return Path(name).name if Path(name).is_absolute() else name
 
 
 def _without_nan(value: Any) -> Any:

@@ -87,8 +87,9 @@ class SavingTrainer(_BaseTrainer):
 
     def _write_card(self, folder: Path, model_name: str | None = None, dataset_name: str | None = None) -> None:
         table, report = folder / "metrics.md", folder / "metrics.json"
-        if report.exists():  # written by `evaluation.write_report`
-            metrics = {row["metric"]: row["after"] for row in json.loads(report.read_text())["held_out"]}
+        saved = json.loads(report.read_text()) if report.exists() else {}  # written by `evaluation.write_report`
+        if saved:
+            metrics = {row["metric"]: row["after"] for row in saved["held_out"]}
         else:
             logged = [row for row in self.state.log_history if "eval_reward" in row] or [{}]
             chosen = ("eval_reward", "eval_background")
@@ -100,6 +101,7 @@ class SavingTrainer(_BaseTrainer):
             datasets=[dataset_name] if dataset_name else (),
             metrics=metrics,
             metric_table=table.read_text() if table.exists() else None,
+            examples=saved.get("examples", ()),
             settings=self.card_settings(),
             folder=folder,
         )

@@ -54,24 +54,14 @@ def run(arguments: Sequence[str]) -> None:
     if tiny:
         os.environ.setdefault("HF_HUB_OFFLINE", "0")  # a LoRA may come from the Hub all the same
         use_embedded_model()
-    import torch
-
     from ..app import create_app, serve
     from ..benchmark import Sampling
     from ..pipeline import RegionDecoupledFluxKontextPipeline
-    from ..tiny import CALL, WEIGHTS
+    from .opening import call_defaults, open_pipeline
 
-    pipeline = RegionDecoupledFluxKontextPipeline.from_pretrained(
-        str(WEIGHTS) if tiny else args.model, torch_dtype=torch.float32 if tiny else torch.bfloat16
-    )
-    if torch.cuda.is_available():
-        pipeline.to("cuda")
-    sampling = Sampling(
-        args.resolution or (CALL["width"] if tiny else 1024),
-        args.num_inference_steps or (CALL["num_inference_steps"] if tiny else 28),
-        args.guidance_scale,
-        CALL["max_sequence_length"] if tiny else 512,
-    )
+    pipeline = open_pipeline(RegionDecoupledFluxKontextPipeline, args.model)
+    asked = {name: getattr(args, name) for name in ("resolution", "num_inference_steps", "guidance_scale")}
+    sampling = Sampling(**call_defaults(args.model) | {name: v for name, v in asked.items() if v is not None})
     # The tiny model's vocabulary is the data set's.
     prepare = (lambda text: text.lower().strip(" .!")) if tiny else str.strip
     try:

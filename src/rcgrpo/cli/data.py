@@ -269,14 +269,12 @@ def _maker(args: MaskArguments) -> Any:
     from diffusers import FluxKontextPipeline
 
     from ..editors import FluxKontextEditor
-    from ..tiny import CALL, WEIGHTS
+    from .opening import call_defaults, open_pipeline
 
-    tiny = args.model == TINY
-    if tiny:
+    if args.model == TINY:
         use_embedded_model()
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    pipe = FluxKontextPipeline.from_pretrained(str(WEIGHTS) if tiny else args.model, torch_dtype=dtype).to(device)
-    resolution = args.resolution or (CALL["width"] if tiny else 512)
-    length = CALL["max_sequence_length"] if tiny else 512
+    pipe = open_pipeline(FluxKontextPipeline, args.model)
+    resolution = args.resolution or min(512, call_defaults(args.model)["resolution"])
+    length = call_defaults(args.model)["max_sequence_length"]
     editor = FluxKontextEditor(pipe, resolution, num_inference_steps=1, max_sequence_length=length)
     return FromVelocity(editor, args.num_draws, args.sigma, args.threshold, args.seed)

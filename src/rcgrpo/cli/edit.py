@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .opening import open_pipeline
 from .parsing import TINY, UsageError, parse, use_embedded_model
 
 
@@ -43,7 +44,7 @@ def run(arguments: Sequence[str]) -> None:
     from ..data.edits import decode_picture
     from ..pipeline import RegionDecoupledFluxKontextPipeline
     from ..report import write_atomically
-    from ..tiny import CALL, WEIGHTS
+    from ..tiny import CALL
 
     source = decode_picture(Path(args.image), "--image").convert("RGB")
     mask = None if args.mask is None else decode_picture(Path(args.mask), "--mask").convert("L")
@@ -56,11 +57,7 @@ def run(arguments: Sequence[str]) -> None:
                 f"diffusers can read ({type(error).__name__}: {error})"
             ) from error
     tiny = args.model == TINY
-    pipe = RegionDecoupledFluxKontextPipeline.from_pretrained(
-        str(WEIGHTS) if tiny else args.model, torch_dtype=torch.float32 if tiny else torch.bfloat16
-    )
-    if torch.cuda.is_available():
-        pipe.to("cuda")
+    pipe = open_pipeline(RegionDecoupledFluxKontextPipeline, args.model)
     if args.lora is not None:
         load_lora(pipe, args.lora, args.model)
     call: dict[str, Any] = dict(CALL) if tiny else {}

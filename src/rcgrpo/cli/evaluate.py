@@ -58,7 +58,7 @@ class EvaluateArguments:
     num_inference_steps: int | None = field(default=None, metadata={"help": f"ODE steps; 28 by default, 8 for {TINY}."})
     guidance_scale: float = field(default=3.5, metadata={"help": "Distilled guidance."})
     max_sequence_length: int | None = field(
-        default=None, metadata={"help": f"T5 tokens of an instruction; 512 by default, 16 for {TINY}."}
+        default=None, metadata={"help": f"T5 tokens of an instruction; 512 by default, 20 for {TINY}."}
     )
     batch_size: int | None = field(
         default=None, metadata={"help": f"Edits at once, and what a crash can cost; 4 by default, 8 for {TINY}."}
@@ -81,7 +81,6 @@ def run(arguments: Sequence[str]) -> None:
     fill_in(args)
     if args.model == TINY and args.dataset == MINI and not {"lc_t", "lc_i"} & {*args.metrics}:
         use_embedded_model()
-    import torch
     from diffusers import FluxKontextPipeline
 
     from ..benchmark import Sampling, contenders, load_loras, make_plan, open_folder, rows_digest
@@ -89,7 +88,7 @@ def run(arguments: Sequence[str]) -> None:
     from ..data.edits import EditRows
     from ..evaluation import Scorer
     from ..results import write_results
-    from ..tiny import WEIGHTS
+    from .opening import open_pipeline
 
     folder = Path(args.output_dir)
     entrants = contenders(args.lora)
@@ -98,11 +97,10 @@ def run(arguments: Sequence[str]) -> None:
     sampling = Sampling(
         args.resolution, args.num_inference_steps, args.guidance_scale, args.max_sequence_length, args.seed
     )
-    dtype = torch.bfloat16 if torch.cuda.is_available() and args.model != TINY else torch.float32
     settings = {
         "rcgrpo": __version__,
         "model": args.model,
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": "float32" if args.model == TINY else "bfloat16",
         "contenders": {c.name: None if c.lora is None else digest(c.lora) for c in entrants},
         "dataset": args.dataset,
         "splits": args.splits,
@@ -116,11 +114,7 @@ def run(arguments: Sequence[str]) -> None:
     }
     scorer = Scorer(args.metrics, args.metric_size, args.clip_model, args.lpips_weights)
     earlier = open_folder(folder, settings, args.resume)
-    pipeline = FluxKontextPipeline.from_pretrained(
-        str(WEIGHTS) if args.model == TINY else args.model, torch_dtype=dtype
-    )
-    if torch.cuda.is_available():
-        pipeline.to("cuda")
+    pipeline = open_pipeline(FluxKontextPipeline, args.model)
     load_loras(pipeline, entrants)
     names = [contender.name for contender in entrants]
     print(f"rcgrpo {__version__}: {', '.join(names)} of {args.model} on {len(plan.rows)} edits of {args.dataset}")
@@ -143,8 +137,9 @@ def run(arguments: Sequence[str]) -> None:
 def fill_in(args: EvaluateArguments) -> None:
     """The defaults that depend on the model and the data set; checks what is wrong whatever they are."""
     from ..evaluation import COMPBENCH_METRICS, METRICS, MINI_METRICS
+    from .opening import call_defaults
 
-    tiny, mini = args.model == TINY, args.dataset == MINI
+    mini = args.dataset == MINI
     if args.resume and args.output_dir is None:
         raise UsageError("--resume: got no --output_dir, expected the folder of the evaluation to go on with")
     args.output_dir = args.output_dir or free_folder("rcgrpo-evaluation")
@@ -160,14 +155,20 @@ def fill_in(args: EvaluateArguments) -> None:
             raise UsageError(f"--metrics: got {name!r}, expected some of {' '.join(METRICS)}")
     if args.metric_size is None and not mini:
         args.metric_size = 512
-    args.resolution = args.resolution or (64 if tiny else 1024)
-    args.num_inference_steps = args.num_inference_steps or (8 if tiny else 28)
-    args.max_sequence_length = args.max_sequence_length or (16 if tiny else 512)
-    args.batch_size = args.batch_size or (8 if tiny else 4)
+    for name, value in {**call_defaults(args.model), "batch_size": 8 if args.model == TINY else 4}.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     args.intervals_by = args.intervals_by or ("edit" if mini else "video")
     if args.intervals_by not in ("edit", "video"):
         raise UsageError(f"--intervals_by: got {args.intervals_by!r}, expected 'video' or 'edit'")
-    for name in ("num_samples", "batch_size", "resolution", "num_inference_steps", "num_pictures"):
+    for name in (
+        "num_samples",
+        "batch_size",
+        "resolution",
+        "num_inference_steps",
+        "max_sequence_length",
+        "num_pictures",
+    ):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UsageError(f"--{name}: got {value}, expected at least 1")

@@ -63,7 +63,7 @@ def _unknown(what: str, name: str, known: set[str], prefix: str = "") -> str:
 
 
 def use_embedded_model() -> None:
-    """No network, and no warnings about the 16 tokens that the tiny model reads."""
+    """No network, and no warnings about the 20 tokens that the tiny model reads."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     import diffusers
     import transformers

@@ -1,0 +1,32 @@
+"""How commands open a model: the embedded one as it was trained, any other one as FLUX.1-Kontext-dev should run."""
+
+from typing import TypeVar
+
+import torch
+from diffusers import FluxKontextPipeline
+
+from ..tiny import CALL, RESOLUTION, WEIGHTS
+from .parsing import TINY
+
+Pipeline = TypeVar("Pipeline", bound=FluxKontextPipeline)
+
+
+def call_defaults(model: str) -> dict[str, int]:
+    """`resolution`, `num_inference_steps` and `max_sequence_length` where a flag does not say otherwise."""
+    if model == TINY:
+        return {"resolution": RESOLUTION} | {
+            name: CALL[name] for name in ("num_inference_steps", "max_sequence_length")
+        }
+    return {"resolution": 1024, "num_inference_steps": 28, "max_sequence_length": 512}
+
+
+def open_pipeline(kind: type[Pipeline], model: str) -> Pipeline:
+    """A pipeline of this class on the GPU, or on the CPU where there is none; fp32 if embedded, else bfloat16.
+
+    Args:
+        kind: `FluxKontextPipeline` or a subclass.
+        model: "kontext-tiny", or a Hub id or folder.
+    """
+    name, dtype = (str(WEIGHTS), torch.float32) if model == TINY else (model, torch.bfloat16)
+    pipeline = kind.from_pretrained(name, dtype=dtype)
+    return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
