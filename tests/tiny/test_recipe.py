@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from rcgrpo.data.mini import render
-from rcgrpo.tiny import CALL
-from rcgrpo.tiny.recipe import TEXT_LENGTH, as_matrix, build_tokenizers, fit
+from rcgrpo.tiny import CALL, recipe
+from rcgrpo.tiny.recipe import REGION_WEIGHT, TEXT_LENGTH, as_matrix, build_tokenizers, fit
 
 
 def test_every_word_of_the_data_set_is_one_token_also_after_saving(tmp_path):
@@ -73,3 +73,25 @@ def test_a_stopped_training_goes_on_with_the_same_batches_to_the_same_weights(tm
     for name, value in whole.state_dict().items():
         assert torch.equal(value, again.state_dict()[name])
     assert len((tmp_path / "stopped" / "net.jsonl").read_text().splitlines()) == 3
+
+
+def test_the_editor_is_trained_in_all_stages_and_a_finished_run_gives_it_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda module, **_: module)
+    draw = torch.Generator().manual_seed(0)
+    latents = torch.randn(8, 2, 64, 64, generator=draw).half()
+    weights = torch.ones(8, 64, 1)
+    weights[:, 20:30] = REGION_WEIGHT
+    data = latents, weights, ["remove the apple", "add a bus in the top left"] * 4
+    stages = []
+    plain = recipe.fit
+    monkeypatch.setattr(recipe, "fit", lambda name, *rest: (stages.append(name), plain(name, *rest)))
+
+    parts = recipe.train_editor(tmp_path, 2, 2, 2, data, data, batch=2)
+
+    assert stages == ["quarters", "editor", "guided"]
+    before = torch.load(tmp_path / "editor.pt", weights_only=True)["modules"]
+    trained = {f"transformer.{name}": value for name, value in parts["transformer"].state_dict().items()}
+    assert any(not torch.equal(trained[name], before[name]) for name in trained)
+    again = recipe.train_editor(tmp_path, 2, 2, 2, data, data, batch=2)
+    for name, value in again["transformer"].state_dict().items():
+        assert torch.equal(value, trained[f"transformer.{name}"]), name

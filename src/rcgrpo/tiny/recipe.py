@@ -4,7 +4,8 @@
 
 Stages, each skipped when its result is there: `pool` draws CompBench-mini's training pictures; `vae` trains the
 autoencoder on them; `latents` encodes them once; `quarters`, then `editor` train transformer and text encoders together
-with the flow-matching loss, the region weighted; `export` writes a plain diffusers folder in half precision.
+with the flow-matching loss, the region weighted; `guided` distils classifier-free guidance inside the region into the
+editor, as FLUX.1-Kontext-dev's guidance is distilled; `export` writes a plain diffusers folder in half precision.
 """
 
 import argparse
@@ -33,6 +34,12 @@ TEXT_LENGTH = 20  # the longest instruction has 16 words
 REGION_WEIGHT = 12.0
 DRAWING_SHARE = 3.0
 """How much more often an edit that draws an object is trained on than one that only removes."""
+TEXT_DROPOUT = 0.1
+"""Share of the edits that are trained on without their instruction, for guidance."""
+GUIDANCE = 3.0
+"""Scale of the classifier-free guidance that the last stage distils."""
+GUIDED_SHARE = 1 / 3
+"""Weight of the guided weights in the average with those before: a fully guided editor leaves little to learn."""
 KL_WEIGHT = 3e-3
 BF16 = torch.cpu._is_amx_tile_supported()  # without matrix units bf16 is slower than fp32
 
@@ -316,11 +323,12 @@ def train_editor(
     work: Path,
     steps: int,
     quarter_steps: int,
+    guided_steps: int,
     data: tuple[torch.Tensor, torch.Tensor, list[str]],
     held_out: tuple[torch.Tensor, torch.Tensor, list[str]],
     batch: int = 32,
 ) -> dict[str, Any]:
-    """First on single quarters of the pictures, three times as many for the same time, then on whole ones.
+    """First on single quarters of the pictures, three times as many for the same time, then on whole ones, then guided.
 
     A quarter keeps its place in the position ids, so "in the top left" means what it says in both.
     """
@@ -332,6 +340,7 @@ def train_editor(
     everything = torch.arange(side**2)
     quarters = everything.view(2, side // 2, 2, side // 2).transpose(1, 2).reshape(4, -1)
     txt_ids = torch.zeros(TEXT_LENGTH, 3)
+    modules = torch.nn.ModuleDict({"transformer": transformer, "clip": clip, "t5": t5})
     forward = torch.compile(transformer, dynamic=False)
 
     def tokenize(tokenizer: Any, texts: list[str]) -> torch.Tensor:
@@ -344,10 +353,16 @@ def train_editor(
         return latents, weights, tokenize(parts["tokenizer"], texts), tokenize(parts["tokenizer_2"], texts)
 
     train, test = prepare(data), prepare(held_out)
+    empty = tokenize(parts["tokenizer"], [""]), tokenize(parts["tokenizer_2"], [""])
     odds = torch.tensor([1.0 if text.startswith("remove") else DRAWING_SHARE for text in data[2]])
 
     def flow_matching_loss(
-        arrays: tuple[torch.Tensor, ...], rows: torch.Tensor, tokens: torch.Tensor, generator: torch.Generator
+        arrays: tuple[torch.Tensor, ...],
+        rows: torch.Tensor,
+        tokens: torch.Tensor,
+        generator: torch.Generator,
+        dropout: float = 0.0,
+        teacher: dict[str, Any] | None = None,
     ) -> torch.Tensor:
         latents, weights, clip_ids, t5_ids = (array[rows] for array in arrays)
         weights = weights[:, tokens]
@@ -357,17 +372,31 @@ def train_editor(
         sigma = 2.0 * u / (1 + u)
         x = torch.lerp(target, noise, sigma[:, None, None])
         reference_ids = ids[tokens] + torch.tensor([1.0, 0.0, 0.0])
-        with torch.autocast("cpu", torch.bfloat16, enabled=BF16):
-            velocity = forward(
-                hidden_states=torch.cat([x, source], dim=1),
-                encoder_hidden_states=t5(t5_ids)[0],
-                pooled_projections=clip(clip_ids).pooler_output,
-                timestep=sigma,
-                img_ids=torch.cat([ids[tokens], reference_ids]),
-                txt_ids=txt_ids,
-                return_dict=False,
-            )[0][:, : target.shape[1]]
-        return (weights * (velocity.float() - (noise - target)) ** 2).sum() / (weights.sum() * target.shape[-1])
+
+        def velocity(parts: Any, clip_ids: torch.Tensor, t5_ids: torch.Tensor) -> torch.Tensor:
+            with torch.autocast("cpu", torch.bfloat16, enabled=BF16):
+                return parts["transformer"](
+                    hidden_states=torch.cat([x, source], dim=1),
+                    encoder_hidden_states=parts["t5"](t5_ids)[0],
+                    pooled_projections=parts["clip"](clip_ids).pooler_output,
+                    timestep=sigma,
+                    img_ids=torch.cat([ids[tokens], reference_ids]),
+                    txt_ids=txt_ids,
+                    return_dict=False,
+                )[0][:, : target.shape[1]].float()
+
+        aim = noise - target
+        if teacher is not None:
+            with torch.no_grad():
+                told = velocity(teacher, clip_ids, t5_ids)
+                untold = velocity(teacher, *(silence.expand(len(rows), -1) for silence in empty))
+            # Outside the region guidance only drives the background away from the source.
+            aim = told + (GUIDANCE - 1) * (weights > 1) * (told - untold)
+        if dropout:
+            silent = torch.rand(len(rows), 1, generator=generator) < dropout
+            clip_ids, t5_ids = torch.where(silent, empty[0], clip_ids), torch.where(silent, empty[1], t5_ids)
+        error = velocity({**modules, "transformer": forward}, clip_ids, t5_ids) - aim
+        return (weights * error**2).sum() / (weights.sum() * target.shape[-1])
 
     # A quarter is trained on mostly where the edit is, and now and then where nothing happens.
     edited = (train[1][:, quarters, 0] > 1).any(-1)  # [rows, 4]
@@ -376,10 +405,12 @@ def train_editor(
     def quarters_loss(generator: torch.Generator) -> torch.Tensor:
         place = int(torch.randint(4, (), generator=generator))
         rows = torch.multinomial(quarter_odds[:, place], 3 * batch, generator=generator)
-        return flow_matching_loss(train, rows, quarters[place], generator)
+        return flow_matching_loss(train, rows, quarters[place], generator, TEXT_DROPOUT)
 
     def whole_loss(generator: torch.Generator) -> torch.Tensor:
-        return flow_matching_loss(train, torch.multinomial(odds, batch, generator=generator), everything, generator)
+        return flow_matching_loss(
+            train, torch.multinomial(odds, batch, generator=generator), everything, generator, TEXT_DROPOUT
+        )
 
     @torch.no_grad()
     def report() -> dict[str, float]:
@@ -388,9 +419,19 @@ def train_editor(
         losses = [flow_matching_loss(test, rows, everything, generator) for rows in parts]
         return {"held_out_loss": float(torch.stack(losses).mean())}
 
-    modules = torch.nn.ModuleDict({"transformer": transformer, "clip": clip, "t5": t5})
     fit("quarters", modules, quarters_loss, work, quarter_steps, 1.5e-3, report)
     fit("editor", modules, whole_loss, work, steps, 1.5e-3, report)
+    teacher = copy.deepcopy(modules).requires_grad_(False)
+    compiled = {**teacher, "transformer": torch.compile(teacher["transformer"], dynamic=False)}
+
+    def guided_loss(generator: torch.Generator) -> torch.Tensor:
+        rows = torch.multinomial(odds, batch, generator=generator)
+        return flow_matching_loss(train, rows, everything, generator, teacher=compiled)
+
+    fit("guided", modules, guided_loss, work, guided_steps, 5e-4, report)
+    with torch.no_grad():
+        for before, guided in zip(teacher.parameters(), modules.parameters(), strict=True):
+            guided.copy_(before.lerp(guided, GUIDED_SHARE))
     return parts
 
 
@@ -411,8 +452,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "weights", help="the folder to write")
     parser.add_argument("--pool", type=int, default=48_000, help="rows of CompBench-mini to draw")
     parser.add_argument("--vae-steps", type=int, default=4_250)
-    parser.add_argument("--quarter-steps", type=int, default=1_250)
-    parser.add_argument("--editor-steps", type=int, default=2_150)
+    parser.add_argument("--quarter-steps", type=int, default=5_750)
+    parser.add_argument("--editor-steps", type=int, default=2_200)
+    parser.add_argument("--guided-steps", type=int, default=600)
     arguments = parser.parse_args()
     work = arguments.work
     work.mkdir(parents=True, exist_ok=True)
@@ -420,7 +462,8 @@ def main() -> None:
     vae = train_vae(work, arguments.vae_steps, pool, held_out)
     data = (*encode_pool(work, "train", vae, pool), pool["instructions"])
     test = (*encode_pool(work, "test", vae, held_out), held_out["instructions"])
-    export(train_editor(work, arguments.editor_steps, arguments.quarter_steps, data, test), vae, arguments.out)
+    steps = arguments.editor_steps, arguments.quarter_steps, arguments.guided_steps
+    export(train_editor(work, *steps, data, test), vae, arguments.out)
 
 
 if __name__ == "__main__":
