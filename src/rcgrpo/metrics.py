@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import nn
-from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 COMPBENCH_SIZE = 512
 MAX_PSNR = 100.0
@@ -51,6 +50,8 @@ def background_psnr(
     """
 
     def psnr(image: torch.Tensor, reference: torch.Tensor, background: torch.Tensor) -> torch.Tensor:
+        from torchmetrics.functional.image import peak_signal_noise_ratio  # slow to import
+
         return peak_signal_noise_ratio(image * background, reference * background, data_range=1.0)
 
     return [min(value, MAX_PSNR) for value in _per_picture(psnr, images, references, masks, size)]
@@ -68,6 +69,8 @@ def background_ssim(
     """
 
     def ssim(image: torch.Tensor, reference: torch.Tensor, background: torch.Tensor) -> torch.Tensor:
+        from torchmetrics.functional.image import structural_similarity_index_measure  # slow to import
+
         value = structural_similarity_index_measure(image * background, reference * background, data_range=1.0)
         assert isinstance(value, torch.Tensor)
         return value

@@ -202,7 +202,8 @@ def test_own_prompts_key_and_fields(server, monkeypatch):
     judge = ServerJudge(server.url, "m", structured=False, key_variable="MY_KEY", extra_body=extra, **FAST)
     reward = EditScoreReward(judge, prompts=EditPrompts('<instruction>? {"score": [a, b]}', "quality"))
     assert column(run(reward, 1)) == [round(math.sqrt(6.4 * 3.6) / 10, 4)]
-    requests = server.log()
+    # A refused judge's other requests may still arrive from the test before.
+    requests = [request for request in server.log() if request["body"]["model"] == "m"]
     assert {text(request) for request in requests} == {'make it red? {"score": [a, b]}', "quality"}
     for request in requests:
         assert request["token"] == "Bearer sk-1" and request["body"]["top_k"] == 5
