@@ -2,6 +2,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers import transformer_flux
 from peft import LoraConfig, get_peft_model
 
@@ -165,10 +166,36 @@ def test_concentration_by_hand():
 
 
 def test_shares_by_hand():
-    # One head, one feature: logits 0, ln 3 and ln 4 give odds 1 : 3 : 4; the last key does not count.
+    # One head, one feature: logits 0, ln 3 and ln 4 give odds 1 : 3 : 4.
     query, key = torch.ones(1, 1, 1, 1), torch.tensor([1.0, 3.0, 4.0]).log().view(1, 3, 1, 1)
-    values = torch.tensor([[[0.0, 1.0], [1.0, 1.0], [0.0, 0.0]]])
-    assert attention_shares(query, key, values).item() == pytest.approx(0.75)
+    values = torch.tensor([[[0.0, 1.0], [1.0, 1.0], [0.5, 1.0]]])
+    torch.testing.assert_close(attention_shares(query, key, values), torch.tensor([[[5 / 8, 1.0]]]))
+
+
+def test_shares_are_the_fused_kernels():
+    query, key, values = randn(2, 3, 4, 8), randn(2, 5, 4, 8, seed=1), randn(2, 5, 2, seed=2)
+    heads = [values.unsqueeze(1).expand(-1, 4, -1, -1), query.transpose(1, 2), key.transpose(1, 2)]
+    fused = torch.nn.functional.scaled_dot_product_attention(heads[1], heads[2], heads[0]).mean(1)
+    torch.testing.assert_close(attention_shares(query, key, values), fused)
+
+
+def test_rotation_is_that_of_diffusers():
+    states, angles = randn(2, 5, 3, 8), randn(5, 4, seed=1).repeat_interleave(2, dim=1)
+    expected = apply_rotary_emb(states, (angles.cos(), angles.sin()), sequence_dim=1)
+    turned = attention.rotate(states, torch.polar(torch.ones(5, 4), angles[:, ::2]))
+    torch.testing.assert_close(turned, expected)
+    assert attention.rotate(states.bfloat16(), torch.ones(5, 4, dtype=torch.cfloat)).dtype == torch.bfloat16
+
+
+def test_an_instruction_without_tokens_of_its_own_has_no_attention(transformer):
+    region, text = regions()
+    text[1] = 0
+    recorder = AttentionRecorder(transformer)
+    for weights, mass in ((text, None), (torch.zeros_like(text), 0)):
+        with torch.no_grad(), recorder.record(region, weights):
+            transformer(**inputs())
+        read = recorder.concentration().mass
+        assert read[1] == 0 and (read[0] > 0 if mass is None else not read.any())
 
 
 def test_nothing_is_recorded_under_grad_and_each_block_once_without(transformer, monkeypatch):

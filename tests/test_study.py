@@ -2,19 +2,27 @@
 
 import json
 import math
+import os
+import signal
+import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from scipy import stats
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.study import __main__ as command
 from benchmarks.study.harness import (
     Compute,
     Sizes,
+    environment,
     estimate,
     finite,
     measured_rate,
@@ -24,7 +32,7 @@ from benchmarks.study.harness import (
     units_per_edit,
     updates_for,
 )
-from benchmarks.study.pages import difference, shown, write_page
+from benchmarks.study.pages import Section, difference, read_conclusions, shown, write_page
 from benchmarks.study.summary import of_cell, over_seeds, summarise, test_against, with_rates
 from benchmarks.study.tables import TABLES, Table, Variant
 
@@ -42,21 +50,11 @@ TABLE = Table(
     baseline="old",
     plotted=("score",),
 )
-FAKE = """
-import json, pathlib, sys
-folder = pathlib.Path(sys.argv[1])
-spec = json.loads((folder / "cell.json").read_text())
-with open(folder / "runs", "a") as log:
-    log.write("x")
-print("working on", spec["seed"])
-if spec["config"]["edit_strength"] == 0.6 and spec["seed"] == 1 and len((folder / "runs").read_text()) == 1:
-    sys.exit("broken")
-(folder / "result.json").write_text(json.dumps({"spec": spec}))
-"""
+ROOT = Path(__file__).resolve().parents[1]
 
 
-def fake_command(folder):
-    return [sys.executable, "-c", FAKE, str(folder)]
+def run(cells, workers, work="fake", report=lambda line: None):
+    return run_cells(list(cells), workers, 1, f"study_cells:{work}", (), report)
 
 
 def planned(work, seeds=(0, 1), table=TABLE, **kwargs):
@@ -68,38 +66,96 @@ def planned(work, seeds=(0, 1), table=TABLE, **kwargs):
 
 def test_finished_cells_are_never_repeated_and_a_failure_stops_no_other(tmp_path):
     cells, said = planned(tmp_path), []
-    failed = run_cells(list(cells.values()), 3, 1, fake_command, said.append)
+    failed = run(cells.values(), 3, report=said.append)
     assert failed == [cells["new", 1]] and len(said) == 6
-    assert "broken" in (failed[0].folder / "log.txt").read_text()
+    log = (failed[0].folder / "log.txt").read_text()
+    assert "working on 1" in log and "a child wrote this" in log and "broken" in log
     assert sum("FAILED" in line for line in said) == 1
     assert unfinished(list(cells.values())) == failed
     # planned anew, as another process would: only the broken one runs again
     again = planned(tmp_path)
-    assert run_cells(list(again.values()), 3, 1, fake_command, said.append) == []
+    assert run(again.values(), 3, report=said.append) == []
     assert len(said) == 7
     runs = {name: len((cell.folder / "runs").read_text()) for name, cell in again.items()}
     assert runs == {name: 2 if name == ("new", 1) else 1 for name in again}
-    assert run_cells(list(again.values()), 3, 1, fake_command, said.append) == [] and len(said) == 7
+    assert run(again.values(), 3, report=said.append) == [] and len(said) == 7
 
 
 def test_a_cell_that_ends_without_a_result_has_failed(tmp_path):
     (cell,) = planned(tmp_path, [0], only=["old"]).values()
-    assert run_cells([cell], 1, 1, lambda folder: [sys.executable, "-c", ""], lambda line: None) == [cell]
+    assert run([cell], 1, "nothing") == [cell]
+
+
+def alive(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def worker_of(cell):
+    """The process that works on an `endless` cell."""
+    file = cell.folder / "pid"
+    assert wait_until(lambda: file.exists() and file.read_text(), 300)
+    return int(file.read_text())
+
+
+def wait_until(condition, seconds=30):
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.05)
+    return condition()
 
 
 def test_interrupting_ends_the_processes(tmp_path):
-    def command(folder):
-        first = json.loads((folder / "cell.json").read_text())["seed"] == 0
-        return [sys.executable, "-c", "" if first else "import time; time.sleep(60)"]
+    workers = []
 
     def interrupt(line):
+        workers.append(worker_of(cells["old", 1]))
         raise KeyboardInterrupt
 
     cells = planned(tmp_path, only=["old"])
-    began = time.perf_counter()
     with pytest.raises(KeyboardInterrupt):
-        run_cells(list(cells.values()), 2, 1, command, interrupt)
-    assert time.perf_counter() - began < 30
+        run(cells.values(), 2, "endless", interrupt)
+    assert not alive(workers[0])
+
+
+STUDY = """
+import multiprocessing, sys
+from benchmarks.study.worker import work_on
+process = multiprocessing.get_context("forkserver").Process(target=work_on, args=("study_cells:endless", sys.argv[1]))
+process.start()
+process.join()
+"""
+
+
+def test_killing_the_study_ends_its_processes_and_the_next_start_goes_on(tmp_path):
+    (cell,) = planned(tmp_path, [1], only=["old"]).values()
+    cell.folder.mkdir(parents=True)
+    (cell.folder / "cell.json").write_text(json.dumps(cell.spec))
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    study = subprocess.Popen(
+        [sys.executable, "-c", STUDY, str(cell.folder)], env={**os.environ, "PYTHONPATH": path}, cwd=tmp_path
+    )
+    working = worker_of(cell)
+    assert alive(working)
+    study.send_signal(signal.SIGKILL)
+    study.wait()
+    assert wait_until(lambda: not alive(working))
+    assert run([cell], 2) == [] and unfinished([cell]) == []
+
+
+def test_whole_seeds_come_first(tmp_path):
+    order = [(cell.seed, cell.name) for cell in planned(tmp_path, (3, 1)).values()]
+    assert order == [(seed, name) for seed in (3, 1) for name in ("base", "old", "new")]
+
+
+def test_processes_inherit_their_environment_and_this_one_keeps_its_own():
+    before = dict(os.environ)
+    with environment(3):
+        assert os.environ["OMP_NUM_THREADS"] == "3" and str(ROOT / "src") in os.environ["PYTHONPATH"]
+    assert dict(os.environ) == before
 
 
 def test_a_folder_is_named_by_all_that_the_result_depends_on(tmp_path):
@@ -111,8 +167,12 @@ def test_a_folder_is_named_by_all_that_the_result_depends_on(tmp_path):
         planned(tmp_path, overrides={"learning_rate": 1.0})["old", 0],
         plan(TABLE, SIZES, [0], "retrained", tmp_path)["old", 0],
         plan(TABLE, Sizes(steps=4, edits_per_update=2), [0], "weights", tmp_path)["old", 0],
+        planned(tmp_path, table=replace(TABLE, survey=True))["old", 0],
     ]
-    assert len({cell.folder, *(other.folder for other in others)}) == 6
+    assert len({cell.folder, *(other.folder for other in others)}) == 7
+    # but not by what it does not depend on
+    larger = Sizes(steps=3, edits_per_update=2, survey_edits=99)
+    assert plan(TABLE, larger, [0], "weights", tmp_path)["old", 0].folder == cell.folder
     # the same settings under another name, in another table, are the same cell
     renamed = Table("Another", "?", "train", [Variant("other name", {"edit_strength": 0.3})], {})
     shared = planned(tmp_path, table=renamed)["other name", 0]
@@ -212,9 +272,9 @@ def test_tables_name_things_that_exist(key):
 
 
 def result(score, minutes=None, reward=(0.5, 0.5), arms=("",), **values):
-    values = {"minutes": minutes, **values} if minutes else values
+    values = {"cpu_minutes": minutes, **values} if minutes else values
     arm = {"per_edit": {"score": list(score), "reward": list(reward)}, "values": values}
-    return {"arms": dict.fromkeys(arms, arm), "seconds": {"total": 1.0}}
+    return {"arms": dict.fromkeys(arms, arm), "seconds": {"total": 1.0, "cpu": 0.5}}
 
 
 def test_a_mean_over_seeds_by_hand():
@@ -262,20 +322,21 @@ def test_values_of_a_cell_come_before_means_over_its_edits():
     assert math.isnan(of_cell(arm, "nothing")) and math.isnan(of_cell(arm, "unknown"))
 
 
-def test_reward_per_minute_is_what_training_gained_over_the_base_of_its_seed():
+def test_rates_are_what_training_gained_over_the_base_of_its_seed():
     results = {
         ("base", 0): result([0.0], reward=[0.5, 0.7]),
-        ("new", 0): result([0.0], minutes=2.0, reward=[0.8, 0.8]),
+        ("new", 0): result([0.0], minutes=2.0, reward=[0.8, 0.8], units=4000),
         ("new", 1): result([0.0], minutes=2.0, reward=[0.8, 0.8]),
     }
     rated = with_rates(results)
     assert rated["new", 0]["arms"][""]["values"]["reward_per_minute"] == pytest.approx(0.1)
+    assert rated["new", 0]["arms"][""]["values"]["reward_per_1000_units"] == pytest.approx(0.05)
     assert "reward_per_minute" not in rated["new", 1]["arms"][""]["values"], "its base has not finished"
     assert "reward_per_minute" not in results["new", 0]["arms"][""]["values"]
 
 
 def test_arms_are_tested_against_the_arm_of_their_own_variant():
-    table = Table("T", "?", "variance", TABLE.variants[1:], {"score": "score"}, baseline_arm="global")
+    table = Table("T", "?", "groups", TABLE.variants[1:], {"score": "score"}, baseline_arm="global")
     results = {
         (name, seed): {
             "arms": {
@@ -295,10 +356,12 @@ def test_arms_are_tested_against_the_arm_of_their_own_variant():
     ]
     assert rows[2]["against"] == "new global" and rows[2]["tests"]["score"]["difference"] == 1
     assert rows[1]["against"] is None and rows[1]["tests"] == {}
+    shown = summarise(replace(table, arms=("region",)), results)["rows"]
+    assert [row["arm"] for row in shown] == ["region"] * 2 and shown[1]["tests"] == rows[2]["tests"]
 
 
 def test_curves_are_averaged_point_by_point():
-    table = Table("T", "?", "leakage", TABLE.variants[1:2], {}, curves=("by_step",))
+    table = Table("T", "?", "groups", TABLE.variants[1:2], {}, curves=("by_step",))
     arms = [{"": {"per_edit": {}, "values": {}, "curves": {"by_step": c}}} for c in ([1.0, None], [3.0, 5.0])]
     (row,) = summarise(table, {("old", seed): {"arms": arm} for seed, arm in enumerate(arms)})["rows"]
     assert [point["mean"] for point in row["curves"]["by_step"]] == [2, 5]
@@ -313,19 +376,111 @@ def test_numbers_have_the_decimals_that_their_interval_deserves():
     test = {"difference": 0.1, "seeds_low": 0.08, "seeds_high": 0.12, "clear": True}
     assert difference(test) == "+0.100 ± 0.020*"
     assert difference(None) == "–"
+    one = {"difference": 0.1, "seeds_low": math.nan, "seeds_high": math.nan, "edits_low": 0.05, "edits_high": 0.15}
+    assert difference({**one, "clear": False}) == "+0.1 [+0.05, +0.15]"
+
+
+def made(seeds=(0, 1, 2)):
+    return {
+        (name, seed): result([up + 0.01 * seed, up + 0.1], minutes=1.0)
+        for name, up in (("base", 0.0), ("old", 0.2), ("new", 0.5))
+        for seed in seeds
+    }
+
+
+def test_intervals_over_seeds_are_those_of_the_paired_t_test():
+    draws = np.random.default_rng(0)
+    before, after = draws.normal(size=(5, 30)), draws.normal(0.4, 1, (5, 30))
+    results = {("old", s): result(before[s]) for s in range(5)} | {("new", s): result(after[s]) for s in range(5)}
+    found = test_against("score", ("new", ""), ("old", ""), results)
+    expected = stats.ttest_rel(after.mean(1), before.mean(1)).confidence_interval()
+    assert (found.seeds_low, found.seeds_high) == pytest.approx((expected.low, expected.high))
+    by_edit = (after - before).mean(0)
+    spread = stats.norm.ppf(0.975) * by_edit.std() / 30**0.5
+    assert (found.edits_low, found.edits_high) == pytest.approx(
+        (by_edit.mean() - spread, by_edit.mean() + spread), abs=0.15 * spread
+    )
+
+
+def test_intervals_over_seeds_hold_zero_as_often_as_they_say():
+    draws, held = np.random.default_rng(1), 0
+    for _ in range(400):
+        values = draws.normal(size=(2, 4, 2))
+        results = {(n, s): result(values[i, s]) for i, n in enumerate(("old", "new")) for s in range(4)}
+        pairs = [of_cell(results["new", s]["arms"][""], "score") for s in range(4)]
+        others = [of_cell(results["old", s]["arms"][""], "score") for s in range(4)]
+        found = over_seeds([a - b for a, b in zip(pairs, others, strict=True)])
+        held += abs(found.mean) <= found.half
+    assert 0.92 <= held / 400 <= 0.98
 
 
 def test_a_page_says_what_was_found_and_how_to_find_it_again(tmp_path):
-    results = {
-        (name, seed): result([up + 0.01 * seed, up + 0.1], minutes=1.0)
-        for name, up in (("base", 0.0), ("old", 0.2), ("new", 0.5))
-        for seed in (0, 1, 2)
-    }
-    page = write_page(tmp_path, TABLE, summarise(TABLE, results), "the command", ["a note"])
+    page = write_page(tmp_path, Section("x", TABLE, summarise(TABLE, made()), "the command", ["a note"]))
     assert (tmp_path / "page.md").read_text() == page
     lines = [line for line in page.splitlines() if line.startswith("| new")]
     assert len(lines) == 2 and "0.555 ± 0.012" in lines[0] and "+0.30 ± 0.00*" in lines[1]
     assert "`the command`" in page and "a note" in page
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["rows"][2]["tests"]["score"]["difference"] == pytest.approx(0.3)
+    assert summary["rows"][2]["by_seed"]["score"] == pytest.approx([0.55, 0.555, 0.56])
     assert (tmp_path / "plot.png").stat().st_size > 1000
+
+
+def test_the_study_is_published_from_what_was_run(tmp_path, monkeypatch):
+    work, docs = tmp_path / "work", tmp_path / "docs"
+    monkeypatch.setattr(command, "TABLES", {"x": TABLE, "y": TABLE})
+    assert command.main(["publish", "--work", str(work), "--docs", str(docs)]) == 1 and not docs.exists()
+
+    def ran(seeds, settings, line):
+        cells = planned(work, seeds)
+        for place, cell in cells.items():
+            if place != ("new", 1):
+                cell.folder.mkdir(parents=True, exist_ok=True)
+                (cell.folder / "result.json").write_text(json.dumps(made(seeds)[place]))
+        command.remember(work / "x", settings, cells, line)
+
+    settings = {"sizes": {**vars(SIZES)}}
+    ran([0], settings, "first")
+    ran([1, 2], settings, "second")
+    assert command.main(["publish", "--work", str(work), "--docs", str(docs)]) == 0
+    page = (docs / "study.md").read_text()
+    assert "## x. A table" in page and "## y" not in page and "two shared cores" in page
+    assert "`first && second`" in page and "**1 of 9 cells have not finished.**" in page and "study/x.png" in page
+    assert [row["seeds"] for row in json.loads((docs / "study" / "x.json").read_text())["rows"]] == [
+        [0, 1, 2],
+        [0, 1, 2],
+        [0, 2],
+    ]
+    # another recipe or editor is another study
+    ran([0], {**settings, "weights": "retrained"}, "third")
+    command.main(["publish", "--work", str(work), "--docs", str(docs)])
+    page = (docs / "study.md").read_text()
+    assert "`third`" in page and "Seeds: 0." in page
+
+
+def test_conclusions_belong_to_their_table(tmp_path):
+    assert read_conclusions(tmp_path / "conclusions.md") == {}
+    (tmp_path / "conclusions.md").write_text("ignored\n\n## a\n\nOne.\n\nTwo.\n## b. Variance\nThree.\n")
+    assert read_conclusions(tmp_path / "conclusions.md") == {"a": "One.\n\nTwo.", "b": "Three."}
+
+
+# Rows
+
+
+def test_rows_are_those_of_the_data_set_drawn_when_needed():
+    from benchmarks.study.cell import MiniRows
+
+    from rcgrpo import compbench_mini
+    from rcgrpo.data.corruption import corrupt_dataset
+    from rcgrpo.data.edits import EditRows
+
+    whole = corrupt_dataset(compbench_mini("train", 3), "shift", 0.5, seed=4)
+    ours, theirs = EditRows(MiniRows("train", 3, ("shift", 0.5), 4), "a"), EditRows(whole, "b")
+    for i in (2, 0):
+        mine, other = ours.edit(i), theirs.edit(i)
+        assert torch.equal(mine.mask, other.mask) and mine.source.tobytes() == other.source.tobytes()
+        assert mine.prompt == other.prompt and mine.columns["task"] == other.columns["task"]
+        assert mine.columns["edited_image"].tobytes() == other.columns["edited_image"].tobytes()
+    assert len(ours) == 3 and set(ours.rows._drawn) == {0, 2}
+    with pytest.raises(IndexError, match=r"expected one of 0\.\.2"):
+        ours.rows[3]

@@ -1,19 +1,28 @@
-"""`python -m benchmarks.study a --workers 2`: run a table's cells that have no result yet, then write its page."""
+"""`python -m benchmarks.study a --workers 2`: run a table's cells that have no result yet, then write its page.
+
+`python -m benchmarks.study publish` writes the documentation's page of every table that was run.
+"""
 
 import argparse
+import json
 import os
 import shlex
 import signal
 import sys
 import time
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from .harness import Cell, Sizes, estimate, measured_rate, plan, run_cells, unfinished, weights_digest
-from .tables import TABLES
+from rcgrpo.report import write_atomically
+
+from .harness import ROOT, Cell, Sizes, estimate, measured_rate, plan, run_cells, unfinished, weights_digest
+from .tables import TABLES, recipe
+
+Planned = dict[tuple[str, int], str]
+"""Variant and seed to the name of the cell's folder."""
 
 
 def calibrate(threads: int) -> float:
@@ -47,7 +56,7 @@ def calibrate(threads: int) -> float:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.study", description=__doc__)
     described = "; ".join(f"{key}: {table.title.lower()}" for key, table in TABLES.items())
-    parser.add_argument("table", choices=[*TABLES, "all"], help=described)
+    parser.add_argument("table", choices=[*TABLES, "all", "publish"], help=described)
     parser.add_argument("--work", type=Path, default=Path("runs/study"), help="where cells and pages go")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes at a time")
     parser.add_argument("--threads", type=int, default=1, help="threads of each process")
@@ -56,9 +65,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--set", dest="overrides", nargs="+", default=[], metavar="NAME=VALUE", help="for all variants")
     parser.add_argument("--estimate", action="store_true", help="say how long it would take, and stop")
     parser.add_argument("--report", action="store_true", help="write pages of what there is, run nothing")
+    parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="where `publish` writes")
+    parser.add_argument("--machine", default="two shared cores", help="what it ran on, for `publish`")
     for size in fields(Sizes):
         parser.add_argument(f"--{size.name}", type=int, default=size.default, help=f"{size.default} by default")
     args = parser.parse_args(argv)
+    if args.table == "publish":
+        return publish(args)
     from rcgrpo.tiny import WEIGHTS
 
     sizes = Sizes(**{size.name: getattr(args, size.name) for size in fields(Sizes)})
@@ -70,46 +83,111 @@ def main(argv: list[str] | None = None) -> int:
         for key in chosen
     }
     cells = [cell for planned in plans.values() for cell in planned.values()]
-    failed = [] if args.report else run(cells, args)
+    if args.estimate:
+        announce(cells, args)
+        return 0
+    settings = {"sizes": asdict(sizes), "overrides": overrides, "recipe": recipe(), "weights": weights}
+    command = " ".join(["python -m benchmarks.study", *map(shlex.quote, argv or sys.argv[1:])])
     for key, planned in plans.items():
-        publish(key, planned, args, " ".join(["python -m benchmarks.study", *map(shlex.quote, argv or sys.argv[1:])]))
+        remember(args.work / key, settings, planned, command)
+    failed = []
+    if not args.report:
+        announce(cells, args)
+        # Being told to end must end the cells too.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+        failed = run_cells(cells, args.workers, args.threads, report=lambda line: print(line, flush=True))
+    from .pages import write_page
+
+    for key in plans:
+        found = section(args.work, key)
+        if found is None:
+            print(f"Table {key}: no cell has finished")
+            continue
+        print(f"\n{write_page(args.work / key, found)}\nWritten to {args.work / key}: page.md, summary.json, plot.png")
     return 1 if failed else 0
 
 
-def run(cells: list[Cell], args: argparse.Namespace) -> list[Cell]:
-    """Say how long it takes, then do it."""
+def announce(cells: list[Cell], args: argparse.Namespace) -> None:
+    """Say how long it takes."""
     todo = unfinished(cells)
     if todo:
         # Decoding pictures, rewards and the optimizer come on top.
         rate = measured_rate(cells) or 1.3 * calibrate(args.threads)
         minutes = estimate(cells, rate, args.workers) / 60
         print(f"{len(todo)} cells to run, {args.workers} at a time: about {minutes:.0f} minutes", flush=True)
-    if args.estimate:
-        raise SystemExit
-    # Being told to end must end the cells too.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    return run_cells(cells, args.workers, args.threads, report=lambda line: print(line, flush=True))
 
 
-def publish(key: str, planned: dict[tuple[str, int], Cell], args: argparse.Namespace, command: str) -> None:
-    """The page of one table, of the cells that have finished."""
-    from .pages import write_page
+# What was run ---------------------------------------------------------------------------------------------------------
+
+
+def remember(folder: Path, settings: dict[str, Any], planned: dict[tuple[str, int], Cell], command: str) -> None:
+    """Keep in `plan.json` which cells a table has; seeds and variants add up as long as the settings are the same."""
+    earlier = recall(folder)
+    settings = json.loads(json.dumps(settings))
+    same = earlier is not None and earlier["settings"] == settings
+    cells: Planned = dict(earlier["cells"]) if earlier is not None and same else {}
+    cells |= {place: cell.folder.name for place, cell in planned.items()}
+    commands = [*(earlier["commands"] if earlier is not None and same else []), command]
+    content = {
+        "settings": settings,
+        "commands": list(dict.fromkeys(line for line in commands if "--report" not in line)) or [command],
+        "cells": [[variant, seed, name] for (variant, seed), name in cells.items()],
+    }
+    with write_atomically(folder / "plan.json") as path:
+        path.write_text(json.dumps(content, indent=1))
+
+
+def recall(folder: Path) -> dict[str, Any] | None:
+    """What `remember` kept, its cells by variant and seed."""
+    path = folder / "plan.json"
+    if not path.exists():
+        return None
+    content = json.loads(path.read_text())
+    return {**content, "cells": {(variant, seed): name for variant, seed, name in content["cells"]}}
+
+
+def section(work: Path, key: str) -> Any:
+    """A table's section of the cells that have finished; `None` without any."""
+    from .pages import Section
     from .summary import summarise
 
-    finished: dict[tuple[str, int], Any] = {}
-    for place, cell in planned.items():
-        result = cell.result()
-        if result is not None:
-            finished[place] = result
+    kept = recall(work / key)
+    if kept is None:
+        return None
+    files = {place: work / "cells" / name / "result.json" for place, name in kept["cells"].items()}
+    finished = {place: json.loads(path.read_text()) for place, path in files.items() if path.exists()}
     if not finished:
-        print(f"Table {key}: no cell has finished")
-        return
-    missing = len(planned) - len(finished)
-    minutes = sum({id(result): result["seconds"]["total"] for result in finished.values()}.values()) / 60
-    notes = [f"{len(finished)} cells, {minutes:.0f} minutes of processes in all."]
-    notes += [f"**{missing} of {len(planned)} cells have not finished.**"] if missing else []
-    page = write_page(args.work / key, TABLES[key], summarise(TABLES[key], finished), command, notes)
-    print(f"\n{page}\nWritten to {args.work / key}: page.md, summary.json, plot.png")
+        return None
+    sizes, table = kept["settings"]["sizes"], TABLES[key]
+    seconds = {files[place]: result["seconds"] for place, result in finished.items()}
+    minutes, cpu = (sum(each[name] for each in seconds.values()) / 60 for name in ("total", "cpu"))
+    groups = f"{sizes['survey_edits']} held-out edits × {sizes['survey_generations']} candidates"
+    notes = []
+    if table.kind == "train":
+        notes.append(
+            f"Training: the compute of {sizes['steps']} updates × {sizes['edits_per_update']} edits of the recipe; "
+            f"evaluation: {sizes['eval_edits']} held-out edits{f', and {groups}' if table.survey else ''}."
+        )
+    else:
+        notes.append(f"Groups: {groups}.")
+    notes.append(f"{len(files)} cells, {minutes:.0f} minutes of processes in all, {cpu:.0f} of them computing.")
+    if missing := len(files) - len(finished):
+        notes.append(f"**{missing} of {len(files)} cells have not finished.**")
+    return Section(key, table, summarise(table, finished), " && ".join(kept["commands"]), notes)
+
+
+def publish(args: argparse.Namespace) -> int:
+    """The documentation's page of every table that has results."""
+    from .pages import read_conclusions, write_study
+
+    sections = [found for key in TABLES if (found := section(args.work, key)) is not None]
+    if not sections:
+        print(f"{args.work}: no table has a finished cell; run one first, such as `python -m benchmarks.study a`")
+        return 1
+    conclusions = read_conclusions(Path(__file__).with_name("conclusions.md"))
+    path = write_study(args.docs, sections, args.machine, conclusions)
+    print(f"Written to {path}: tables {', '.join(found.key for found in sections)}")
+    return 0
 
 
 if __name__ == "__main__":

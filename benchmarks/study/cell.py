@@ -5,6 +5,8 @@ edit in the same order everywhere, `values` of the whole cell, and `curves`.
 """
 
 import json
+import math
+import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -13,40 +15,67 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
+from PIL import Image
 from torch import Tensor, nn
 
-from rcgrpo import RCGRPOConfig, RCGRPOTrainer, compbench_mini
+from rcgrpo import RCGRPOConfig, RCGRPOTrainer
 from rcgrpo.cli.parsing import use_embedded_model
 from rcgrpo.cli.train import LORA_TARGETS
-from rcgrpo.data.corruption import corrupt_dataset
 from rcgrpo.data.edits import Edit, EditRows
+from rcgrpo.data.mini import render
 from rcgrpo.diagnostics import (
-    Finding,
     InsideOutside,
     colour_entropy,
     edge_density,
     gradient_snr,
-    judge,
-    match_strength,
     mean_curve,
-    survey,
     target_closeness,
     variance_split,
 )
 from rcgrpo.editors import FluxKontextEditor
 from rcgrpo.evaluation import MINI_METRICS, Result, Scorer
+from rcgrpo.regions import corrupt
 from rcgrpo.report import write_atomically
 from rcgrpo.rewards import resolve_rewards
 from rcgrpo.rewards.pictures import image_tensor
-from rcgrpo.rollout import Exploration, make_groups
+from rcgrpo.rollout import Exploration, Group, make_groups
+from rcgrpo.survey import Finding, depth_variance, judge, match_strength, survey
 from rcgrpo.tiny import WEIGHTS
 from rcgrpo.transitions import choose, gather
 
-from .harness import Compute, Sizes, finite, updates_for
+from .harness import EVALUATION_STEPS, Compute, Sizes, finite, updates_for
 
 SCRIPT_KEYS = ("reward_funcs", "lora_r", "lora_alpha", "lora_target_modules")
-EVALUATION_STEPS = 8
 EDITS_AT_ONCE = 16
+
+
+class MiniRows(Sequence[dict[str, Any]]):
+    """CompBench-mini's rows, each drawn when it is first asked for: a short run reads few of them.
+
+    Args:
+        split: "train" or "test".
+        count: number of rows.
+        corruption: kind and severity of a fault in every mask, as `corrupt_dataset` has it.
+        seed: of the fault.
+    """
+
+    def __init__(self, split: str, count: int, corruption: tuple[Any, float] | None = None, seed: int = 0) -> None:
+        self.split, self.count, self.corruption, self.seed = split, count, corruption, seed
+        self._drawn: dict[int, dict[str, Any]] = {}
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: Any) -> Any:
+        if not 0 <= index < self.count:
+            raise IndexError(f"row: got {index}, expected one of 0..{self.count - 1}")
+        if index not in self._drawn:
+            row = render(self.split, index)
+            if self.corruption is not None:
+                spoilt = corrupt(row["mask"], *self.corruption, key=(self.seed, index))
+                row["mask"] = Image.fromarray((spoilt * 255).round().byte().numpy())
+            self._drawn[index] = row
+        return self._drawn[index]
 
 
 def make_trainer(spec: Mapping[str, Any], folder: Path) -> RCGRPOTrainer:
@@ -54,10 +83,6 @@ def make_trainer(spec: Mapping[str, Any], folder: Path) -> RCGRPOTrainer:
     sizes, config = Sizes(**spec["sizes"]), dict(spec["config"])
     script = {key: config.pop(key) for key in SCRIPT_KEYS if key in config}
     steps = updates_for(spec["config"], spec["budget"], sizes.edits_per_update)
-    rows = compbench_mini("train", sizes.train_edits)
-    if spec["corruption"] is not None:
-        kind, severity = spec["corruption"]
-        rows = corrupt_dataset(rows, kind, severity, seed=spec["seed"])
     config |= {
         "per_device_train_batch_size": sizes.edits_per_update,
         "max_steps": steps,
@@ -72,7 +97,7 @@ def make_trainer(spec: Mapping[str, Any], folder: Path) -> RCGRPOTrainer:
         model=str(WEIGHTS),
         reward_funcs=list(script["reward_funcs"]),
         args=RCGRPOConfig(str(folder / "run"), **config),
-        train_dataset=rows,
+        train_dataset=MiniRows("train", sizes.train_edits, spec["corruption"], spec["seed"]),
         peft_config=LoraConfig(
             r=script.get("lora_r", 16),
             lora_alpha=script.get("lora_alpha", 16),
@@ -82,8 +107,13 @@ def make_trainer(spec: Mapping[str, Any], folder: Path) -> RCGRPOTrainer:
 
 
 def held_out(count: int) -> list[Edit]:
-    rows = EditRows(compbench_mini("test", count), "test")
+    rows = EditRows(MiniRows("test", count), "test")
     return [rows.edit(i) for i in range(count)]
+
+
+def judges(*names: str) -> dict[str, Any]:
+    """Rewards of these names in `JUDGED`, the same for every variant, whatever it was trained on."""
+    return {name: resolve_rewards(JUDGED[name])[0] for name in names}
 
 
 JUDGED = {
@@ -92,11 +122,6 @@ JUDGED = {
     "keep": "background_keep",
     "held_out": target_closeness,
 }
-"""The same for every variant, whatever it was trained on."""
-
-
-def judges() -> dict[str, Any]:
-    return {name: resolve_rewards(reward)[0] for name, reward in JUDGED.items()}
 
 
 # Trained cells --------------------------------------------------------------------------------------------------------
@@ -105,32 +130,25 @@ def judges() -> dict[str, Any]:
 def train_cell(spec: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Train within the budget, then measure held-out edits from plain noise with the embedded editor's own settings."""
     trainer, sizes, compute = make_trainer(spec, folder), Sizes(**spec["sizes"]), Compute()
-    began = time.perf_counter()
+    began, used = time.perf_counter(), time.process_time()
     if spec["trained"]:
         with compute.counting(trainer.pipeline.transformer):
             trainer.train()
         trainer.save_model()
-    seconds = time.perf_counter() - began
+    seconds, used = time.perf_counter() - began, time.process_time() - used
     trainer.model.eval()
     config, spent = trainer.args, compute.report()
     editor = FluxKontextEditor(
         trainer.pipeline, config.resolution, EVALUATION_STEPS, max_sequence_length=config.max_sequence_length
     )
     per_edit = measure(editor, trainer.model, held_out(sizes.eval_edits), spec["seed"])
-    # Diversity and leakage, of groups that all variants explore alike.
-    found = survey(
-        editor,
-        trainer.model,
-        held_out(sizes.survey_edits),
-        sizes.survey_generations,
-        Exploration(0.7),
-        ("study", spec["seed"]),
-        {},
-    )
-    for name in ("diversity_inside", "leakage"):
-        per_edit[name] = [finding.numbers[name] for finding in found]
+    if spec["survey"]:  # of groups that all variants explore alike
+        edits, explored, key = held_out(sizes.survey_edits), Exploration(0.7), ("study", spec["seed"])
+        found = survey(editor, trainer.model, edits, sizes.survey_generations, explored, key, {})
+        for name in ("diversity_inside", "leakage"):
+            per_edit[name] = [finding.numbers[name] for finding in found]
     # The base has no updates: it is what the others gain over.
-    values = {"units": spent["units"], "updates": trainer.state.global_step, "minutes": seconds / 60}
+    values = {"units": spent["units"], "updates": trainer.state.global_step, "cpu_minutes": used / 60}
     history = [row for row in trainer.state.log_history if "reward" in row]
     return {
         "arms": {"": {"per_edit": per_edit, "values": values}},
@@ -142,7 +160,7 @@ def train_cell(spec: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 def measure(editor: FluxKontextEditor, model: nn.Module, edits: Sequence[Edit], seed: int) -> dict[str, list[Any]]:
     """Every metric of one candidate for each edit, from noise that depends on seed and edit alone."""
-    scorer, asked = Scorer(MINI_METRICS, size=None), judges()
+    scorer, asked = Scorer(MINI_METRICS, size=None), judges("reward", "keep", "held_out")
     columns: dict[str, list[Any]] = {}
     for start in range(0, len(edits), EDITS_AT_ONCE):
         part = edits[start : start + EDITS_AT_ONCE]
@@ -166,117 +184,101 @@ def measure(editor: FluxKontextEditor, model: nn.Module, edits: Sequence[Edit], 
 
 # Groups without training ----------------------------------------------------------------------------------------------
 
-
-def arm_of(findings: Sequence[Finding], **values: float) -> dict[str, Any]:
-    """An arm's numbers by edit."""
-    names = findings[0].numbers
-    return {"per_edit": {name: [finding.numbers[name] for finding in findings] for name in names}, "values": values}
+REGION, GLOBAL, MATCHED = "region", "global", "global, matched"
 
 
-def variance_cell(spec: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+def groups_cell(spec: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Region noise, global noise of the same strength, and global noise matched to the same diversity inside."""
     trainer, sizes, compute = make_trainer(spec, folder), Sizes(**spec["sizes"]), Compute()
-    edits, asked, config = held_out(sizes.survey_edits), judges(), trainer.args
-    key = ("study", spec["seed"])
+    edits, asked, config = held_out(sizes.survey_edits), judges("reward", "edit", "keep"), trainer.args
+    key, strength = ("study", spec["seed"]), config.edit_strength
+    depths = {"first": 0, "middle": config.num_inference_steps // 2}
 
-    def look(kind: Any, strength: float, rewards: Mapping[str, Any]) -> list[Finding]:
+    def explore(kind: Any, strength: float, rewards: Mapping[str, Any], visit: Any = None) -> list[Finding]:
         explored = Exploration(strength, config.keep_strength, config.antithetic, config.mask_growth, kind)
-        return survey(trainer.editor, trainer.model, edits, sizes.survey_generations, explored, key, rewards)
+        arguments = (edits, sizes.survey_generations, explored, key, rewards)
+        return survey(trainer.editor, trainer.model, *arguments, visit=visit)
+
+    def look(kind: Any, strength: float) -> tuple[dict[str, Any], float]:
+        """An arm, and its mean latent variance inside."""
+        gradients: list[Tensor] = []
+        seen: dict[str, list[InsideOutside]] = {name: [] for name in depths}
+
+        def visit(group: Group, scores: Mapping[str, Tensor]) -> None:
+            gradients.extend(group_gradient(trainer, group, key))
+            for name, step in depths.items():
+                seen[name].append(depth_variance(trainer.editor, trainer.model, group, step))
+
+        found = explore(kind, strength, asked, visit)
+        return arm_of(found, gradients, seen, strength), inside(found)
 
     def inside(findings: Sequence[Finding]) -> float:
-        return float(torch.tensor([f.numbers["latent_var_inside"] for f in findings]).nanmean())
+        return float(torch.tensor([finding.numbers["latent_var_inside"] for finding in findings]).nanmean())
 
     with compute.counting(trainer.pipeline.transformer):
         trainer.model.eval()
-        strength = config.edit_strength
-        found = {"region": look("region", strength, asked), "global": look("global", strength, asked)}
-        target = inside(found["region"])
-        match = match_strength(lambda value: inside(look("global", value, {})), target)
-        found["global, matched"] = look("global", match.strength, asked)
         arms = {}
-        for name, findings in found.items():
-            used = match.strength if name == "global, matched" else strength
-            split = variance_split(
-                *(torch.stack([f.scores[part] for f in findings]) for part in ("reward", "edit", "keep"))
-            )
-            explored = Exploration(
-                used,
-                config.keep_strength,
-                config.antithetic,
-                config.mask_growth,
-                "region" if name == "region" else "global",
-            )
-            snr, unbiased = gradient_snr(group_gradients(trainer, edits, explored, key))
-            arms[name] = arm_of(
-                findings,
-                strength=used,
-                split_edit=split.edit,
-                split_keep=split.keep,
-                split_rest=split.rest,
-                gradient_snr=snr,
-                gradient_snr_unbiased=unbiased,
-            )
+        arms[REGION], target = look("region", strength)
+        arms[GLOBAL], reached = look("global", strength)
+        match = match_strength(lambda s: inside(explore("global", s, {})), target, known={strength: reached})
+        arms[MATCHED] = arms[GLOBAL] if match.strength == strength else look("global", match.strength)[0]
     return {"arms": arms, "match": {**match._asdict(), "target": target}, "compute": compute.report()}
 
 
-def group_gradients(
-    trainer: RCGRPOTrainer, edits: Sequence[Edit], exploration: Exploration, key: tuple[Any, ...]
-) -> Tensor:
-    """The loss's gradient from each edit's group alone, `[groups, parameters]`; groups without spread give none."""
-    trainer.exploration, args = exploration, trainer.args
+def arm_of(
+    findings: Sequence[Finding],
+    gradients: Sequence[Tensor],
+    depths: Mapping[str, Sequence[InsideOutside]],
+    strength: float,
+) -> dict[str, Any]:
+    """An arm of groups: numbers by edit, of the whole cell, and curves by step and by block."""
+    split = variance_split(*(torch.stack([f.scores[part] for f in findings]) for part in ("reward", "edit", "keep")))
+    snr, unbiased = gradient_snr(torch.stack(list(gradients))) if len(gradients) > 1 else (math.nan, math.nan)
+    steps = mean_curve([finding.steps for finding in findings])
+    curves = {"inside_by_step": steps.inside, "outside_by_step": steps.outside, "leakage_by_step": steps.leakage}
+    for name, seen in depths.items():
+        curves[f"leakage_by_block_{name}"] = mean_curve(seen).leakage
+    return {
+        "per_edit": {name: [finding.numbers[name] for finding in findings] for name in findings[0].numbers},
+        "values": {
+            "strength": strength,
+            "split_edit": split.edit,
+            "split_keep": split.keep,
+            "split_rest": split.rest,
+            "gradient_snr": snr,
+            "gradient_snr_unbiased": unbiased,
+        },
+        "curves": {name: curve.tolist() for name, curve in curves.items()},
+    }
+
+
+def group_gradient(trainer: RCGRPOTrainer, group: Group, key: tuple[Any, ...]) -> list[Tensor]:
+    """The loss's gradient from one group alone, `[parameters]`; none from a group without spread."""
+    args = trainer.args
+    trainer.score_groups([group])
+    if not bool(group.advantages.any()):  # type: ignore[union-attr]
+        return []
     parameters = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
-    gradients = []
-    for edit in edits:
-        groups = trainer.make_groups([edit], args.num_generations, key)
-        trainer.score_groups(groups)
-        if not bool(groups[0].advantages.any()):  # type: ignore[union-attr]
-            continue
-        where = choose(groups, trainer.policy, args.num_anchors, args.num_policy_steps, args.policy_step_indices, key)
-        loss = trainer.compute_loss(trainer.model, gather(groups, where, trainer.policy, {}))
-        found = torch.autograd.grad(loss, parameters, allow_unused=True)
-        flat = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
-        gradients.append(torch.cat([tensor.flatten().float().cpu() for tensor in flat]))
+    where = choose([group], trainer.policy, args.num_anchors, args.num_policy_steps, args.policy_step_indices, key)
+    loss = trainer.compute_loss(trainer.model, gather([group], where, trainer.policy, {}))
+    found = torch.autograd.grad(loss, parameters, allow_unused=True)
     trainer.forget_metrics()
-    return torch.stack(gradients)
-
-
-def leakage_cell(spec: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Latent variance by step and hidden variance by block, for region and for global noise of one strength."""
-    trainer, sizes, compute = make_trainer(spec, folder), Sizes(**spec["sizes"]), Compute()
-    edits, config = held_out(sizes.survey_edits), trainer.args
-    arms = {}
-    with compute.counting(trainer.pipeline.transformer):
-        trainer.model.eval()
-        for kind in ("region", "global"):
-            explored = Exploration(
-                config.edit_strength, config.keep_strength, config.antithetic, config.mask_growth, kind
-            )
-            arguments = (trainer.editor, trainer.model, edits, sizes.survey_generations, explored)
-            seen = {
-                name: survey(*arguments, ("study", spec["seed"]), {}, depth_step=step)
-                for name, step in (("first", 0), ("middle", config.num_inference_steps // 2))
-            }
-            arms[kind] = arm_of(seen["first"])
-            steps = mean_curve([finding.steps for finding in seen["first"]])
-            curves = {
-                "inside_by_step": steps.inside,
-                "outside_by_step": steps.outside,
-                "leakage_by_step": steps.leakage,
-            }
-            for name, findings in seen.items():
-                blocks: list[InsideOutside] = [f.depth for f in findings if f.depth is not None]
-                curves[f"leakage_by_block_{name}"] = mean_curve(blocks).leakage
-            arms[kind]["curves"] = {name: curve.tolist() for name, curve in curves.items()}
-    return {"arms": arms, "sigmas": seen["first"][0].sigmas.tolist(), "compute": compute.report()}
+    flat = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
+    return [torch.cat([tensor.flatten().float().cpu() for tensor in flat])]
 
 
 def main(folder: Path) -> None:
     """Run the cell whose `cell.json` is in the folder."""
     use_embedded_model()
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
     spec = json.loads((folder / "cell.json").read_text())
-    began = time.perf_counter()
-    result = {"train": train_cell, "variance": variance_cell, "leakage": leakage_cell}[spec["kind"]](spec, folder)
-    result["seconds"] = {"total": time.perf_counter() - began, "train": result.pop("train_seconds", 0.0)}
+    began, used = time.perf_counter(), time.process_time()
+    result = {"train": train_cell, "groups": groups_cell}[spec["kind"]](spec, folder)
+    result["seconds"] = {
+        "total": time.perf_counter() - began,
+        "train": result.pop("train_seconds", 0.0),
+        "cpu": time.process_time() - used,
+    }
     with write_atomically(folder / "result.json") as path:
         path.write_text(json.dumps(finite({"spec": spec, **result}), indent=1))
 

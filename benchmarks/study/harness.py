@@ -2,31 +2,35 @@
 
 A cell is one process with a folder of its own, named by a digest of everything that its result depends on, so that a
 finished cell is never repeated, two tables share the cells they have in common, and a changed setting or a retrained
-editor never meets an old result. `result.json` appears whole or not at all.
+editor never meets an old result. `result.json` appears whole or not at all. Cells of the first seed come first, so that
+whatever stops the study leaves whole seeds.
 """
 
 import hashlib
 import json
+import multiprocessing
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from multiprocessing import connection, forkserver
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from torch import Tensor, nn
 
 from rcgrpo.report import write_atomically
 
-from .tables import SHARED, Table, Variant, recipe
+from .tables import SHARED, Kind, Table, Variant, recipe
+from .worker import work_on
 
 ROOT = Path(__file__).resolve().parents[2]
 BACKWARD = 2
 """A backward counts as two forwards, as usual."""
+EVALUATION_STEPS = 8
 
 
 @dataclass(frozen=True)
@@ -36,18 +40,25 @@ class Sizes:
     Args:
         steps: updates of the recipe's settings; other settings get as many as the same compute pays for.
         edits_per_update: edits of an update.
-        train_edits: training rows.
+        train_edits: training rows to draw from.
         eval_edits: held-out rows, one candidate each.
         survey_edits: held-out rows with a whole group each, for diversity, variance and leakage.
         survey_generations: candidates of such a group.
     """
 
-    steps: int = 12
-    edits_per_update: int = 6
+    steps: int = 18
+    edits_per_update: int = 2
     train_edits: int = 512
     eval_edits: int = 96
-    survey_edits: int = 16
+    survey_edits: int = 12
     survey_generations: int = 8
+
+
+SIZES_OF: dict[Kind, tuple[str, ...]] = {
+    "train": ("edits_per_update", "train_edits", "eval_edits"),
+    "groups": ("survey_edits", "survey_generations"),
+}
+"""Sizes that a cell's result depends on; `steps` does through the budget."""
 
 
 @dataclass(frozen=True)
@@ -55,20 +66,24 @@ class Cell:
     """One process's work.
 
     Args:
+        name: of its variant, for people.
         kind: of the table.
         config: all settings, recipe and variant together.
         corruption: of the training masks.
         trained: false evaluates the base.
+        survey: also look at whole groups after training.
         budget: compute that training may spend, in units.
         sizes, seed: as they say.
         weights: digest of the editor's weights.
         work: folder of the study.
     """
 
-    kind: str
+    name: str
+    kind: Kind
     config: Mapping[str, Any]
     corruption: tuple[str, float] | None
     trained: bool
+    survey: bool
     budget: float
     sizes: Mapping[str, int]
     seed: int
@@ -78,7 +93,10 @@ class Cell:
     @property
     def spec(self) -> dict[str, Any]:
         """What the result depends on, as JSON has it."""
-        return json.loads(json.dumps({key: value for key, value in asdict(self).items() if key != "work"}))
+        names = [*SIZES_OF[self.kind], *(SIZES_OF["groups"] if self.survey else ())]
+        sizes = {name: self.sizes[name] for name in names}
+        parts = {key: value for key, value in asdict(self).items() if key not in ("name", "work")}
+        return json.loads(json.dumps({**parts, "sizes": sizes}))
 
     @cached_property
     def folder(self) -> Path:
@@ -94,14 +112,14 @@ class Cell:
     def units(self) -> float:
         """Compute to expect: model calls on one sample, a backward as two."""
         sizes, config = Sizes(**self.sizes), self.config
-        rollout = config["num_inference_steps"] * sizes.survey_edits * sizes.survey_generations
+        groups = sizes.survey_edits * sizes.survey_generations
+        rollout = config["num_inference_steps"] * groups
         if self.kind == "train":
-            evaluation = 8 * sizes.eval_edits + rollout
-            return evaluation + (self.budget if self.trained else 0)
-        if self.kind == "leakage":
-            return 2 * rollout
-        # Three arms, each surveyed and with its gradients; about six rollouts to match the strengths.
-        return 9 * rollout + 3 * sizes.survey_edits * units_per_edit(config)
+            measured = EVALUATION_STEPS * sizes.eval_edits + (rollout if self.survey else 0)
+            return measured + (self.budget if self.trained else 0)
+        # Three arms, each with two looks into the model and a gradient of every group; one or two rollouts to match.
+        transitions = config["num_anchors"] * config["num_policy_steps"] * sizes.survey_edits
+        return 4.5 * rollout + 3 * (2 * groups + (1 + BACKWARD) * transitions)
 
 
 def digest(content: bytes) -> str:
@@ -189,7 +207,7 @@ def plan(
     overrides: Mapping[str, Any] | None = None,
     only: Sequence[str] = (),
 ) -> dict[tuple[str, int], Cell]:
-    """The table's cells by variant and seed.
+    """The table's cells by variant and seed, a whole seed after the other.
 
     Args:
         overrides: settings for all variants, below their own.
@@ -207,10 +225,12 @@ def plan(
 
     def cell(variant: Variant, seed: int) -> Cell:
         return Cell(
+            name=variant.name,
             kind=table.kind,
             config={**common, **variant.config},
             corruption=variant.corruption,
             trained=variant.trained,
+            survey=table.survey,
             budget=budget if variant.trained and table.kind == "train" else 0.0,
             sizes=asdict(sizes),
             seed=seed,
@@ -218,7 +238,7 @@ def plan(
             work=work,
         )
 
-    return {(variant.name, seed): cell(variant, seed) for variant in chosen for seed in seeds}
+    return {(variant.name, seed): cell(variant, seed) for seed in seeds for variant in chosen}
 
 
 def unfinished(cells: Sequence[Cell]) -> list[Cell]:
@@ -226,7 +246,7 @@ def unfinished(cells: Sequence[Cell]) -> list[Cell]:
     return list({cell.folder: cell for cell in cells if cell.result() is None}.values())
 
 
-def estimate(cells: Sequence[Cell], seconds_per_unit: float, workers: int, overhead: float = 20.0) -> float:
+def estimate(cells: Sequence[Cell], seconds_per_unit: float, workers: int, overhead: float = 8.0) -> float:
     """Seconds that the unfinished cells will take; `overhead` is a cell's start and pictures."""
     todo = unfinished(cells)
     total = sum(cell.units * seconds_per_unit + overhead for cell in todo)
@@ -235,65 +255,86 @@ def estimate(cells: Sequence[Cell], seconds_per_unit: float, workers: int, overh
 
 
 def measured_rate(cells: Sequence[Cell]) -> float | None:
-    """Seconds per unit of the cells that have finished, `None` where none has."""
+    """Seconds per unit of the middle one of the cells that have finished, `None` where none has."""
     finished = {cell.folder: (cell, result) for cell in cells if (result := cell.result()) is not None}
-    units = sum(cell.units for cell, _ in finished.values())
-    return sum(result["seconds"]["total"] for _, result in finished.values()) / units if units else None
+    return median(result["seconds"]["total"] / cell.units for cell, result in finished.values()) if finished else None
 
 
 # Running --------------------------------------------------------------------------------------------------------------
 
 
-def cell_command(folder: Path) -> list[str]:
-    """What runs a cell in its folder."""
-    return [sys.executable, "-m", "benchmarks.study.cell", str(folder)]
+CELL = "benchmarks.study.cell:main"
+
+# Freed memory stays in the process: giving it back to the system and asking again costs a sixth of a rollout.
+ENVIRONMENT = {
+    "TOKENIZERS_PARALLELISM": "false",
+    "MALLOC_MMAP_THRESHOLD_": str(2**32),
+    "MALLOC_TRIM_THRESHOLD_": str(2**33),
+}
+
+
+@contextmanager
+def environment(threads: int) -> Iterator[None]:
+    """What the processes of cells inherit; this process is left as it was."""
+    before = dict(os.environ)
+    path = os.pathsep.join([str(ROOT), str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
+    os.environ.update(ENVIRONMENT | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": path})
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def run_cells(
     cells: Sequence[Cell],
     workers: int = 2,
     threads: int = 1,
-    command: Callable[[Path], list[str]] = cell_command,
+    work: str = CELL,
+    preload: Sequence[str] = ("benchmarks.study.preload",),
     report: Callable[[str], None] = print,
 ) -> list[Cell]:
     """Run what has no result yet, so many processes at a time; the output of each goes to `log.txt` in its folder.
 
-    A cell that fails stops no other. Ends its processes when it is interrupted.
+    A cell that fails stops no other. Processes are forked from one that has imported everything, as imports would take
+    longer than many a cell. They end when this one is interrupted or killed.
+
+    Args:
+        work: `module:function` that is called with a cell's folder.
+        preload: modules to import once; they must not start threads.
 
     Returns:
         The cells that failed.
     """
     waiting, failed = unfinished(cells), []
     total, done = len(waiting), 0
-    running: dict[subprocess.Popen[bytes], tuple[Cell, float]] = {}
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
+    running: dict[Any, tuple[Cell, float]] = {}
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(preload))
+    with environment(threads):
+        forkserver.ensure_running()
     try:
         while waiting or running:
             while waiting and len(running) < workers:
                 cell = waiting.pop(0)
                 with write_atomically(cell.folder / "cell.json") as path:
                     path.write_text(json.dumps(cell.spec, indent=1))
-                with (cell.folder / "log.txt").open("wb") as log:
-                    process = subprocess.Popen(
-                        command(cell.folder), stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=ROOT
-                    )
+                process = context.Process(target=work_on, args=(work, str(cell.folder)))
+                process.start()
                 running[process] = cell, time.perf_counter()
-            ended = [process for process in running if process.poll() is not None]
-            for process in ended:
+            connection.wait([process.sentinel for process in running])
+            for process in [process for process in running if process.exitcode is not None]:
                 cell, began = running.pop(process)
                 done += 1
                 took = f"{time.perf_counter() - began:.0f} s"
-                if process.returncode or cell.result() is None:
+                if process.exitcode or cell.result() is None:
                     failed.append(cell)
                     report(f"[{done}/{total}] FAILED after {took}: see {cell.folder / 'log.txt'}")
                 else:
-                    report(f"[{done}/{total}] {cell.folder.name} in {took}")
-            if not ended:
-                time.sleep(0.05)
+                    report(f"[{done}/{total}] {cell.name}, seed {cell.seed}, in {took}")
     finally:
         for process in running:
             process.terminate()
         for process in running:
-            process.wait()
+            process.join()
     return failed

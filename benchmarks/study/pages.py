@@ -1,50 +1,125 @@
-"""A table's `summary.json`, its page fragment `page.md` and its plot, from what `summary.summarise` says."""
+"""Tables as text and plots: a page for each table, and the documentation's page of all of them.
+
+All numbers come from what `summary.summarise` says; nothing is measured or run here.
+"""
 
 import json
 import math
+import re
+import textwrap
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rcgrpo.report import pad_table, write_atomically
 
 from .harness import finite
-from .tables import Table
+from .tables import COSTS, Table
 
 COLOURS = ("#2563eb", "#ea580c", "#059669", "#9333ea", "#57606a", "#f59e0b", "#0891b2", "#be123c")
+INK, FAINT, HAIR = "#1f2328", "#57606a", "#c9ced6"
 LEGEND = (
-    "Means ± half of the 95 % interval over seeds (Student's t). Differences are paired by seed; `*` marks those whose "
-    "intervals over seeds and over held-out edits (paired bootstrap) both exclude zero."
+    "Means ± half of the 95 % interval over seeds (Student's t); one seed has none. Differences are paired, over the "
+    "seeds that both rows have and over held-out edits: ± is over seeds, brackets (of one seed) are over edits. `*` "
+    "marks those whose intervals over seeds and over edits (bootstrap) both exclude zero, without a correction for the "
+    "number of comparisons. ↓: lower is better."
 )
 
 
-def write_page(folder: Path, table: Table, summary: Mapping[str, Any], command: str, notes: Sequence[str] = ()) -> str:
-    """Write `summary.json`, `plot.png` and `page.md`, each whole or not at all; the page's text is returned."""
-    with write_atomically(folder / "summary.json") as path:
-        path.write_text(json.dumps(finite({**summary, "command": command, "notes": list(notes)}), indent=1))
-    plotted = plot(folder / "plot.png", table, summary)
-    rows = summary["rows"]
-    seeds = sorted({seed for row in rows for seed in row["seeds"]})
-    text = [f"## {table.title}", f"{table.question} Seeds: {', '.join(map(str, seeds))}. {LEGEND}"]
-    titles = [f"{title} ↓" if name in table.lower_is_better else title for name, title in table.metrics.items()]
-    head = ["", "seeds", *titles]
-    lines = [[label(row), str(len(row["seeds"])), *(shown(row["means"][m]) for m in table.metrics)] for row in rows]
-    text.append(pad_table([head, *lines]))
-    tested = [row for row in rows if row["tests"]]
-    if tested:
-        differences = [
-            [label(row), row["against"], *(difference(row["tests"].get(m)) for m in table.metrics)] for row in tested
+@dataclass(frozen=True)
+class Section:
+    """A table with what was found.
+
+    Args:
+        key: letter of the table.
+        table: what was asked.
+        summary: from `summarise`.
+        command: what ran it.
+        notes: sentences on sizes and costs.
+    """
+
+    key: str
+    table: Table
+    summary: Mapping[str, Any]
+    command: str
+    notes: Sequence[str] = ()
+
+    def text(self, picture: str | None, conclusions: str = "") -> str:
+        """Markdown from the heading to the command."""
+        table, rows = self.table, self.summary["rows"]
+        titles = [f"{title} ↓" if name in table.lower_is_better else title for name, title in table.metrics.items()]
+        lines = [[label(row), str(len(row["seeds"])), *(shown(row["means"][m]) for m in table.metrics)] for row in rows]
+        parts = [f"## {self.key}. {table.title}", f"**{table.question}**", conclusions]
+        parts.append(pad_table([["", "seeds", *titles], *lines]))
+        if picture:
+            parts.append(f"![{table.title}]({picture})")
+        compared = {name: title for name, title in table.metrics.items() if name not in COSTS}
+        tested = [
+            [label(row), row["against"], *(difference(row["tests"].get(m)) for m in compared)]
+            for row in rows
+            if row["tests"]
         ]
-        text.append("Differences:")
-        text.append(pad_table([["", "to", *table.metrics.values()], *differences], left=(0, 1)))
-    if plotted:
-        text.append(f"![{table.title}](plot.png)")
-    text += list(notes)
-    text.append(f"Reproduce: `{command}`")
-    page = "\n\n".join(text) + "\n"
+        if tested:
+            parts += ["Paired differences:", pad_table([["", "to", *compared.values()], *tested], left=(0, 1))]
+        notes = " ".join([f"Seeds: {', '.join(map(str, self.seeds))}.", *self.notes])
+        parts += [wrap(notes), f"Reproduce: `{self.command}`"]
+        return "\n\n".join(part for part in parts if part) + "\n"
+
+    @property
+    def seeds(self) -> list[int]:
+        return sorted({seed for row in self.summary["rows"] for seed in row["seeds"]})
+
+    def save(self, data: Path, picture: Path) -> bool:
+        """Write the numbers as JSON and the plot; whether there is anything to plot."""
+        content = finite({**self.summary, "command": self.command, "notes": list(self.notes)})
+        with write_atomically(data) as path:
+            path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+        return plot(picture, self.table, self.summary)
+
+
+def write_page(folder: Path, section: Section) -> str:
+    """Write `summary.json`, `plot.png` and `page.md`, each whole or not at all; the page's text is returned."""
+    plotted = section.save(folder / "summary.json", folder / "plot.png")
+    page = f"{section.text('plot.png' if plotted else None)}\n{LEGEND}\n"
     with write_atomically(folder / "page.md") as path:
         path.write_text(page)
     return page
+
+
+def write_study(docs: Path, sections: Sequence[Section], machine: str, conclusions: Mapping[str, str]) -> Path:
+    """Write `study.md` with every table, and `study/KEY.json` and `.png`, into the documentation's folder.
+
+    Args:
+        machine: what it ran on, in words.
+        conclusions: markdown by the table's letter.
+    """
+    texts = []
+    for section in sections:
+        plotted = section.save(docs / "study" / f"{section.key}.json", docs / "study" / f"{section.key}.png")
+        texts.append(section.text(f"study/{section.key}.png" if plotted else None, conclusions.get(section.key, "")))
+    intro = (
+        "What a reviewer of RC-GRPO-Editing would ask, measured with [the study's harness]"
+        "(../benchmarks/study/README.md) on Kontext-tiny and CompBench-mini's held-out edits. "
+        f"Machine: {machine}. Every trained row spends the same compute; a *unit* is one sample through the "
+        "transformer, a backward counts as two. The numbers of every seed are in [`study/`](study)."
+    )
+    path = docs / "study.md"
+    with write_atomically(path) as part:
+        part.write_text("\n".join(["# The study", "", wrap(intro), "", wrap(LEGEND), "", *texts]))
+    return path
+
+
+def wrap(text: str) -> str:
+    return textwrap.fill(text, 128, break_long_words=False, break_on_hyphens=False)
+
+
+def read_conclusions(path: Path) -> dict[str, str]:
+    """What a person wrote below headings such as `## a`, by letter; nothing where there is no file."""
+    if not path.exists():
+        return {}
+    _, *parts = re.split(r"^## +(\w+).*$", path.read_text(), flags=re.MULTILINE)
+    return {key: text.strip() for key, text in zip(parts[::2], parts[1::2], strict=True)}
 
 
 def label(row: Mapping[str, Any]) -> str:
@@ -55,8 +130,8 @@ def shown(mean: Mapping[str, Any]) -> str:
     """`mean ± half`, with the decimals that the interval deserves."""
     if not mean["seeds"]:
         return "–"
-    if math.isnan(mean["half"]):
-        return f"{mean['mean']:.4g}"
+    if math.isnan(mean["half"]) or mean["half"] < 1e-9:
+        return f"{mean['mean']:.4g}" if abs(mean["mean"]) < 1000 else f"{mean['mean']:.0f}"
     places = decimals(mean["half"])
     if places > 5:
         return f"{mean['mean']:.3g} ± {mean['half']:.1g}"
@@ -64,11 +139,13 @@ def shown(mean: Mapping[str, Any]) -> str:
 
 
 def difference(test: Mapping[str, Any] | None) -> str:
+    """`difference ± half` over seeds, with a star where it is clear; of one seed the interval over edits."""
     if test is None or math.isnan(test["difference"]):
         return "–"
     half = (test["seeds_high"] - test["seeds_low"]) / 2
     if math.isnan(half):
-        return f"{test['difference']:+.3g}"
+        ends = "" if math.isnan(test["edits_low"]) else f" [{test['edits_low']:+.2g}, {test['edits_high']:+.2g}]"
+        return f"{test['difference']:+.2g}{ends}"
     places = decimals(half)
     star = "*" if test["clear"] else ""
     if places > 5:
@@ -81,59 +158,94 @@ def decimals(half: float) -> int:
     return 2 if half < 1e-9 else max(0, 1 - math.floor(math.log10(half)))
 
 
+# Plots ----------------------------------------------------------------------------------------------------------------
+
+
 def plot(path: Path, table: Table, summary: Mapping[str, Any]) -> bool:
     """Dots with intervals for each plotted metric, or curves for each plotted curve; false where there is nothing."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    rows = summary["rows"]
-    panels = [*table.curves, *table.plotted]
+    rows, panels = summary["rows"], [*table.curves, *table.plotted]
     if not rows or not panels:
         return False
-    height = max(3.2, 0.26 * len(rows) + 1.2)
-    figure = Figure(figsize=(4.6 * len(panels) + 1, height), dpi=150, layout="constrained")
+    height = 3.6 if table.curves else 0.26 * len(rows) + 1.1
+    figure = Figure(figsize=(3.4 * len(panels) + 1.6, height + 0.3), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
+    arms = list(dict.fromkeys(row["arm"] for row in rows))
     for place, name in enumerate(panels):
         axes = figure.add_subplot(1, len(panels), place + 1)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.tick_params(labelsize=8)
+        axes.spines[["left", "bottom"]].set_color(HAIR)
+        axes.tick_params(labelsize=8, colors=FAINT, length=0)
+        axes.grid(color="#eaeef2", linewidth=0.8, axis="both" if name in table.curves else "x")
+        axes.set_axisbelow(True)
         if name in table.curves:
-            for i, row in enumerate(rows):
-                draw_curve(axes, row, name, COLOURS[i // 2 % len(COLOURS)], "-" if i % 2 == 0 else "--")
-            axes.set_title(name.replace("_", " "), fontsize=10)
-            axes.set_yscale("log")
-            if place == 0:
-                axes.legend(frameon=False, fontsize=7)
-            continue
-        for i, row in enumerate(rows):
-            mean = row["means"][name]
-            half = 0.0 if math.isnan(mean["half"]) else mean["half"]
-            axes.errorbar(mean["mean"], i, xerr=half, fmt="o", markersize=4, color=COLOURS[0], capsize=2)
-        base = next((row for row in rows if row["variant"] == table.baseline), None)
-        if base is not None:
-            axes.axvline(base["means"][name]["mean"], color="#c9ced6", linewidth=1, zorder=0)
-        axes.set_yticks(range(len(rows)), [label(row) for row in rows] if place == 0 else [""] * len(rows))
-        axes.invert_yaxis()
-        axes.set_title(table.metrics.get(name, name), fontsize=10)
+            draw_curves(axes, table, rows, arms, name)
+        else:
+            draw_dots(axes, table, rows, arms, name)
+            axes.set_yticks(range(len(rows)), [label(row) for row in rows] if place == 0 else [""] * len(rows))
+    if table.curves:
+        handles, names = figure.axes[0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     with write_atomically(path) as part:
         figure.savefig(part, facecolor="white")
     return True
 
 
-def draw_curve(axes: Any, row: Mapping[str, Any], name: str, colour: str, style: str) -> None:
-    """A mean over seeds with its band, against steps or blocks counted from 0."""
-    points = row["curves"].get(name, [])
-    if not points:
-        return
-    means, halves = ([point[key] for point in points] for key in ("mean", "half"))
-    halves = [0.0 if math.isnan(half) else half for half in halves]
-    places = range(len(points))
-    axes.plot(places, means, style, color=colour, label=label(row), linewidth=1.4)
-    axes.fill_between(
-        places,
-        [mean - half for mean, half in zip(means, halves, strict=True)],
-        [mean + half for mean, half in zip(means, halves, strict=True)],
-        color=colour,
-        alpha=0.15,
-    )
-    axes.set_xlabel("block (0: embedding)" if "block" in name else "step")
+def draw_dots(axes: Any, table: Table, rows: Sequence[Mapping[str, Any]], arms: Sequence[str], name: str) -> None:
+    """A metric of every row with its interval or, with a baseline, its paired difference to that.
+
+    Means over the same seeds share much of their noise: overlapping intervals of theirs would hide clear differences.
+    A dot is hollow where there is one seed; its interval is then over edits.
+    """
+    for i, row in enumerate(rows):
+        colour = COLOURS[arms.index(row["arm"]) % len(COLOURS)]
+        if table.baseline is None:
+            mean = row["means"][name]
+            centre, ends, alone = mean["mean"], (mean["mean"] - mean["half"], mean["mean"] + mean["half"]), False
+        elif row["variant"] == table.baseline:
+            axes.axvline(0, color=FAINT, linewidth=1, zorder=0)
+            continue
+        elif (test := row["tests"].get(name)) is None:
+            continue
+        else:
+            centre, ends, alone = test["difference"], (test["seeds_low"], test["seeds_high"]), False
+            if math.isnan(ends[0]):
+                ends, alone = (test["edits_low"], test["edits_high"]), True
+        spread = None if math.isnan(ends[0]) else [[max(0.0, centre - ends[0])], [max(0.0, ends[1] - centre)]]
+        fill = "white" if alone or spread is None else colour
+        axes.errorbar(centre, i, xerr=spread, fmt="o", ms=4.5, color=colour, mfc=fill, capsize=2.5, lw=1.4)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.locator_params(axis="x", nbins=5)
+    change = "" if table.baseline is None else f": difference to {table.baseline}"
+    axes.set_title(f"{table.metrics[name]}{change}", fontsize=9, color=INK, loc="left")
+
+
+def draw_curves(axes: Any, table: Table, rows: Sequence[Mapping[str, Any]], arms: Sequence[str], name: str) -> None:
+    """Each row's mean over seeds with its band, a colour for each variant, a line style for each arm."""
+    variants = list(dict.fromkeys(row["variant"] for row in rows))
+    for row in rows:
+        points = row["curves"].get(name, [])
+        colour = COLOURS[variants.index(row["variant"]) % len(COLOURS)]
+        means = [point["mean"] for point in points]
+        halves = [0.0 if math.isnan(point["half"]) else point["half"] for point in points]
+        # What is exactly zero has no place on a logarithmic axis.
+        means = [mean if mean > 0 else math.nan for mean in means]
+        style = ("-", "--", ":")[arms.index(row["arm"]) % 3]
+        axes.plot(means, style, color=colour, label=label(row), linewidth=1.5)
+        low = [max(mean - half, mean / 10) for mean, half in zip(means, halves, strict=True)]
+        high = [mean + half for mean, half in zip(means, halves, strict=True)]
+        axes.fill_between(range(len(means)), low, high, color=colour, alpha=0.15, linewidth=0)
+    axes.set_yscale("log")
+    axes.set_title(CURVES.get(name, name.replace("_", " ")), fontsize=9, color=INK, loc="left")
+    axes.set_xlabel("block (0: embedding)" if "block" in name else "step", fontsize=8, color=FAINT)
+
+
+CURVES = {
+    "inside_by_step": "latent variance inside",
+    "outside_by_step": "latent variance outside",
+    "leakage_by_step": "outside / inside",
+    "leakage_by_block_first": "outside / inside, first step",
+    "leakage_by_block_middle": "outside / inside, half-way",
+}

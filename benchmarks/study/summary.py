@@ -14,7 +14,7 @@ import numpy as np
 
 from rcgrpo.report import paired_bootstrap
 
-from .tables import Table
+from .tables import COSTS, Table
 
 Results = Mapping[tuple[str, int], Mapping[str, Any]]
 """Finished cells' results by variant and seed."""
@@ -78,12 +78,13 @@ def of_cell(arm: Mapping[str, Any], metric: str) -> float:
 
 
 def rows_of(table: Table, results: Results) -> list[Row]:
-    """Variants with a result, each arm of its own, in the table's order."""
+    """Variants with a result, each shown arm of its own, in the table's order."""
     found = []
     for variant in table.variants:
         for (name, _), result in results.items():
             if name == variant.name:
-                found += [(name, arm) for arm in result["arms"] if (name, arm) not in found]
+                shown = [arm for arm in result["arms"] if table.arms is None or arm in table.arms]
+                found += [(name, arm) for arm in shown if (name, arm) not in found]
     return found
 
 
@@ -92,16 +93,23 @@ def seeds_of(row: Row, results: Results) -> list[int]:
 
 
 def with_rates(results: Results, base: str = "base") -> dict[tuple[str, int], dict[str, Any]]:
-    """The results with `reward_per_minute`: what training gained over the base of the same seed, by its minutes."""
+    """The results with what training gained in reward over the base of the same seed, for what it cost.
+
+    `reward_per_1000_units` by counted compute, the same on every machine; `reward_per_minute` by the processor time of
+    the training process, which other work on the machine changes little, where the clock on the wall would tell of it.
+    """
     rated = {}
     for (name, seed), result in results.items():
         start = results.get((base, seed))
         arms = {}
         for arm, content in result["arms"].items():
             values = dict(content["values"])
-            if start is not None and name != base and values.get("minutes") and arm in start["arms"]:
+            if start is not None and name != base and arm in start["arms"]:
                 gain = of_cell(content, "reward") - of_cell(start["arms"][arm], "reward")
-                values["reward_per_minute"] = gain / values["minutes"]
+                if values.get("units"):
+                    values["reward_per_1000_units"] = 1000 * gain / values["units"]
+                if values.get("cpu_minutes"):
+                    values["reward_per_minute"] = gain / values["cpu_minutes"]
             arms[arm] = {**content, "values": values}
         rated[name, seed] = {**result, "arms": arms}
     return rated
@@ -157,10 +165,11 @@ def summarise(table: Table, results: Results) -> dict[str, Any]:
     for row in rows_of(table, rated):
         seeds = seeds_of(row, rated)
         arms = [rated[row[0], seed]["arms"][row[1]] for seed in seeds]
+        by_seed = {metric: [of_cell(arm, metric) for arm in arms] for metric in table.metrics}
         other = baseline_of(table, row)
         tests = {}
         if other is not None:
-            found = {metric: test_against(metric, row, other, rated) for metric in table.metrics}
+            found = {m: test_against(m, row, other, rated) for m in table.metrics if m not in COSTS}
             tests = {metric: {**asdict(t), "clear": t.clear} for metric, t in found.items() if t is not None}
         curves = {
             name: [asdict(over_seeds(point)) for point in zip(*(arm["curves"][name] for arm in arms), strict=True)]
@@ -171,7 +180,8 @@ def summarise(table: Table, results: Results) -> dict[str, Any]:
                 "variant": row[0],
                 "arm": row[1],
                 "seeds": seeds,
-                "means": {m: asdict(over_seeds([of_cell(arm, m) for arm in arms])) for m in table.metrics},
+                "means": {m: asdict(over_seeds(values)) for m, values in by_seed.items()},
+                "by_seed": by_seed,
                 "against": None if other is None else " ".join(part for part in other if part),
                 "tests": tests,
                 "curves": curves,

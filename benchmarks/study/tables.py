@@ -13,7 +13,7 @@ import yaml
 
 from rcgrpo.regions import CORRUPTIONS
 
-Kind = Literal["train", "variance", "leakage"]
+Kind = Literal["train", "groups"]
 
 RUN_KEYS = ("model", "dataset", "num_train_samples", "num_eval_samples", "max_steps", "save_steps", "logging_steps")
 """Keys of the recipe that say how long a run is or where its data are, which sizes and cells decide here."""
@@ -49,13 +49,16 @@ class Table:
     Args:
         title: of its page.
         question: what it answers, one sentence.
-        kind: what its cells do.
+        kind: what its cells do: train and measure, or look at groups under three kinds of exploration.
         variants: its rows.
         metrics: columns, name to title.
         lower_is_better: of the metrics.
         baseline: the variant that the others are tested against; by default none.
         baseline_arm: for cells with several arms, the arm that the others are tested against.
-        plotted: metrics, or the curve's name, in the plot.
+        plotted: metrics in the plot.
+        curves: curves in the plot, against steps or blocks.
+        arms: of cells with several, those that are shown; all by default.
+        survey: trained cells also look at whole groups, for diversity and leakage.
         seeds: default number of seeds.
     """
 
@@ -69,6 +72,8 @@ class Table:
     baseline_arm: str | None = None
     plotted: Sequence[str] = ()
     curves: Sequence[str] = ()
+    arms: Sequence[str] | None = None
+    survey: bool = False
     seeds: int = 5
 
 
@@ -100,22 +105,23 @@ ARTEFACTS = {
     "attention_mass": "attention mass",
 }
 
+COSTS = frozenset({"units", "updates", "strength"})
+"""Columns that say what was spent or set, which nobody needs tested."""
+
 BASE = Variant("base", trained=False)
 NEIGHBOR = Variant("Neighbor GRPO", {"exploration": "global", "keep_weight": 1.0})
 RC_GRPO = Variant("RC-GRPO")
 ATTENTION = Variant("RC-GRPO + attention", {"attention_reward_weight": 0.05})
 
-# The edit's and the background's reward apart: once summed, once each on latents of its own.
-PARTS: dict[str, Any] = {"reward_funcs": ["region_edit", "background_keep"]}
-SUMMED = Variant("RC-GRPO, edit + keep summed", {**PARTS, "reward_weights": [1.0, 0.3]})
+# The edit's and the background's reward apart: once summed, once each on latents of its own, as the recipe has it.
+SUMMED = Variant(
+    "RC-GRPO, edit + keep summed", {"reward_funcs": ["region_edit", "background_keep"], "reward_weights": [1.0, 0.3]}
+)
 REGION_ADVANTAGES = Variant(
     "RC-GRPO, region advantages",
     {
-        **PARTS,
-        "reward_weights": [1.0, 1.0],
-        "region_advantages": True,
-        "reward_regions": ["edit", "keep"],
-        "region_advantage_weights": [1.0, 1.0],
+        key: recipe()[key]
+        for key in ("reward_funcs", "reward_weights", "region_advantages", "reward_regions", "region_advantage_weights")
     },
 )
 
@@ -141,7 +147,12 @@ MAIN = Table(
         Variant("DiffusionNFT", {**NFT, **FREE}),
         Variant("DiffusionNFT + region", {**NFT, **REGION}),
     ],
-    {**EDITING, "reward_per_minute": "reward gain per minute", "units": "compute (units)"},
+    {
+        **EDITING,
+        "reward_per_1000_units": "reward gain per 1,000 units",
+        "reward_per_minute": "reward gain per CPU minute",
+        "units": "compute (units)",
+    },
     baseline=NEIGHBOR.name,
     plotted=("edit_score", "psnr"),
 )
@@ -150,7 +161,7 @@ STRENGTHS = (0.3, 0.5, 0.7, 1.0)
 VARIANCE = Table(
     "Reward variance within groups, at equal diversity inside",
     "Does region noise reduce the variance that teaches nothing, or only the diversity?",
-    "variance",
+    "groups",
     [Variant(f"strength {s:g}", {"edit_strength": s, "antithetic": False}) for s in STRENGTHS],
     {
         "strength": "strength used",
@@ -172,7 +183,7 @@ VARIANCE = Table(
 LEAKAGE = Table(
     "Leakage through the ODE",
     "How much of the region's noise reaches the background, by step and by model depth?",
-    "leakage",
+    "groups",
     [Variant(f"strength {s:g}", {"edit_strength": s, "antithetic": False}) for s in STRENGTHS],
     {
         "latent_var_inside": "latent variance inside, σ = 0",
@@ -181,6 +192,7 @@ LEAKAGE = Table(
     },
     lower_is_better=frozenset({"latent_var_outside", "leakage"}),
     baseline_arm="global",
+    arms=("region", "global"),
     curves=("outside_by_step", "leakage_by_step", "leakage_by_block_first", "leakage_by_block_middle"),
 )
 
@@ -216,21 +228,24 @@ ATTENTION_SWEEP = Table(
     ],
     {**EDITING, **ARTEFACTS},
     baseline=RC_GRPO.name,
+    survey=True,
     plotted=("attention_density", "diversity_inside", "held_out", "psnr"),
     seeds=3,
 )
 
 SWEEPS: dict[str, Sequence[Any]] = {
     "keep_strength": (0.1, 0.3),
-    "edit_strength": (0.3, 0.5, 1.0),
+    "edit_strength": (0.3, 0.7, 1.0),
     "keep_weight": (0.0, 1.0),
     "num_generations": (6, 24),
     "num_anchors": (2, 8),
-    "num_policy_steps": (2, 8),
+    "num_policy_steps": (1, 2),
+    "policy_steps_range": ([0.0, 1.0], [0.5, 1.0]),
     "num_inference_steps": (4, 12),
     "solver": ("heun", "dpmpp_2m", "unipc"),
 }
-"""Around the recipe, one at a time."""
+"""Around the recipe, one at a time; with four steps, all early ones there are teach."""
+FITTING = {("num_inference_steps", "4"): {"num_policy_steps": 2}}
 
 SETTINGS = Table(
     "One setting at a time",
@@ -240,9 +255,13 @@ SETTINGS = Table(
         BASE,
         RC_GRPO,
         *(
-            Variant(f"{name} {value:g}" if isinstance(value, float | int) else f"{name} {value}", {name: value})
+            Variant(
+                f"{name} {value:g}" if isinstance(value, float | int) else f"{name} {value}",
+                {name: value, **FITTING.get((name, str(value)), {})},
+            )
             for name, values in SWEEPS.items()
             for value in values
+            if value != recipe().get(name)
         ),
     ],
     {**EDITING, "updates": "updates"},

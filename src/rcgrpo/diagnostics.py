@@ -1,8 +1,8 @@
 """Does a group teach what it should? Where its reward and its latents vary, and what its pictures look like.
 
-Three users: the trainer logs `group_diagnostics` of every group; `rcgrpo diagnose` surveys held-out edits under several
-kinds of exploration; the study in `benchmarks/study` does so with error bars. `docs/diagnostics.md` says which way each
-number should go. Shapes below: G candidates, N tokens, C channels, H and W pixels.
+Formulas on tensors and on one group; no model runs. The trainer logs `group_diagnostics` of every group; `survey.py`
+rolls out many and asks the same. `docs/diagnostics.md` says which way each number should go. Shapes below: G
+candidates, N tokens, C channels, H and W pixels.
 
 Gotchas: variances are unbiased ones, so groups of different size can be compared. What cannot be measured (one
 candidate, a mask without outside, a missing score) is NaN, never 0, and leaves every mean. Clip fractions are not here:
@@ -10,22 +10,18 @@ the policies log them as `clip_ratio/*`, since only an update has ratios.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from torchmetrics.functional.image import image_gradients
 from torchmetrics.functional.regression import spearman_corrcoef
 
-from .data.edits import Edit
-from .editors import FluxKontextEditor
-from .objective import group_advantages, quasi_norm
-from .rewards import Reward, background_keep, score
+from .rewards import background_keep
 from .rewards.pictures import image_tensor
-from .rollout import Exploration, Group, make_groups
+from .rollout import Group
 
 NAN = float("nan")
 
@@ -166,37 +162,11 @@ def latent_variance(latents: Tensor, region: Tensor) -> InsideOutside:
     return split_by_region(latents.float().var(-3).mean(-1), region)
 
 
-@torch.no_grad()
-def depth_variance(editor: FluxKontextEditor, model: nn.Module, group: Group, step: int) -> InsideOutside:
-    """How much a group's hidden states differ, before the first block and after each, `[blocks + 1]` on the CPU.
-
-    One forward of the whole group at the latents that it had at this step. The variance across candidates is divided by
-    the states' mean square at that depth, because blocks differ in scale.
-
-    Args:
-        model: the transformer as `editor.velocity` takes it; adapters inside are fine.
-        step: which step of the rollout, from 0.
-    """
-    transformer = editor.pipeline.transformer
-    blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
-    tokens, region = len(group.region), group.region.cpu()
-    found: list[InsideOutside] = []
-
-    def hook(module: nn.Module, args: Any, output: Any) -> None:
-        # Blocks return (text, image); reference tokens follow the noisy ones.
-        states = (output[1] if isinstance(output, tuple) else output)[:, :tokens].float()
-        spread = states.var(0).mean(-1) / states.square().mean().clamp(min=1e-20)
-        found.append(split_by_region(spread.cpu(), region))
-
-    handles = [module.register_forward_hook(hook) for module in (transformer.x_embedder, *blocks)]
-    try:
-        latents = group.trajectory[step]
-        timestep = group.schedule.timesteps[step].expand(len(latents))
-        editor.velocity(model, latents, timestep, group.conditions.repeat(len(latents)))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return InsideOutside(torch.stack([f.inside for f in found]), torch.stack([f.outside for f in found]))
+def mean_curve(curves: Sequence[InsideOutside]) -> InsideOutside:
+    """The mean over edits; NaN sides are left out."""
+    return InsideOutside(
+        *(torch.stack([getattr(c, side) for c in curves]).nanmean(0) for side in InsideOutside._fields)
+    )
 
 
 # Pictures -------------------------------------------------------------------------------------------------------------
@@ -329,162 +299,3 @@ def reward_parts(group: Group, names: Sequence[str], weights: Tensor, regions: S
     if any(belongs):
         parts["edit"] = (group.rewards.cpu() * weights.cpu())[:, belongs].sum(1)  # type: ignore[union-attr]
     return parts
-
-
-# Many edits -----------------------------------------------------------------------------------------------------------
-
-JUDGES = ("reward", "edit", "keep", "held_out")
-"""What a survey asks of every candidate: the whole reward, its two parts, and one that nothing is trained on."""
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What a survey found on one edit.
-
-    `numbers` by name; `scores` of each judge `[G]`; `steps` and, where asked for, `depth`: latent and hidden variance
-    at each noise level and after each block; `picture` is the first candidate, `attention_map` `[rows, columns]` its
-    attention where recorded.
-    """
-
-    edit: Edit
-    numbers: dict[str, float]
-    scores: dict[str, Tensor]
-    sigmas: Tensor
-    steps: InsideOutside
-    depth: InsideOutside | None
-    picture: Image.Image
-    attention_map: Tensor | None
-
-
-def survey(
-    editor: FluxKontextEditor,
-    model: nn.Module,
-    edits: Sequence[Edit],
-    num_generations: int,
-    exploration: Exploration,
-    key: tuple[Any, ...],
-    judges: Mapping[str, Reward],
-    depth_step: int | None = None,
-    num_maps: int = 0,
-    edits_at_once: int = 4,
-    batch_size: int | None = None,
-) -> list[Finding]:
-    """Roll out and judge a group of each edit, and keep numbers instead of latents.
-
-    Args:
-        num_generations: candidates of each edit, at least 2.
-        key: what the noise is drawn from; explorations with the same key start from the same draws.
-        judges: rewards under the names of `JUDGES`; a missing one leaves its numbers out.
-        depth_step: also look at hidden states at this step, one more forward of each group.
-        num_maps: of so many edits, the first ones, keep attention maps.
-        edits_at_once: how many groups are held in memory.
-        batch_size: candidates at a time in rollouts.
-    """
-    findings: list[Finding] = []
-    while len(findings) < len(edits):
-        start = len(findings)
-        mapping = start < num_maps
-        part = edits[start : min(start + edits_at_once, num_maps) if mapping else start + edits_at_once]
-        attention: Any = "maps" if mapping else "mass"
-        groups = make_groups(editor, model, part, num_generations, exploration, key, attention, batch_size)
-        findings += [_find(editor, model, group, judges, depth_step) for group in groups]
-    return findings
-
-
-def _find(
-    editor: FluxKontextEditor, model: nn.Module, group: Group, judges: Mapping[str, Reward], depth_step: int | None
-) -> Finding:
-    scores = judge(group, judges)
-    rewards = scores.get("reward", torch.full([len(group.images)], NAN))
-    advantages = quasi_norm(group_advantages(rewards))
-    parts: dict[str, Tensor] = {name: scores[name] for name in ("edit", "keep") if name in scores}
-    logged = group_diagnostics(group, advantages, parts)
-    numbers = {name.removeprefix("diagnostics/"): value for name, value in logged.items()}
-    for name, values in scores.items():
-        numbers[name] = float(values.nanmean())
-    if "reward" in scores:
-        numbers["reward_var"] = variance(rewards)
-    if group.attention is not None:
-        for measure in ("mass", "density", "contrast"):
-            numbers[f"attention_{measure}"] = float(getattr(group.attention, measure).mean())
-    return Finding(
-        edit=group.edit,
-        numbers=numbers,
-        scores=scores,
-        sigmas=group.schedule.sigmas.cpu(),
-        steps=latent_variance(group.trajectory.cpu(), group.region.cpu()),
-        depth=None if depth_step is None else depth_variance(editor, model, group, depth_step),
-        picture=group.images[0],
-        attention_map=None if group.attention_maps is None else group.attention_maps[0],
-    )
-
-
-def judge(group: Group, judges: Mapping[str, Reward]) -> dict[str, Tensor]:
-    """Each judge's scores of a group, `[G]`; NaN where there is none."""
-    if not judges:
-        return {}
-    count = len(group.images)
-    columns = {name: [value] * count for name, value in group.edit.columns.items()}
-    if group.attention is not None:
-        for measure in ("mass", "density", "contrast"):
-            columns[f"attention_{measure}"] = getattr(group.attention, measure).tolist()
-    scored = score(
-        list(judges.values()),
-        [group.edit.prompt] * count,
-        group.images,
-        [group.source] * count,
-        [group.mask] * count,
-        columns,
-        [f"{group.edit.label}, candidate {i}" for i in range(count)],
-        {"trainer_state": None, "log_extra": _ignore, "log_metric": _ignore},
-    )
-    return dict(zip(judges, scored.values.T, strict=True))
-
-
-def _ignore(name: str, value: Any) -> None:
-    """A survey keeps no log for rewards."""
-
-
-def mean_curve(curves: Sequence[InsideOutside]) -> InsideOutside:
-    """The mean over edits; NaN sides are left out."""
-    return InsideOutside(
-        *(torch.stack([getattr(c, side) for c in curves]).nanmean(0) for side in InsideOutside._fields)
-    )
-
-
-class Match(NamedTuple):
-    """A strength, the diversity that it reaches, and how often it was tried."""
-
-    strength: float
-    reached: float
-    evaluations: int
-
-
-def match_strength(
-    measure: Callable[[float], float], target: float, tolerance: float = 0.02, max_evaluations: int = 10
-) -> Match:
-    """The strength at which a measure of spread hits a target, by bisection in [0, 1].
-
-    Args:
-        measure: strength to spread, rising from 0 at strength 0; each call costs a rollout.
-        target: ≥ 0.
-        tolerance: relative; the search ends within it.
-        max_evaluations: calls of `measure` at most.
-
-    Returns:
-        The nearest that was tried; strength 1 where even that falls short of the target.
-    """
-    reached = measure(1.0)
-    best = Match(1.0, reached, 1)
-    if reached <= target:
-        return best
-    low, high = 0.0, 1.0
-    for evaluations in range(2, max_evaluations + 1):
-        if abs(best.reached - target) <= tolerance * target:
-            break
-        middle = (low + high) / 2
-        reached = measure(middle)
-        low, high = (middle, high) if reached < target else (low, middle)
-        nearer = abs(reached - target) <= abs(best.reached - target)
-        best = Match(middle, reached, evaluations) if nearer else best._replace(evaluations=evaluations)
-    return best
