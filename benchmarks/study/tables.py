@@ -177,7 +177,7 @@ VARIANCE = Table(
     },
     lower_is_better=frozenset({"latent_var_outside", "keep_spearman", "split_keep"}),
     baseline_arm="global, matched",
-    plotted=("split_edit", "split_keep", "gradient_snr"),
+    plotted=("split_keep", "edit_spearman", "keep_spearman", "gradient_snr"),
 )
 
 LEAKAGE = Table(
