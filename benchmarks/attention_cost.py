@@ -6,8 +6,9 @@
 
 A round is a rollout without the record and one with it, the order alternating, so that both meet the same load on the
 machine; the first round warms up and does not count. Times are the process's own on a CPU, of all its threads, and the
-clock's on a GPU. The table holds medians over rounds, and the median of the ratios within rounds with the ends of their
-middle half. Decoding and rewards are no part of it.
+clock's on a GPU. The table holds medians over rounds, the median of the ratios within rounds with the ends of their
+middle half, and the ratio of the fastest rollouts, which other work on the machine disturbed least. Decoding and rewards
+are no part of it.
 """
 
 import argparse
@@ -140,9 +141,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     ratios = [b / a for a, b in zip(without, recorded, strict=True)]
     low, _, high = quantiles(ratios, n=4) if len(ratios) > 1 else (ratios[0],) * 3
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    head = ["without (s)", "recorded (s)", "ratio", "middle half", "rounds"]
+    head = ["without (s)", "recorded (s)", "ratio", "middle half", "ratio of the fastest", "rounds"]
     row = [f"{median(without):.3f}", f"{median(recorded):.3f}", f"{median(ratios):.3f}", f"{low:.3f} – {high:.3f}"]
-    print(f"{told}; {where}\n\n{pad_table([head, [*row, str(len(ratios))]], left=())}")
+    row += [f"{min(recorded) / min(without):.3f}", str(len(ratios))]
+    print(f"{told}; {where}\n\n{pad_table([head, row], left=())}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """`rcgrpo evaluate`: its defaults, its answers, and the whole command in miniature."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from datasets import Dataset
 
 from rcgrpo.cli import evaluate
 from rcgrpo.cli.evaluate import COMPBENCH, EvaluateArguments, fill_in, gather_repeated, load_rows
-from rcgrpo.cli.parsing import UsageError, parse
+from rcgrpo.cli.parsing import UsageError, parse, use_embedded_model
 from rcgrpo.data import EditRows, compbench_mini
 
 
@@ -125,3 +126,10 @@ def test_the_command_without_arguments_in_miniature(capsys):
     }
     assert "background SSIM" in capsys.readouterr().out
     assert len(list((folder / "images" / "base").glob("*.png"))) == 2
+
+
+@pytest.mark.parametrize(("loras", "offline"), [([], "1"), (["."], "1"), ([".", "user/edits"], "0")])
+def test_the_embedded_model_asks_the_network_for_nothing_but_a_lora(loras, offline, monkeypatch):
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    use_embedded_model(loras)
+    assert os.environ["HF_HUB_OFFLINE"] == offline

@@ -65,7 +65,7 @@ def run(arguments: Sequence[str]) -> None:
     (args,) = parse((DiagnoseArguments,), arguments, None, "rcgrpo diagnose")
     fill_in(args)
     if args.model == TINY and args.dataset == MINI:
-        use_embedded_model()
+        use_embedded_model([] if args.lora is None else [args.lora])
     import torch
     from diffusers import FluxKontextPipeline
 

@@ -1,6 +1,5 @@
 """`rcgrpo edit`: one picture."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,9 +33,7 @@ def run(arguments: Sequence[str]) -> None:
     if args.num_candidates < 1:
         raise UsageError(f"--num_candidates: got {args.num_candidates}, expected at least 1")
     if args.model == TINY:
-        if args.lora is not None and not Path(args.lora).exists():
-            os.environ.setdefault("HF_HUB_OFFLINE", "0")  # a LoRA on the Hub is fetched all the same
-        use_embedded_model()
+        use_embedded_model([] if args.lora is None else [args.lora])
     import torch
     from diffusers import FluxKontextPipeline
     from PIL import Image

@@ -80,7 +80,7 @@ def run(arguments: Sequence[str]) -> None:
     (args,) = parse((EvaluateArguments,), gather_repeated(arguments, "--lora"), None, "rcgrpo evaluate")
     fill_in(args)
     if args.model == TINY and args.dataset == MINI and not {"lc_t", "lc_i"} & {*args.metrics}:
-        use_embedded_model()
+        use_embedded_model(args.lora)
     from diffusers import FluxKontextPipeline
 
     from ..benchmark import Sampling, contenders, load_loras, make_plan, open_folder, rows_digest
