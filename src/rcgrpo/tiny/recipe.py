@@ -41,7 +41,8 @@ GUIDANCE = 3.0
 GUIDED_SHARE = 1 / 3
 """Weight of the guided weights in the average with those before: a fully guided editor leaves little to learn."""
 KL_WEIGHT = 3e-3
-BF16 = torch.cpu._is_amx_tile_supported()  # without matrix units bf16 is slower than fp32
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BF16 = DEVICE == "cuda" or torch.cpu._is_amx_tile_supported()  # without matrix units bf16 is slower than fp32
 
 
 # ---------------------------------------------------------------- the parts, untrained
@@ -189,11 +190,12 @@ def fit(
     checkpoint, log = work / f"{name}.pt", work / f"{name}.jsonl"
     start, seconds = 0, 0.0
     if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
+        state = torch.load(checkpoint, map_location="cpu", weights_only=True)
         modules.load_state_dict(state["modules"])
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         ema.load_state_dict(state["ema"])
+        ema.to(parameters[0].device)
         start, seconds = state["step"], state["seconds"]
     began = time.perf_counter()
     running = 0.0
@@ -265,26 +267,27 @@ def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
 
 def train_vae(work: Path, steps: int, pool: dict[str, Any], held_out: dict[str, Any], batch: int = 16) -> AutoencoderKL:
     torch.manual_seed(0)
-    vae = build_vae().to(memory_format=torch.channels_last)
+    vae = build_vae().to(DEVICE, memory_format=torch.channels_last)
     for name, module in vae.named_modules():
         if name.endswith("conv2"):
             torch.nn.init.zeros_(module.weight)  # residual blocks start as the identity: a shallow network learns first
     encoder, decoder = torch.compile(vae.encoder), torch.compile(vae.decoder)
     pictures = pool["pictures"].flatten(0, 1)
-    test = held_out["pictures"][:64].flatten(0, 1).float() / 127.5 - 1
+    test = held_out["pictures"][:64].flatten(0, 1).to(DEVICE).float() / 127.5 - 1
 
     def loss_function(generator: torch.Generator) -> torch.Tensor:
         x = (
-            pictures[torch.randint(len(pictures), (batch,), generator=generator)].contiguous(
-                memory_format=torch.channels_last
-            )
+            pictures[torch.randint(len(pictures), (batch,), generator=generator)]
+            .to(DEVICE)
+            .contiguous(memory_format=torch.channels_last)
             / 127.5
             - 1
         )
-        with torch.autocast("cpu", torch.bfloat16, enabled=BF16):
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=BF16):
             mean, logvar = encoder(x).chunk(2, dim=1)
             logvar = logvar.clamp(-30, 20)
-            decoded = decoder(mean + torch.exp(0.5 * logvar) * torch.randn(mean.shape, generator=generator))
+            noise = torch.randn(mean.shape, generator=generator).to(DEVICE)
+            decoded = decoder(mean + torch.exp(0.5 * logvar) * noise)
         rmse = ((decoded.float() - x) ** 2).flatten(1).mean(1).sqrt()
         kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).float().mean()
         return rmse.mean() + KL_WEIGHT * kl
@@ -295,7 +298,7 @@ def train_vae(work: Path, steps: int, pool: dict[str, Any], held_out: dict[str, 
 
     fit("vae", torch.nn.ModuleDict({"vae": vae}), loss_function, work, steps, 2e-3, report, muon_learning_rate=0.02)
     with torch.no_grad():
-        z = vae.encode(pictures[:2048].float() / 127.5 - 1).latent_dist.mode()
+        z = vae.encode(pictures[:2048].to(DEVICE).float() / 127.5 - 1).latent_dist.mode()
     vae.register_to_config(shift_factor=round(float(z.mean()), 6), scaling_factor=round(1 / float(z.std()), 6))
     return vae.eval().requires_grad_(False)
 
@@ -309,10 +312,10 @@ def encode_pool(work: Path, name: str, vae: AutoencoderKL, pool: dict[str, Any])
         partial = path.with_suffix(".tmp.npy")
         latents = np.lib.format.open_memmap(partial, "w+", np.float16, (rows, 2, (side // 2) ** 2, 64))
         for i in tqdm(range(0, rows, 128), desc=f"encoding {name}", mininterval=5):
-            pictures = pool["pictures"][i : i + 128].flatten(0, 1).float() / 127.5 - 1
+            pictures = pool["pictures"][i : i + 128].flatten(0, 1).to(DEVICE).float() / 127.5 - 1
             z = (vae.encode(pictures).latent_dist.mode() - vae.config.shift_factor) * vae.config.scaling_factor
             packed = FluxKontextPipeline._pack_latents(z, len(z), 16, side, side)
-            latents[i : i + 128] = packed.unflatten(0, (-1, 2)).numpy()
+            latents[i : i + 128] = packed.unflatten(0, (-1, 2)).cpu().numpy()
         latents.flush()
         partial.replace(path)
     masks = F.max_pool2d(pool["masks"].float()[:, None], 8).flatten(2).transpose(1, 2)
@@ -334,12 +337,12 @@ def train_editor(
     """
     torch.manual_seed(0)
     parts = build_editor()
-    transformer, clip, t5 = parts["transformer"], parts["text_encoder"], parts["text_encoder_2"]
+    transformer, clip, t5 = (parts[name].to(DEVICE) for name in ("transformer", "text_encoder", "text_encoder_2"))
     side = SIZE // 8
-    ids = FluxKontextPipeline._prepare_latent_image_ids(1, side, side, "cpu", torch.float32)
+    ids = FluxKontextPipeline._prepare_latent_image_ids(1, side, side, DEVICE, torch.float32)
     everything = torch.arange(side**2)
     quarters = everything.view(2, side // 2, 2, side // 2).transpose(1, 2).reshape(4, -1)
-    txt_ids = torch.zeros(TEXT_LENGTH, 3)
+    txt_ids = torch.zeros(TEXT_LENGTH, 3, device=DEVICE)
     modules = torch.nn.ModuleDict({"transformer": transformer, "clip": clip, "t5": t5})
     forward = torch.compile(transformer, dynamic=False)
 
@@ -353,7 +356,7 @@ def train_editor(
         return latents, weights, tokenize(parts["tokenizer"], texts), tokenize(parts["tokenizer_2"], texts)
 
     train, test = prepare(data), prepare(held_out)
-    empty = tokenize(parts["tokenizer"], [""]), tokenize(parts["tokenizer_2"], [""])
+    empty = tokenize(parts["tokenizer"], [""]).to(DEVICE), tokenize(parts["tokenizer_2"], [""]).to(DEVICE)
     odds = torch.tensor([1.0 if text.startswith("remove") else DRAWING_SHARE for text in data[2]])
 
     def flow_matching_loss(
@@ -364,17 +367,17 @@ def train_editor(
         dropout: float = 0.0,
         teacher: dict[str, Any] | None = None,
     ) -> torch.Tensor:
-        latents, weights, clip_ids, t5_ids = (array[rows] for array in arrays)
+        latents, weights, clip_ids, t5_ids = (array[rows].to(DEVICE) for array in arrays)
         weights = weights[:, tokens]
         source, target = latents[:, :, tokens].float().unbind(1)
-        noise = torch.randn(target.shape, generator=generator)
-        u = torch.rand(len(rows), generator=generator)
+        noise = torch.randn(target.shape, generator=generator).to(DEVICE)
+        u = torch.rand(len(rows), generator=generator).to(DEVICE)
         sigma = 2.0 * u / (1 + u)
         x = torch.lerp(target, noise, sigma[:, None, None])
-        reference_ids = ids[tokens] + torch.tensor([1.0, 0.0, 0.0])
+        reference_ids = ids[tokens] + torch.tensor([1.0, 0.0, 0.0], device=DEVICE)
 
         def velocity(parts: Any, clip_ids: torch.Tensor, t5_ids: torch.Tensor) -> torch.Tensor:
-            with torch.autocast("cpu", torch.bfloat16, enabled=BF16):
+            with torch.autocast(DEVICE, torch.bfloat16, enabled=BF16):
                 return parts["transformer"](
                     hidden_states=torch.cat([x, source], dim=1),
                     encoder_hidden_states=parts["t5"](t5_ids)[0],
@@ -393,7 +396,7 @@ def train_editor(
             # Outside the region guidance only drives the background away from the source.
             aim = told + (GUIDANCE - 1) * (weights > 1) * (told - untold)
         if dropout:
-            silent = torch.rand(len(rows), 1, generator=generator) < dropout
+            silent = torch.rand(len(rows), 1, generator=generator).to(DEVICE) < dropout
             clip_ids, t5_ids = torch.where(silent, empty[0], clip_ids), torch.where(silent, empty[1], t5_ids)
         error = velocity({**modules, "transformer": forward}, clip_ids, t5_ids) - aim
         return (weights * error**2).sum() / (weights.sum() * target.shape[-1])
@@ -442,8 +445,10 @@ def export(parts: dict[str, Any], vae: AutoencoderKL, out: Path) -> None:
     pipeline needs one dtype.
     """
     parts = {name: copy.deepcopy(part) for name, part in parts.items()}
-    parts["transformer"].to(torch.float16)
-    FluxKontextPipeline(vae=copy.deepcopy(vae).to(torch.float16), **parts).save_pretrained(out)
+    for name in ("text_encoder", "text_encoder_2"):
+        parts[name].cpu()
+    parts["transformer"].to("cpu", torch.float16)
+    FluxKontextPipeline(vae=copy.deepcopy(vae).to("cpu", torch.float16), **parts).save_pretrained(out)
 
 
 def main() -> None:
