@@ -7,8 +7,8 @@
 A round is a rollout without the record and one with it, the order alternating, so that both meet the same load on the
 machine; the first round warms up and does not count. Times are the process's own on a CPU, of all its threads, and the
 clock's on a GPU. The table holds medians over rounds, the median of the ratios within rounds with the ends of their
-middle half, and the ratio of the fastest rollouts, which other work on the machine disturbed least. Decoding and rewards
-are no part of it.
+middle half, and the ratio of the fastest rollouts, which other work on the machine disturbed least. Decoding and
+rewards are no part of it.
 """
 
 import argparse
