@@ -124,6 +124,10 @@ REGION_ADVANTAGES = Variant(
         for key in ("reward_funcs", "reward_weights", "region_advantages", "reward_regions", "region_advantage_weights")
     },
 )
+# The same rewards on the same tokens, explored without the region: what of the gain is the noise's?
+GLOBAL_ADVANTAGES = Variant(
+    "Neighbor GRPO, region advantages", {**REGION_ADVANTAGES.config, "exploration": "global", "keep_weight": 1.0}
+)
 
 # The relatives start every candidate from noise of its own, as their papers do; the region's share is in `region`.
 FREE: dict[str, Any] = {"exploration": "global", "edit_strength": 1.0, "keep_weight": 1.0, "antithetic": False}
@@ -142,6 +146,7 @@ MAIN = Table(
         ATTENTION,
         SUMMED,
         REGION_ADVANTAGES,
+        GLOBAL_ADVANTAGES,
         Variant("Flow-GRPO", {**FLOW, **FREE}),
         Variant("Flow-GRPO + region", {**FLOW, **REGION}),
         Variant("DiffusionNFT", {**NFT, **FREE}),
