@@ -15,7 +15,7 @@ from rcgrpo import RegionDecoupledFluxKontextPipeline
 from rcgrpo.editors import FluxKontextEditor
 from rcgrpo.regions import to_tokens
 from rcgrpo.rollout import rollout
-from tiny_kontext import TINY_CALL, build_tiny_kontext
+from tiny_kontext import TINY_CALL, build_tiny_kontext, encode_one_by_one
 
 PROMPTS = ["make it red", "add a small boat"]
 
@@ -450,7 +450,8 @@ def test_attention_is_that_of_the_instruction_that_t5_reads(pipe, monkeypatch):
     assert read == [[PROMPTS[0]] * 2, ["sunny"] * 2]
 
 
-def test_attention_is_that_of_the_same_rollout(pipe):
+def test_attention_is_that_of_the_same_rollout():
+    pipe = encode_one_by_one(quiet(RegionDecoupledFluxKontextPipeline.from_pipe(build_tiny_kontext())))
     call = {"mask_image": MASKS, "num_images_per_prompt": 2, "output_attention": True, "output_type": "latent"}
     output = pipe(SOURCES, PROMPTS, latents=noise(2), generator=generator(), **call, **TINY_CALL)
     _, start = started_from(pipe, SOURCES, PROMPTS, latents=noise(2), generator=generator(), **call)

@@ -7,6 +7,7 @@ transformer covers 4x4 pixels, a 32x32 image is 8x8 tokens.
 """
 
 import string
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -108,3 +109,24 @@ def build_tiny_kontext(seed: int = 0, guidance_embeds: bool = False) -> FluxKont
         tokenizer_2=t5_tokenizer,
         transformer=transformer.eval(),
     )
+
+
+def encode_one_by_one(pipe: FluxKontextPipeline) -> FluxKontextPipeline:
+    """Let a pipeline's own call encode as `editor.encode` does, each prompt and picture by itself, to compare bits.
+
+    On some CPUs the encoders round a batch of two differently from its halves.
+    """
+    encode = type(pipe).encode_prompt
+
+    def each(
+        prompt: str | Sequence[str], prompt_2: Any = None, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        seconds = prompt_2 if isinstance(prompt_2, list) else [prompt_2] * len(prompts)
+        found = [encode(pipe, prompt=p, prompt_2=q, **kwargs) for p, q in zip(prompts, seconds, strict=True)]
+        embeds, pooled, token_ids = zip(*found, strict=True)
+        return torch.cat(embeds), torch.cat(pooled), token_ids[0]
+
+    pipe.vae.enable_slicing()
+    pipe.encode_prompt = each
+    return pipe

@@ -7,7 +7,7 @@ from rcgrpo.attention import AttentionRecorder
 from rcgrpo.editors import Conditions, FluxKontextEditor
 from rcgrpo.editors.flux_kontext import SOLVERS, Schedule, fit_size, instruction_token_weights, make_solver
 from rcgrpo.rollout import integrate, rollout
-from tiny_kontext import TINY_CALL, build_tiny_kontext
+from tiny_kontext import TINY_CALL, build_tiny_kontext, encode_one_by_one
 
 PROMPTS = ["make it red", "add a small boat"]
 
@@ -37,7 +37,7 @@ def pipeline():
 @pytest.mark.parametrize(("width", "height"), [(32, 32), (36, 24), (20, 48)])
 @pytest.mark.parametrize("guidance_embeds", [False, True])
 def test_rollout_reproduces_the_stock_pipeline(width, height, guidance_embeds):
-    pipe = build_tiny_kontext(guidance_embeds=guidance_embeds)
+    pipe = encode_one_by_one(build_tiny_kontext(guidance_embeds=guidance_embeds))
     pipe.set_progress_bar_config(disable=True)
     sources, start = [picture(1, width, height), picture(2, width, height)], noise(2, width * height // 16)
     call = {**TINY_CALL, "width": width, "height": height, "max_area": width * height, "guidance_scale": 2.0}
@@ -66,7 +66,7 @@ def test_guidance_reaches_a_distilled_model():
 
 
 def test_velocities_in_bf16_are_the_stock_ones_and_latents_stay_fp32():
-    pipe = build_tiny_kontext(guidance_embeds=True).to(torch.bfloat16)
+    pipe = encode_one_by_one(build_tiny_kontext(guidance_embeds=True)).to(torch.bfloat16)
     pipe.set_progress_bar_config(disable=True)
     start, seen = noise(2).bfloat16(), []
     handle = pipe.transformer.register_forward_hook(
@@ -265,7 +265,7 @@ def test_a_solver_needs_noise_levels_to_take_over():
 
 
 def test_true_cfg_reproduces_the_stock_pipeline():
-    pipe = build_tiny_kontext()
+    pipe = encode_one_by_one(build_tiny_kontext())
     pipe.set_progress_bar_config(disable=True)
     sources, start = [picture(1), picture(2)], noise(2)
     call = {**TINY_CALL, "true_cfg_scale": 2.5, "negative_prompt": ["blurry", "blurry"], "output_type": "latent"}
