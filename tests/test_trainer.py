@@ -137,7 +137,7 @@ def test_ratio_is_one_exactly_until_the_first_update(tmp_path, data, shape):
 
 
 @pytest.mark.parametrize(("bf16", "attention"), [(False, 0.0), (False, 0.1), (True, 0.0)])
-def test_update_takes_an_anchor_exactly_where_the_rollout_took_it(tmp_path, data, monkeypatch, bf16, attention):
+def test_update_takes_an_anchor_where_the_rollout_took_it(tmp_path, data, monkeypatch, bf16, attention):
     """In one batch shape; the trainer's own ratio could not tell, as its old policy is its first forward."""
     seen = []
 
@@ -155,8 +155,8 @@ def test_update_takes_an_anchor_exactly_where_the_rollout_took_it(tmp_path, data
     ((candidates, predicted),) = seen
     assert sorted(anchor for _, anchor, _ in where) == [0, 1, 2, 3]
     for i, (_, anchor, _) in enumerate(where):
-        assert torch.equal(predicted[i], candidates[i, anchor])
-        assert not torch.equal(predicted[i], candidates[i, anchor - 1])
+        off, apart = ((predicted[i] - candidates[i, other]).norm() for other in (anchor, anchor - 1))
+        assert off < 1e-4 * apart  # zero on most CPUs; some round a row by its place in the batch
 
 
 FLOW_GRPO = {"policy": "flow_grpo", "policy_steps_range": [0, 0.7]}
