@@ -32,7 +32,7 @@ from benchmarks.study.harness import (
     units_per_edit,
     updates_for,
 )
-from benchmarks.study.pages import Section, difference, read_conclusions, shown, write_page
+from benchmarks.study.pages import Section, difference, plot, read_conclusions, shown, write_page
 from benchmarks.study.summary import of_cell, over_seeds, summarise, test_against, with_rates
 from benchmarks.study.tables import TABLES, Table, Variant
 
@@ -265,7 +265,11 @@ def test_tables_name_things_that_exist(key):
     names = [variant.name for variant in table.variants]
     assert len(set(names)) == len(names)
     assert table.baseline is None or table.baseline in names
-    assert set(table.plotted) <= table.metrics.keys() and table.lower_is_better <= table.metrics.keys()
+    assert {variant.against for variant in table.variants} <= {None, *names}
+    assert {
+        *table.plotted,
+        *(table.plane or ()),
+    } <= table.metrics.keys() and table.lower_is_better <= table.metrics.keys()
 
 
 # Summary
@@ -418,12 +422,34 @@ def test_a_page_says_what_was_found_and_how_to_find_it_again(tmp_path):
     page = write_page(tmp_path, Section("x", TABLE, summarise(TABLE, made()), "the command", ["a note"]))
     assert (tmp_path / "page.md").read_text() == page
     lines = [line for line in page.splitlines() if line.startswith("| new")]
-    assert len(lines) == 2 and "0.555 ± 0.012" in lines[0] and "+0.30 ± 0.00*" in lines[1]
+    assert len(lines) == 3 and "0.555 ± 0.012" in lines[0]
+    assert "+0.50 ± 0.00*" in lines[1] and "| old | +0.30 ± 0.00*" in lines[2]  # to the base, to the baseline
+    assert page.index("Paired changes from the base") < page.index("Paired differences:")
     assert "`the command`" in page and "a note" in page
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["rows"][2]["tests"]["score"]["difference"] == pytest.approx(0.3)
     assert summary["rows"][2]["by_seed"]["score"] == pytest.approx([0.55, 0.555, 0.56])
     assert (tmp_path / "plot.png").stat().st_size > 1000
+
+
+def test_a_variant_may_be_tested_against_another_than_the_baseline():
+    variants = [*TABLE.variants[:2], replace(TABLE.variants[2], against="base")]
+    rows = summarise(replace(TABLE, variants=variants), made())["rows"]
+    assert [row["against"] for row in rows] == ["old", None, "base"]
+    assert rows[2]["tests"]["score"]["difference"] == pytest.approx(0.5)
+    assert rows[2]["gains"]["score"] == rows[2]["tests"]["score"] and rows[0]["gains"] == {}
+    assert "reward_per_minute" in rows[2]["tests"] and "reward_per_minute" not in rows[2]["gains"]
+
+
+@pytest.mark.parametrize("seeds", [(0,), (0, 1, 2)])
+def test_changes_of_two_metrics_are_drawn_against_each_other(tmp_path, seeds):
+    table = replace(TABLE, metrics={"score": "score", "reward": "reward"}, plane=("reward", "score"), plotted=())
+    results = made(seeds)
+    assert plot(tmp_path / "plane.png", table, summarise(table, results))
+    assert (tmp_path / "plane.png").stat().st_size > 1000
+    without = {place: result for place, result in results.items() if place[0] != "base"}
+    assert not plot(tmp_path / "nothing.png", table, summarise(table, without))
+    assert not (tmp_path / "nothing.png").exists()
 
 
 def test_the_study_is_published_from_what_was_run(tmp_path, monkeypatch):

@@ -46,10 +46,10 @@ class Sizes:
         survey_generations: candidates of such a group.
     """
 
-    steps: int = 18
-    edits_per_update: int = 2
+    steps: int = 30
+    edits_per_update: int = 3
     train_edits: int = 512
-    eval_edits: int = 96
+    eval_edits: int = 192
     survey_edits: int = 12
     survey_generations: int = 8
 

@@ -15,7 +15,7 @@ from typing import Any
 from rcgrpo.report import pad_table, write_atomically
 
 from .harness import finite
-from .tables import COSTS, Table
+from .tables import BASE, COSTS, RATES, Table
 
 COLOURS = ("#2563eb", "#ea580c", "#059669", "#9333ea", "#57606a", "#f59e0b", "#0891b2", "#be123c")
 INK, FAINT, HAIR = "#1f2328", "#57606a", "#c9ced6"
@@ -55,10 +55,14 @@ class Section:
         if picture:
             parts.append(f"![{table.title}]({picture})")
         compared = {name: title for name, title in table.metrics.items() if name not in COSTS}
+        gained = {name: title for name, title in compared.items() if name not in RATES}
+        gains = [[label(row), *(difference(row["gains"].get(m)) for m in gained)] for row in rows if row["gains"]]
+        if gains:
+            parts += ["Paired changes from the base:", pad_table([["", *gained.values()], *gains])]
         tested = [
             [label(row), row["against"], *(difference(row["tests"].get(m)) for m in compared)]
             for row in rows
-            if row["tests"]
+            if row["tests"] and row["variant"] != BASE.name
         ]
         if tested:
             parts += ["Paired differences:", pad_table([["", "to", *compared.values()], *tested], left=(0, 1))]
@@ -167,6 +171,8 @@ def plot(path: Path, table: Table, summary: Mapping[str, Any]) -> bool:
     from matplotlib.figure import Figure
 
     rows, panels = summary["rows"], [*table.curves, *table.plotted]
+    if table.plane is not None:
+        return draw_plane(path, table, [row for row in rows if row["gains"]])
     if not rows or not panels:
         return False
     height = 3.6 if table.curves else 0.26 * len(rows) + 1.1
@@ -203,23 +209,62 @@ def draw_dots(axes: Any, table: Table, rows: Sequence[Mapping[str, Any]], arms: 
         colour = COLOURS[arms.index(row["arm"]) % len(COLOURS)]
         if table.baseline is None:
             mean = row["means"][name]
-            centre, ends, alone = mean["mean"], (mean["mean"] - mean["half"], mean["mean"] + mean["half"]), False
+            centre, alone = mean["mean"], False
+            spread = None if math.isnan(mean["half"]) else [[mean["half"]], [mean["half"]]]
         elif row["variant"] == table.baseline:
             axes.axvline(0, color=FAINT, linewidth=1, zorder=0)
             continue
         elif (test := row["tests"].get(name)) is None:
             continue
         else:
-            centre, ends, alone = test["difference"], (test["seeds_low"], test["seeds_high"]), False
-            if math.isnan(ends[0]):
-                ends, alone = (test["edits_low"], test["edits_high"]), True
-        spread = None if math.isnan(ends[0]) else [[max(0.0, centre - ends[0])], [max(0.0, ends[1] - centre)]]
+            centre, spread, alone = test["difference"], reach(test), math.isnan(test["seeds_low"])
         fill = "white" if alone or spread is None else colour
         axes.errorbar(centre, i, xerr=spread, fmt="o", ms=4.5, color=colour, mfc=fill, capsize=2.5, lw=1.4)
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.locator_params(axis="x", nbins=5)
     change = "" if table.baseline is None else f": difference to {table.baseline}"
     axes.set_title(f"{table.metrics[name]}{change}", fontsize=9, color=INK, loc="left")
+
+
+def draw_plane(path: Path, table: Table, rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Every variant's gains over the base, one metric against the other; hollow without region noise."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    if table.plane is None or not rows:
+        return False
+    across, up = table.plane
+    everywhere = {variant.name for variant in table.variants if variant.config.get("exploration") == "global"}
+    figure = Figure(figsize=(9, 4.8), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(HAIR)
+    axes.tick_params(labelsize=8, colors=FAINT, length=0)
+    axes.axhline(0, color=FAINT, linewidth=1, zorder=0)
+    axes.axvline(0, color=FAINT, linewidth=1, zorder=0)
+    for i, row in enumerate(rows):
+        x, y = row["gains"][across], row["gains"][up]
+        colour = COLOURS[i // 2 % len(COLOURS)]
+        fill = "white" if row["variant"] in everywhere else colour
+        axes.errorbar(
+            x["difference"], y["difference"], xerr=reach(x), yerr=reach(y), fmt="o", color=colour, mfc=fill,
+            ms=7, capsize=2, lw=0.9, label=f"{row['variant']} ({len(row['seeds'])})",
+        )  # fmt: skip
+    axes.set_xlabel(f"{table.metrics[across]}: change from the base", fontsize=9, color=INK)
+    axes.set_ylabel(f"{table.metrics[up]}: change from the base", fontsize=9, color=INK)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=8, title="variant (seeds)", title_fontsize=8)
+    with write_atomically(path) as part:
+        figure.savefig(part, facecolor="white")
+    return True
+
+
+def reach(test: Mapping[str, Any]) -> list[list[float]] | None:
+    """How far a test's interval goes to both sides of its difference: over seeds, of one seed over edits."""
+    parts = ("seeds_low", "seeds_high") if not math.isnan(test["seeds_low"]) else ("edits_low", "edits_high")
+    low, high = (test[part] for part in parts)
+    centre = test["difference"]
+    return None if math.isnan(low) else [[max(0.0, centre - low)], [max(0.0, high - centre)]]
 
 
 def draw_curves(axes: Any, table: Table, rows: Sequence[Mapping[str, Any]], arms: Sequence[str], name: str) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 
 from rcgrpo.report import paired_bootstrap
 
-from .tables import COSTS, Table
+from .tables import BASE, COSTS, RATES, Table
 
 Results = Mapping[tuple[str, int], Mapping[str, Any]]
 """Finished cells' results by variant and seed."""
@@ -92,7 +92,7 @@ def seeds_of(row: Row, results: Results) -> list[int]:
     return sorted(seed for (name, seed), result in results.items() if name == row[0] and row[1] in result["arms"])
 
 
-def with_rates(results: Results, base: str = "base") -> dict[tuple[str, int], dict[str, Any]]:
+def with_rates(results: Results, base: str = BASE.name) -> dict[tuple[str, int], dict[str, Any]]:
     """The results with what training gained in reward over the base of the same seed, for what it cost.
 
     `reward_per_1000_units` by counted compute, the same on every machine; `reward_per_minute` by the processor time of
@@ -119,7 +119,8 @@ def baseline_of(table: Table, row: Row) -> Row | None:
     """What a row is tested against; `None` for the baseline itself and where a table has none."""
     if table.baseline is None and table.baseline_arm is None:
         return None
-    other = (table.baseline or row[0], table.baseline_arm if table.baseline_arm is not None else row[1])
+    own = next((variant.against for variant in table.variants if variant.name == row[0]), None)
+    other = (own or table.baseline or row[0], table.baseline_arm if table.baseline_arm is not None else row[1])
     return None if other == row else other
 
 
@@ -153,6 +154,14 @@ def test_against(metric: str, row: Row, other: Row, results: Results) -> Test | 
     return _test(difference, tested.low, tested.high)
 
 
+def tests_of(metrics: Sequence[str], row: Row, other: Row | None, results: Results) -> dict[str, dict[str, Any]]:
+    """`test_against` of each metric that has one, as plain data; nothing without another row."""
+    if other is None:
+        return {}
+    found = {metric: test_against(metric, row, other, results) for metric in metrics}
+    return {metric: {**asdict(test), "clear": test.clear} for metric, test in found.items() if test is not None}
+
+
 def _test(difference: Mean, low: float, high: float) -> Test:
     mean, half = difference.mean, difference.half
     return Test(mean, mean - half, mean + half, low, high)
@@ -167,10 +176,9 @@ def summarise(table: Table, results: Results) -> dict[str, Any]:
         arms = [rated[row[0], seed]["arms"][row[1]] for seed in seeds]
         by_seed = {metric: [of_cell(arm, metric) for arm in arms] for metric in table.metrics}
         other = baseline_of(table, row)
-        tests = {}
-        if other is not None:
-            found = {m: test_against(m, row, other, rated) for m in table.metrics if m not in COSTS}
-            tests = {metric: {**asdict(t), "clear": t.clear} for metric, t in found.items() if t is not None}
+        start = None if row[0] == BASE.name else (BASE.name, row[1])
+        tests = tests_of([m for m in table.metrics if m not in COSTS], row, other, rated)
+        gains = tests_of([m for m in table.metrics if m not in COSTS | RATES], row, start, rated)
         curves = {
             name: [asdict(over_seeds(point)) for point in zip(*(arm["curves"][name] for arm in arms), strict=True)]
             for name in arms[0].get("curves", {})
@@ -184,6 +192,7 @@ def summarise(table: Table, results: Results) -> dict[str, Any]:
                 "by_seed": by_seed,
                 "against": None if other is None else " ".join(part for part in other if part),
                 "tests": tests,
+                "gains": gains,
                 "curves": curves,
             }
         )
