@@ -12,7 +12,8 @@ from PIL import Image
 
 from rcgrpo.cli.data import VERBS, InspectArguments, MaskArguments, _maker, run, tint
 from rcgrpo.cli.parsing import UsageError
-from rcgrpo.data.loading import CanonicalRows, load_edit_dataset
+from rcgrpo.data.canonical import CanonicalRows
+from rcgrpo.data.loading import load_edit_dataset
 
 SIZE = (48, 32)
 BOX = (8, 8, 28, 24)

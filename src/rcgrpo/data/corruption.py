@@ -8,8 +8,8 @@ from datasets import Dataset, Features, Image
 from PIL import Image as PILImage
 
 from ..regions import CORRUPTIONS, Corruption, corrupt
+from .canonical import CanonicalRows
 from .edits import decode_picture
-from .loading import CanonicalRows
 
 
 def corrupt_dataset(
