@@ -47,7 +47,7 @@ class Sizes:
     """
 
     steps: int = 30
-    edits_per_update: int = 3
+    edits_per_update: int = 6
     train_edits: int = 512
     eval_edits: int = 192
     survey_edits: int = 12
