@@ -248,7 +248,8 @@ class FluxKontextEditor:
     def encode(self, images: Sequence[Image.Image], prompts: Sequence[str], cache_images: bool = True) -> Conditions:
         """Encode sources of one common size (see `size_for`) and their instructions.
 
-        Each is encoded by itself: its numbers are the same bits in every batch, from the cache or not.
+        Each is encoded by itself: its numbers are the same bits in every batch, from the cache or not. The stock
+        pipeline encodes a batch at once, which some CPUs round differently in the last bits.
 
         Args:
             images, prompts: one of each for every edit.
