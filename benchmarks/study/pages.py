@@ -172,7 +172,7 @@ def plot(path: Path, table: Table, summary: Mapping[str, Any]) -> bool:
 
     rows, panels = summary["rows"], [*table.curves, *table.plotted]
     if table.plane is not None:
-        return draw_plane(path, table, [row for row in rows if row["gains"]])
+        return draw_plane(path, table, rows)
     if not rows or not panels:
         return False
     height = 3.6 if table.curves else 0.26 * len(rows) + 1.1
@@ -227,13 +227,23 @@ def draw_dots(axes: Any, table: Table, rows: Sequence[Mapping[str, Any]], arms: 
 
 
 def draw_plane(path: Path, table: Table, rows: Sequence[Mapping[str, Any]]) -> bool:
-    """Every variant's gains over the base, one metric against the other; hollow without region noise."""
+    """Every variant's changes from the base, one metric against the other: the mean large, its seeds small around it.
+
+    Seeds differ in the edits they see, hence together: variants are told apart by the paired differences, not here.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    if table.plane is None or not rows:
+    start = next((row for row in rows if row["variant"] == BASE.name), None)
+    shown_rows = [row for row in rows if row["gains"]]
+    if table.plane is None or start is None or not shown_rows:
         return False
-    across, up = table.plane
+
+    def changes(row: Mapping[str, Any], metric: str) -> list[float]:
+        before = dict(zip(start["seeds"], start["by_seed"][metric], strict=True))
+        after = zip(row["seeds"], row["by_seed"][metric], strict=True)
+        return [value - before[seed] for seed, value in after if seed in before]
+
     everywhere = {variant.name for variant in table.variants if variant.config.get("exploration") == "global"}
     figure = Figure(figsize=(9, 4.8), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
@@ -241,19 +251,24 @@ def draw_plane(path: Path, table: Table, rows: Sequence[Mapping[str, Any]]) -> b
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(HAIR)
     axes.tick_params(labelsize=8, colors=FAINT, length=0)
-    axes.axhline(0, color=FAINT, linewidth=1, zorder=0)
-    axes.axvline(0, color=FAINT, linewidth=1, zorder=0)
-    for i, row in enumerate(rows):
-        x, y = row["gains"][across], row["gains"][up]
-        colour = COLOURS[i // 2 % len(COLOURS)]
+    axes.axhline(0, color=HAIR, linewidth=1, zorder=0)
+    axes.axvline(0, color=HAIR, linewidth=1, zorder=0)
+    for i, row in enumerate(shown_rows):
+        across, up = (changes(row, metric) for metric in table.plane)
+        centre = sum(across) / len(across), sum(up) / len(up)
+        colour = COLOURS[i % len(COLOURS)]
         fill = "white" if row["variant"] in everywhere else colour
-        axes.errorbar(
-            x["difference"], y["difference"], xerr=reach(x), yerr=reach(y), fmt="o", color=colour, mfc=fill,
-            ms=7, capsize=2, lw=0.9, label=f"{row['variant']} ({len(row['seeds'])})",
-        )  # fmt: skip
-    axes.set_xlabel(f"{table.metrics[across]}: change from the base", fontsize=9, color=INK)
-    axes.set_ylabel(f"{table.metrics[up]}: change from the base", fontsize=9, color=INK)
-    figure.legend(loc="outside right upper", frameon=False, fontsize=8, title="variant (seeds)", title_fontsize=8)
+        for point in zip(across, up, strict=True):
+            axes.plot(*zip(centre, point, strict=True), color=colour, linewidth=0.6, alpha=0.35, zorder=1)
+        axes.plot(across, up, "o", color=colour, markerfacecolor=fill, markersize=3, alpha=0.5, zorder=2)
+        name = f"{row['variant']} ({len(across)})"
+        marker = "o" if i < len(COLOURS) else "s"
+        axes.plot(*centre, marker, color=colour, markerfacecolor=fill, markersize=9, zorder=3, label=name)
+    titles = [f"{table.metrics[metric]}: change from the base" for metric in table.plane]
+    axes.set_xlabel(titles[0], fontsize=9, color=INK)
+    axes.set_ylabel(titles[1], fontsize=9, color=INK)
+    title = "variant (seeds); hollow: without region noise"
+    figure.legend(loc="outside right upper", frameon=False, fontsize=8, title=title, title_fontsize=8)
     with write_atomically(path) as part:
         figure.savefig(part, facecolor="white")
     return True
