@@ -180,10 +180,7 @@ def plot(path: Path, table: Table, summary: Mapping[str, Any]) -> bool:
     FigureCanvasAgg(figure)
     arms = list(dict.fromkeys(row["arm"] for row in rows))
     for place, name in enumerate(panels):
-        axes = figure.add_subplot(1, len(panels), place + 1)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.spines[["left", "bottom"]].set_color(HAIR)
-        axes.tick_params(labelsize=8, colors=FAINT, length=0)
+        axes = quiet(figure.add_subplot(1, len(panels), place + 1))
         axes.grid(color="#eaeef2", linewidth=0.8, axis="both" if name in table.curves else "x")
         axes.set_axisbelow(True)
         if name in table.curves:
@@ -197,6 +194,14 @@ def plot(path: Path, table: Table, summary: Mapping[str, Any]) -> bool:
     with write_atomically(path) as part:
         figure.savefig(part, facecolor="white")
     return True
+
+
+def quiet(axes: Any) -> Any:
+    """The same axes without a frame, so that only data are dark."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(HAIR)
+    axes.tick_params(labelsize=8, colors=FAINT, length=0)
+    return axes
 
 
 def draw_dots(axes: Any, table: Table, rows: Sequence[Mapping[str, Any]], arms: Sequence[str], name: str) -> None:
@@ -247,10 +252,7 @@ def draw_plane(path: Path, table: Table, rows: Sequence[Mapping[str, Any]]) -> b
     everywhere = {variant.name for variant in table.variants if variant.config.get("exploration") == "global"}
     figure = Figure(figsize=(9, 4.8), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(HAIR)
-    axes.tick_params(labelsize=8, colors=FAINT, length=0)
+    axes = quiet(figure.add_subplot())
     axes.axhline(0, color=HAIR, linewidth=1, zorder=0)
     axes.axvline(0, color=HAIR, linewidth=1, zorder=0)
     for i, row in enumerate(shown_rows):
