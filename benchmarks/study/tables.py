@@ -223,9 +223,9 @@ MASKS = Table(
     [
         BASE,
         NEIGHBOR,
-        RC_GRPO,
+        REGION_ADVANTAGES,
         *(
-            Variant(f"{kind} {severity:g}", corruption=(kind, severity))
+            Variant(f"{kind} {severity:g}", REGION_ADVANTAGES.config, corruption=(kind, severity))
             for kind in CORRUPTIONS
             for severity in (0.5, 1.0)
         ),
@@ -242,12 +242,18 @@ ATTENTION_SWEEP = Table(
     "train",
     [
         BASE,
-        RC_GRPO,
-        *(Variant(f"weight {w:g}", {"attention_reward_weight": w}) for w in (0.02, 0.05, 0.2, 1.0)),
-        Variant("attention alone", {"attention_reward_weight": 1.0, "reward_weights": [0.0, 0.0]}),
+        REGION_ADVANTAGES,
+        *(
+            Variant(f"weight {w:g}", {**REGION_ADVANTAGES.config, "attention_reward_weight": w})
+            for w in (0.02, 0.05, 0.2, 1.0)
+        ),
+        Variant(
+            "attention alone",
+            {**REGION_ADVANTAGES.config, "attention_reward_weight": 1.0, "reward_weights": [0.0, 0.0]},
+        ),
     ],
     {**EDITING, **ARTEFACTS},
-    baseline=RC_GRPO.name,
+    baseline=REGION_ADVANTAGES.name,
     survey=True,
     plotted=("attention_density", "diversity_inside", "held_out", "psnr"),
     seeds=3,
@@ -256,7 +262,10 @@ ATTENTION_SWEEP = Table(
 SWEEPS: dict[str, Sequence[Any]] = {
     "keep_strength": (0.1, 0.3),
     "edit_strength": (0.3, 0.7, 1.0),
-    "keep_weight": (0.0, 1.0),
+    "mask_growth": (0.05, 0.125),
+    "region_advantage_weights": ([1.0, 0.5], [1.0, 2.0]),
+    "scale_rewards": ("batch", "none"),
+    "keep_hinge_weight": (0.15,),
     "num_generations": (6, 24),
     "num_anchors": (2, 8),
     "num_policy_steps": (1, 2),
@@ -273,11 +282,11 @@ SETTINGS = Table(
     "train",
     [
         BASE,
-        RC_GRPO,
+        REGION_ADVANTAGES,
         *(
             Variant(
                 f"{name} {value:g}" if isinstance(value, float | int) else f"{name} {value}",
-                {name: value, **FITTING.get((name, str(value)), {})},
+                {**REGION_ADVANTAGES.config, name: value, **FITTING.get((name, str(value)), {})},
             )
             for name, values in SWEEPS.items()
             for value in values
@@ -285,7 +294,7 @@ SETTINGS = Table(
         ),
     ],
     {**EDITING, "updates": "updates"},
-    baseline=RC_GRPO.name,
+    baseline=REGION_ADVANTAGES.name,
     plotted=("edit_score", "psnr"),
     seeds=3,
 )
