@@ -457,31 +457,32 @@ def test_the_study_is_published_from_what_was_run(tmp_path, monkeypatch):
     monkeypatch.setattr(command, "TABLES", {"x": TABLE, "y": TABLE})
     assert command.main(["publish", "--work", str(work), "--docs", str(docs)]) == 1 and not docs.exists()
 
-    def ran(seeds, settings, line):
+    def ran(seeds, settings):
         cells = planned(work, seeds)
         for place, cell in cells.items():
             if place != ("new", 1):
                 cell.folder.mkdir(parents=True, exist_ok=True)
                 (cell.folder / "result.json").write_text(json.dumps(made(seeds)[place]))
-        command.remember(work / "x", settings, cells, line)
+        command.remember(work / "x", settings, cells)
 
-    settings = {"sizes": {**vars(SIZES)}}
-    ran([0], settings, "first")
-    ran([1, 2], settings, "second")
+    settings = {"sizes": {**vars(SIZES)}, "overrides": {}}
+    ran([0], settings)
+    ran([1, 2], settings)
     assert command.main(["publish", "--work", str(work), "--docs", str(docs)]) == 0
     page = (docs / "study.md").read_text()
     assert "## x. A table" in page and "## y" not in page and "two shared cores" in page
-    assert "`first && second`" in page and "**1 of 9 cells have not finished.**" in page and "study/x.png" in page
+    assert "benchmarks.study x --seeds 0 1 2 --steps" in page and "--only" not in page
+    assert "**1 of 9 cells have not finished.**" in page and "study/x.png" in page
     assert [row["seeds"] for row in json.loads((docs / "study" / "x.json").read_text())["rows"]] == [
         [0, 1, 2],
         [0, 1, 2],
         [0, 2],
     ]
     # another recipe or editor is another study
-    ran([0], {**settings, "weights": "retrained"}, "third")
+    ran([0], {**settings, "overrides": {"solver": "heun"}})
     command.main(["publish", "--work", str(work), "--docs", str(docs)])
     page = (docs / "study.md").read_text()
-    assert "`third`" in page and "Seeds: 0." in page
+    assert "--seeds 0 --steps" in page and """--set solver='"heun"'`""" in page and "Seeds: 0." in page
 
 
 def test_conclusions_belong_to_their_table(tmp_path):

@@ -87,9 +87,8 @@ def main(argv: list[str] | None = None) -> int:
         announce(cells, args)
         return 0
     settings = {"sizes": asdict(sizes), "overrides": overrides, "recipe": recipe(), "weights": weights}
-    command = " ".join(["python -m benchmarks.study", *map(shlex.quote, argv or sys.argv[1:])])
     for key, planned in plans.items():
-        remember(args.work / key, settings, planned, command)
+        remember(args.work / key, settings, planned)
     failed = []
     if not args.report:
         announce(cells, args)
@@ -120,19 +119,13 @@ def announce(cells: list[Cell], args: argparse.Namespace) -> None:
 # What was run ---------------------------------------------------------------------------------------------------------
 
 
-def remember(folder: Path, settings: dict[str, Any], planned: dict[tuple[str, int], Cell], command: str) -> None:
+def remember(folder: Path, settings: dict[str, Any], planned: dict[tuple[str, int], Cell]) -> None:
     """Keep in `plan.json` which cells a table has; seeds and variants add up as long as the settings are the same."""
     earlier = recall(folder)
     settings = json.loads(json.dumps(settings))
-    same = earlier is not None and earlier["settings"] == settings
-    cells: Planned = dict(earlier["cells"]) if earlier is not None and same else {}
+    cells: Planned = dict(earlier["cells"]) if earlier is not None and earlier["settings"] == settings else {}
     cells |= {place: cell.folder.name for place, cell in planned.items()}
-    commands = [*(earlier["commands"] if earlier is not None and same else []), command]
-    content = {
-        "settings": settings,
-        "commands": list(dict.fromkeys(line for line in commands if "--report" not in line)) or [command],
-        "cells": [[variant, seed, name] for (variant, seed), name in cells.items()],
-    }
+    content = {"settings": settings, "cells": [[variant, seed, name] for (variant, seed), name in cells.items()]}
     with write_atomically(folder / "plan.json") as path:
         path.write_text(json.dumps(content, indent=1))
 
@@ -144,6 +137,26 @@ def recall(folder: Path) -> dict[str, Any] | None:
         return None
     content = json.loads(path.read_text())
     return {**content, "cells": {(variant, seed): name for variant, seed, name in content["cells"]}}
+
+
+def reproduce(key: str, settings: dict[str, Any], cells: Planned) -> str:
+    """The commands that run these cells: one for the variants that have the same seeds."""
+    seeds: dict[str, list[int]] = {}
+    for variant, seed in sorted(cells):
+        seeds.setdefault(variant, []).append(seed)
+    alike: dict[tuple[int, ...], list[str]] = {}
+    for variant in TABLES[key].variants:
+        if variant.name in seeds:
+            alike.setdefault(tuple(seeds[variant.name]), []).append(variant.name)
+    changed = [f"--{name} {value}" for name, value in settings["sizes"].items() if value != getattr(Sizes(), name)]
+    if settings["overrides"]:
+        changed += ["--set", *(f"{name}={shlex.quote(json.dumps(v))}" for name, v in settings["overrides"].items())]
+    lines = []
+    for numbers, names in alike.items():
+        only = [] if len(names) == len(TABLES[key].variants) else ["--only", *map(shlex.quote, names)]
+        parts = ["python -m benchmarks.study", key, "--seeds", *map(str, numbers), *changed, *only]
+        lines.append(" ".join(parts))
+    return " && ".join(lines)
 
 
 def section(work: Path, key: str) -> Any:
@@ -173,7 +186,8 @@ def section(work: Path, key: str) -> Any:
     notes.append(f"{len(files)} cells, {minutes:.0f} minutes of processes in all, {cpu:.0f} of them computing.")
     if missing := len(files) - len(finished):
         notes.append(f"**{missing} of {len(files)} cells have not finished.**")
-    return Section(key, table, summarise(table, finished), " && ".join(kept["commands"]), notes)
+    command = reproduce(key, kept["settings"], kept["cells"])
+    return Section(key, table, summarise(table, finished), command, notes)
 
 
 def publish(args: argparse.Namespace) -> int:
