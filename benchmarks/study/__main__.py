@@ -142,8 +142,8 @@ def recall(folder: Path) -> dict[str, Any] | None:
 def reproduce(key: str, settings: dict[str, Any], cells: Planned) -> str:
     """The commands that run these cells: one for the variants that have the same seeds."""
     seeds: dict[str, list[int]] = {}
-    for variant, seed in sorted(cells):
-        seeds.setdefault(variant, []).append(seed)
+    for name, seed in sorted(cells):
+        seeds.setdefault(name, []).append(seed)
     alike: dict[tuple[int, ...], list[str]] = {}
     for variant in TABLES[key].variants:
         if variant.name in seeds:

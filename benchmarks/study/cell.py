@@ -60,15 +60,15 @@ class MiniRows(Sequence[dict[str, Any]]):
     """
 
     def __init__(self, split: str, count: int, corruption: tuple[Any, float] | None = None, seed: int = 0) -> None:
-        self.split, self.count, self.corruption, self.seed = split, count, corruption, seed
+        self.split, self.rows, self.corruption, self.seed = split, count, corruption, seed
         self._drawn: dict[int, dict[str, Any]] = {}
 
     def __len__(self) -> int:
-        return self.count
+        return self.rows
 
     def __getitem__(self, index: Any) -> Any:
-        if not 0 <= index < self.count:
-            raise IndexError(f"row: got {index}, expected one of 0..{self.count - 1}")
+        if not 0 <= index < self.rows:
+            raise IndexError(f"row: got {index}, expected one of 0..{self.rows - 1}")
         if index not in self._drawn:
             row = render(self.split, index)
             if self.corruption is not None:
@@ -116,7 +116,7 @@ def judges(*names: str) -> dict[str, Any]:
     return {name: resolve_rewards(JUDGED[name])[0] for name in names}
 
 
-JUDGED = {
+JUDGED: dict[str, Any] = {
     "reward": "compbench_mini",
     "edit": "region_edit",
     "keep": "background_keep",
