@@ -231,7 +231,7 @@ MASKS = Table(
         ),
     ],
     EDITING,
-    baseline=NEIGHBOR.name,
+    baseline=REGION_ADVANTAGES.name,
     plotted=("edit_score", "psnr"),
     seeds=3,
 )
