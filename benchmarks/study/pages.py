@@ -173,6 +173,8 @@ def plot(path: Path, table: Table, summary: Mapping[str, Any]) -> bool:
     rows, panels = summary["rows"], [*table.curves, *table.plotted]
     if table.plane is not None:
         return draw_plane(path, table, rows)
+    if table.baseline is not None:
+        rows = [row for row in rows if row["variant"] != table.baseline]
     if not rows or not panels:
         return False
     height = 3.6 if table.curves else 0.26 * len(rows) + 1.1
@@ -191,6 +193,8 @@ def plot(path: Path, table: Table, summary: Mapping[str, Any]) -> bool:
     if table.curves:
         handles, names = figure.axes[0].get_legend_handles_labels()
         figure.legend(handles, names, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    elif table.baseline is not None:
+        figure.suptitle(f"Paired difference to {table.baseline}", x=0.01, ha="left", fontsize=9, color=FAINT)
     with write_atomically(path) as part:
         figure.savefig(part, facecolor="white")
     return True
@@ -210,15 +214,14 @@ def draw_dots(axes: Any, table: Table, rows: Sequence[Mapping[str, Any]], arms: 
     Means over the same seeds share much of their noise: overlapping intervals of theirs would hide clear differences.
     A dot is hollow where there is one seed; its interval is then over edits.
     """
+    if table.baseline is not None:
+        axes.axvline(0, color=FAINT, linewidth=1, zorder=0)
     for i, row in enumerate(rows):
         colour = COLOURS[arms.index(row["arm"]) % len(COLOURS)]
         if table.baseline is None:
             mean = row["means"][name]
             centre, alone = mean["mean"], False
             spread = None if math.isnan(mean["half"]) else [[mean["half"]], [mean["half"]]]
-        elif row["variant"] == table.baseline:
-            axes.axvline(0, color=FAINT, linewidth=1, zorder=0)
-            continue
         elif (test := row["tests"].get(name)) is None:
             continue
         else:
@@ -227,8 +230,7 @@ def draw_dots(axes: Any, table: Table, rows: Sequence[Mapping[str, Any]], arms: 
         axes.errorbar(centre, i, xerr=spread, fmt="o", ms=4.5, color=colour, mfc=fill, capsize=2.5, lw=1.4)
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.locator_params(axis="x", nbins=5)
-    change = "" if table.baseline is None else f": difference to {table.baseline}"
-    axes.set_title(f"{table.metrics[name]}{change}", fontsize=9, color=INK, loc="left")
+    axes.set_title(table.metrics[name], fontsize=9, color=INK, loc="left")
 
 
 def draw_plane(path: Path, table: Table, rows: Sequence[Mapping[str, Any]]) -> bool:
