@@ -75,6 +75,7 @@ def test_inspect_draws_a_sheet_and_counts(capsys):
     assert said["rows"] == "6 rows" and said["groups"] == "3" and said["tasks"] == "add 3, remove 3"
     assert said["no mask"] == "2 of 6 rows (33.3%)" and said["masks shown"] == "own 2, difference 1"
     assert re.fullmatch(r"2\d\.\d% of the picture on average, 20.8% to 2\d\.\d%", said["region"])
+    assert said["change"] == "100% of it in the region on average"  # the mask that came from the change does not count
     sheet = Image.open("a/sheet.png")
     assert sheet.mode == "RGB" and sheet.width >= 2 * 96 and sheet.height >= 3 * 96
     drawn = pink(sheet)
@@ -87,12 +88,31 @@ def test_inspect_draws_a_sheet_and_counts(capsys):
     assert ink[:, :112].any(1).sum() > 30  # words below the pictures
 
 
+def test_inspect_points_out_masks_that_miss_the_change(capsys, monkeypatch):
+    captions = []
+    monkeypatch.setattr("rcgrpo.sheets.contact_sheet", lambda columns, names, *rest: captions.extend(names))
+    rows = load_edit_dataset(save(without=()), "compbench").with_format(None)
+
+    def move(row, i):
+        corner = (28, 8, 48, 24) if i == 2 else BOX
+        mask = Image.new("L", SIZE)
+        mask.paste(255, corner)
+        return {"mask": mask}
+
+    rows.map(move, with_indices=True).save_to_disk("moved")
+    run(["inspect", "moved", "--num_samples", "6"])
+    said = counts(capsys.readouterr().out)
+    assert said["change"].startswith("83% of it in the region on average; below half in 1 of 6 rows")
+    assert [name.endswith("(0% of the change in the mask)") for name in captions] == [i == 2 for i in range(6)]
+
+
 def test_inspect_without_targets_shows_the_source_alone(capsys):
     save()
     rows = load_edit_dataset("set", "compbench").with_format(None).remove_columns("edited_image")
     rows.save_to_disk("alone")
     run(["inspect", "alone", "--num_samples", "2", "--cell", "96"])
-    assert counts(capsys.readouterr().out)["masks shown"] == "own 2"
+    said = counts(capsys.readouterr().out)
+    assert said["masks shown"] == "own 2" and "change" not in said
     assert Image.open("sheet.png").width < 2 * 96
 
 

@@ -16,6 +16,7 @@ from skimage.filters import threshold_otsu
 
 from rcgrpo.data.masks import (
     ENCODINGS,
+    change_inside,
     decode_mask,
     difference_mask,
     feather_mask,
@@ -315,6 +316,21 @@ def test_the_difference_finds_the_object_and_little_else():
     exact = on(difference_mask(source, target, growth=0))
     assert (exact ^ region).mean() < 0.01 and exact.sum() < mask.sum()
     assert np.array_equal(mask, on(grow_mask(picture(exact), 0.02)))
+
+
+def test_the_share_of_the_change_in_the_region():
+    size = (240, 180)
+    source, target = scene(size=size), scene(size=size)
+    target[box(size, 40, 20, 80, 60)] = (240, 30, 40)
+    source, target = Image.fromarray(source.astype(np.uint8)), Image.fromarray(target.astype(np.uint8))
+
+    def inside(*corners):
+        return change_inside(source, target, picture(box(source.size, *corners)))
+
+    assert inside(30, 10, 90, 70) == 1 and inside(120, 20, 160, 60) == 0
+    assert inside(30, 10, 60, 70) == pytest.approx(0.5, abs=0.03)
+    assert change_inside(source, target, Image.new("L", source.size, 51)) == pytest.approx(0.2)
+    assert change_inside(source, source, picture(box(source.size, 0, 0, 9, 9))) is None
 
 
 @pytest.mark.parametrize("spot", [(200, 20, 204, 24), (0, 10, 240, 12)], ids=["speck", "thin line"])

@@ -132,6 +132,11 @@ def load(args: DataArguments, **settings: Any) -> Any:
     )
 
 
+GIVEN = ("own", "stored")
+"""Masks that were not made from the target, or of nothing."""
+POOR = 0.5
+"""Share of the change in the region below which a mask is pointed out."""
+
 # inspect --------------------------------------------------------------------------------------------------------------
 
 
@@ -139,7 +144,7 @@ def inspect(args: InspectArguments) -> None:
     """Draw a contact sheet and print counts."""
     from PIL import Image
 
-    from ..data.masks import mask_share
+    from ..data.masks import change_inside, mask_share
     from ..sheets import contact_sheet
 
     if args.num_samples < 1:
@@ -158,7 +163,14 @@ def inspect(args: InspectArguments) -> None:
     sheet_columns = {"source and region": [tint(row["input_image"], row["mask"]) for row in shown]}
     if any(row.get("edited_image") is not None for row in shown):
         sheet_columns["target"] = [row.get("edited_image") or _blank(row["input_image"]) for row in shown]
-    contact_sheet(sheet_columns, [_caption(row) for row in shown], args.cell, args.output)
+    covered = [
+        change_inside(row["input_image"], row["edited_image"], row["mask"])
+        if row.get("edited_image") is not None and row["mask_source"] in GIVEN
+        else None
+        for row in shown
+    ]
+    captions = [_caption(row, inside) for row, inside in zip(shown, covered, strict=True)]
+    contact_sheet(sheet_columns, captions, args.cell, args.output)
 
     shares = [mask_share(row["mask"]) for row in shown]
     sources = Counter(row["mask_source"] for row in shown)
@@ -177,6 +189,14 @@ def inspect(args: InspectArguments) -> None:
     lines["region"] = (
         f"{sum(shares) / len(shares):.1%} of the picture on average, {min(shares):.1%} to {max(shares):.1%}"
     )
+    if known := [inside for inside in covered if inside is not None]:
+        poor = sum(inside < POOR for inside in known)
+        lines["change"] = f"{sum(known) / len(known):.0%} of it in the region on average"
+        if poor:
+            lines["change"] += (
+                f"; below half in {poor} of {len(known)} rows: their masks miss the edit, or their targets"
+            )
+            lines["change"] += " were drawn afresh everywhere"
     print(f"{args.name}, {args.split}:")
     for key, value in lines.items():
         print(f"  {key:<12} {value}")
@@ -200,9 +220,11 @@ def _blank(image: Any) -> Any:
     return Image.new("RGB", image.size, "#eceef1")
 
 
-def _caption(row: Mapping[str, Any]) -> str:
+def _caption(row: Mapping[str, Any], inside: float | None) -> str:
     task = f"[{row['task']}] " if row.get("task") not in (None, "") else ""
     note = "" if row["mask_source"] == "own" else f" (mask: {row['mask_source']})"
+    if inside is not None and inside < POOR:
+        note = f" ({inside:.0%} of the change in the mask)"
     return f"{task}{row['instruction']}{note}"
 
 

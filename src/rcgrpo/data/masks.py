@@ -318,6 +318,21 @@ def difference_mask(
     return grow_mask(_binary(kept), growth) if kept.any() else None
 
 
+def change_inside(source: Image.Image, target: Image.Image, mask: Image.Image) -> float | None:
+    """How much of what the ground truth changes lies in the region: a check of masks before training.
+
+    Args:
+        source, target: as `difference_mask` takes them.
+        mask: "L", the source's size, 255 = edit.
+
+    Returns:
+        Share of the changed pixels in [0, 1], soft masks in proportion; `None` where nothing differs enough. Low
+        means that the mask misses the edit, or that the target was drawn afresh everywhere.
+    """
+    changed = difference_mask(source, target, growth=0.0)
+    return None if changed is None else float(np.asarray(mask)[np.asarray(changed) > 0].mean() / 255)
+
+
 # Masks from the editor itself -----------------------------------------------------------------------------------------
 
 
