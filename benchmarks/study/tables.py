@@ -142,6 +142,13 @@ GLOBAL_ADVANTAGES = Variant(
     "Neighbor GRPO, region advantages", {**REGION_ADVANTAGES.config, "exploration": "global", "keep_weight": 1.0}
 )
 
+# Half the rollout's steps, so twice the updates of the same compute; evaluation has its own eight.
+FOUR_STEPS: dict[str, Any] = {"num_inference_steps": 4, "num_policy_steps": 2}
+NEIGHBOR_FOUR_STEPS = Variant("Neighbor GRPO, 4 steps", {**NEIGHBOR.config, **FOUR_STEPS})
+RC_FOUR_STEPS = Variant(
+    "RC-GRPO, region advantages, 4 steps", {**REGION_ADVANTAGES.config, **FOUR_STEPS}, against=NEIGHBOR_FOUR_STEPS.name
+)
+
 # The relatives start every candidate from noise of its own, as their papers do; the region's share is in `region`.
 FREE: dict[str, Any] = {"exploration": "global", "edit_strength": 1.0, "keep_weight": 1.0, "antithetic": False}
 REGION: dict[str, Any] = {"exploration": "region", "edit_strength": 1.0, "antithetic": False}
@@ -162,6 +169,8 @@ MAIN = Table(
         REGION_ADVANTAGES,
         FOR_BACKGROUND,
         GLOBAL_ADVANTAGES,
+        NEIGHBOR_FOUR_STEPS,
+        RC_FOUR_STEPS,
         Variant("Flow-GRPO", {**FLOW, **FREE}),
         Variant("Flow-GRPO + region", {**FLOW, **REGION}, against="Flow-GRPO"),
         Variant("DiffusionNFT", {**NFT, **FREE}),
