@@ -148,6 +148,9 @@ NEIGHBOR_FOUR_STEPS = Variant("Neighbor GRPO, 4 steps", {**NEIGHBOR.config, **FO
 RC_FOUR_STEPS = Variant(
     "RC-GRPO, region advantages, 4 steps", {**REGION_ADVANTAGES.config, **FOUR_STEPS}, against=NEIGHBOR_FOUR_STEPS.name
 )
+BACKGROUND_FOUR_STEPS = Variant(
+    "RC-GRPO, region advantages, background first, 4 steps", {**FOR_BACKGROUND.config, **FOUR_STEPS}
+)
 
 # The relatives start every candidate from noise of its own, as their papers do; the region's share is in `region`.
 FREE: dict[str, Any] = {"exploration": "global", "edit_strength": 1.0, "keep_weight": 1.0, "antithetic": False}
@@ -171,6 +174,7 @@ MAIN = Table(
         GLOBAL_ADVANTAGES,
         NEIGHBOR_FOUR_STEPS,
         RC_FOUR_STEPS,
+        BACKGROUND_FOUR_STEPS,
         Variant("Flow-GRPO", {**FLOW, **FREE}),
         Variant("Flow-GRPO + region", {**FLOW, **REGION}, against="Flow-GRPO"),
         Variant("DiffusionNFT", {**NFT, **FREE}),
