@@ -485,6 +485,16 @@ def test_the_study_is_published_from_what_was_run(tmp_path, monkeypatch):
     assert "--seeds 0 --steps" in page and """--set solver='"heun"'`""" in page and "Seeds: 0." in page
 
 
+def test_variants_of_the_same_seeds_share_a_command(monkeypatch):
+    monkeypatch.setattr(command, "TABLES", {"x": TABLE})
+    first, second, third = (variant.name for variant in TABLE.variants)
+    cells = {(first, 1): "a", (first, 0): "b", (second, 0): "c", (third, 0): "d", (third, 1): "e"}
+    settings = {"sizes": {**vars(Sizes()), "steps": 3}, "overrides": {}}
+    both, one = command.reproduce("x", settings, cells).split(" && ")
+    assert both == f"python -m benchmarks.study x --seeds 0 1 --steps 3 --only {first} {third}"
+    assert one == f"python -m benchmarks.study x --seeds 0 --steps 3 --only {second}"
+
+
 def test_conclusions_belong_to_their_table(tmp_path):
     assert read_conclusions(tmp_path / "conclusions.md") == {}
     (tmp_path / "conclusions.md").write_text("ignored\n\n## a\n\nOne.\n\nTwo.\n## b. Variance\nThree.\n")

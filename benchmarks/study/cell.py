@@ -60,15 +60,15 @@ class MiniRows(Sequence[dict[str, Any]]):
     """
 
     def __init__(self, split: str, count: int, corruption: tuple[Any, float] | None = None, seed: int = 0) -> None:
-        self.split, self.rows, self.corruption, self.seed = split, count, corruption, seed
+        self.split, self.length, self.corruption, self.seed = split, count, corruption, seed
         self._drawn: dict[int, dict[str, Any]] = {}
 
     def __len__(self) -> int:
-        return self.rows
+        return self.length
 
     def __getitem__(self, index: Any) -> Any:
-        if not 0 <= index < self.rows:
-            raise IndexError(f"row: got {index}, expected one of 0..{self.rows - 1}")
+        if not 0 <= index < self.length:
+            raise IndexError(f"row: got {index}, expected one of 0..{self.length - 1}")
         if index not in self._drawn:
             row = render(self.split, index)
             if self.corruption is not None:

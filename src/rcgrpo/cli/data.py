@@ -132,12 +132,12 @@ def load(args: DataArguments, **settings: Any) -> Any:
     )
 
 
+# inspect --------------------------------------------------------------------------------------------------------------
+
 GIVEN = ("own", "stored")
-"""Masks that were not made from the target, or of nothing."""
+"""Masks that were not made from the target, or of nothing, when the row was read."""
 POOR = 0.5
 """Share of the change in the region below which a mask is pointed out."""
-
-# inspect --------------------------------------------------------------------------------------------------------------
 
 
 def inspect(args: InspectArguments) -> None:
@@ -193,10 +193,8 @@ def inspect(args: InspectArguments) -> None:
         poor = sum(inside < POOR for inside in known)
         lines["change"] = f"{sum(known) / len(known):.0%} of it in the region on average"
         if poor:
-            lines["change"] += (
-                f"; below half in {poor} of {len(known)} rows: their masks miss the edit, or their targets"
-            )
-            lines["change"] += " were drawn afresh everywhere"
+            why = "their masks miss the edit, or their targets were drawn afresh everywhere"
+            lines["change"] += f"; below half in {poor} of {len(known)} rows: {why}"
     print(f"{args.name}, {args.split}:")
     for key, value in lines.items():
         print(f"  {key:<12} {value}")
@@ -224,7 +222,7 @@ def _caption(row: Mapping[str, Any], inside: float | None) -> str:
     task = f"[{row['task']}] " if row.get("task") not in (None, "") else ""
     note = "" if row["mask_source"] == "own" else f" (mask: {row['mask_source']})"
     if inside is not None and inside < POOR:
-        note = f" ({inside:.0%} of the change in the mask)"
+        note += f" ({inside:.0%} of the change in the mask)"
     return f"{task}{row['instruction']}{note}"
 
 
