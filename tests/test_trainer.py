@@ -678,6 +678,16 @@ def test_evaluation_is_deterministic_and_leaves_training_alone(tmp_path, data, h
     assert last(alone, "reward") == last(trainer, "reward") and same(weights(alone), weights(trainer))
 
 
+def test_evaluation_has_its_own_number_of_steps(tmp_path, data, held_out):
+    steps = {"short": {}, "long": {"num_inference_steps": 6}, "mixed": {"num_inference_steps_eval": 6}}
+    made = {name: make(tmp_path, data, eval_dataset=held_out, **given) for name, given in steps.items()}
+    found = {name: trainer.evaluate()["eval_reward"] for name, trainer in made.items()}
+    assert found["mixed"] == found["long"] != found["short"]
+    for name in ("short", "mixed"):
+        made[name].train()
+    assert same(weights(made["short"]), weights(made["mixed"]))
+
+
 def test_a_report_beforehand_leaves_no_trace_in_the_run(tmp_path, data, held_out):
     def logging(images, log_metric, **columns):
         log_metric("brightest", max(brightness(images)))

@@ -19,7 +19,7 @@ import yaml
 from rcgrpo.report import write_atomically
 
 from .harness import ROOT, Cell, Sizes, estimate, measured_rate, plan, run_cells, unfinished, weights_digest
-from .tables import TABLES, recipe
+from .tables import TABLES, common
 
 Planned = dict[tuple[str, int], str]
 """Variant and seed to the name of the cell's folder."""
@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.estimate:
         announce(cells, args)
         return 0
-    settings = {"sizes": asdict(sizes), "overrides": overrides, "recipe": recipe(), "weights": weights}
+    settings = {"sizes": asdict(sizes), "overrides": overrides, "common": common(), "weights": weights}
     for key, planned in plans.items():
         remember(args.work / key, settings, planned)
     failed = []
@@ -178,7 +178,7 @@ def section(work: Path, key: str) -> Any:
     notes = []
     if table.kind == "train":
         notes.append(
-            f"Training: the compute of {sizes['steps']} updates × {sizes['edits_per_update']} edits of the recipe; "
+            f"Training: the compute of {sizes['steps']} updates × {sizes['edits_per_update']} edits with 8 steps; "
             f"evaluation: {sizes['eval_edits']} held-out edits{f', and {groups}' if table.survey else ''}."
         )
     else:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from rcgrpo.report import write_atomically
 
-from .tables import SHARED, Kind, Table, Variant, recipe
+from .tables import Kind, Table, Variant, common
 from .worker import work_on
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,7 +38,7 @@ class Sizes:
     """How large cells are.
 
     Args:
-        steps: updates of the recipe's settings; other settings get as many as the same compute pays for.
+        steps: updates of `common()`'s settings; other settings get as many as the same compute pays for.
         edits_per_update: edits of an update.
         train_edits: training rows to draw from.
         eval_edits: held-out rows, one candidate each.
@@ -68,7 +68,7 @@ class Cell:
     Args:
         name: of its variant, for people.
         kind: of the table.
-        config: all settings, recipe and variant together.
+        config: all settings, `common()` and the variant's together.
         corruption: of the training masks.
         trained: false evaluates the base.
         survey: also look at whole groups after training.
@@ -220,14 +220,14 @@ def plan(
     if unknown := [name for name in only if name not in names]:
         raise ValueError(f"only: got {unknown}, expected some of {', '.join(names)}")
     chosen = [variant for variant in table.variants if not only or variant.name in only]
-    common = {**recipe(), **SHARED, **(overrides or {})}
-    budget = sizes.steps * sizes.edits_per_update * units_per_edit(common)
+    start = {**common(), **(overrides or {})}
+    budget = sizes.steps * sizes.edits_per_update * units_per_edit(start)
 
     def cell(variant: Variant, seed: int) -> Cell:
         return Cell(
             name=variant.name,
             kind=table.kind,
-            config={**common, **variant.config},
+            config={**start, **variant.config},
             corruption=variant.corruption,
             trained=variant.trained,
             survey=table.survey,

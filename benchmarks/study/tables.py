@@ -1,7 +1,7 @@
 """What the study compares: every table, every variant, every option's name. To change the study, change this file.
 
-A variant is a set of differences to `rcgrpo train`'s recipe for the embedded editor; the recipe itself is read when a
-table is planned, so new defaults reach the study by themselves.
+A variant is a set of differences to `common()`, `rcgrpo train`'s recipe for the embedded editor with what `SHARED` says
+otherwise. The recipe is read when a table is planned, so a new default of what `SHARED` does not name starts new cells.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,8 +15,9 @@ from rcgrpo.regions import CORRUPTIONS
 
 Kind = Literal["train", "groups"]
 
-RUN_KEYS = ("model", "dataset", "num_train_samples", "num_eval_samples", "max_steps", "save_steps", "logging_steps")
-"""Keys of the recipe that say how long a run is or where its data are, which sizes and cells decide here."""
+DATA_KEYS = ("model", "dataset", "num_train_samples", "num_eval_samples")
+RUN_KEYS = (*DATA_KEYS, "max_steps", "save_steps", "logging_steps", "num_inference_steps_eval")
+"""Keys of the recipe that say where a run's data are, how long it is and how it is evaluated; cells have their own."""
 
 
 def recipe() -> dict[str, Any]:
@@ -25,13 +26,18 @@ def recipe() -> dict[str, Any]:
     return {key: value for key, value in yaml.safe_load(text).items() if key not in RUN_KEYS}
 
 
+def common() -> dict[str, Any]:
+    """Where every variant starts from: the recipe, and what `SHARED` has instead."""
+    return {**recipe(), **SHARED}
+
+
 @dataclass(frozen=True)
 class Variant:
-    """One row of a table: differences to the recipe.
+    """One row of a table: differences to `common()`.
 
     Args:
         name: in tables and plots.
-        config: settings that differ from the recipe and from `SHARED`.
+        config: settings that differ from `common()`.
         corruption: kind and severity of a fault in the training masks; rewards see the same fault, evaluation none.
         trained: false for the base model, which is only evaluated.
         against: what it is tested against, where not the table's baseline.
@@ -89,8 +95,12 @@ SHARED: dict[str, Any] = {
     "reward_funcs": ["compbench_mini", "region_edit"],
     "reward_weights": [1.0, 2.0],
     "keep_weight": 0.3,
+    "keep_strength": 0.0,
+    "num_inference_steps": 8,
+    "num_policy_steps": 4,
 }
-"""What every variant has instead of the recipe's, so that each part is switched on by itself."""
+"""What every variant has instead of the recipe's, so that each part is switched on by itself: the paper's form, and as
+many steps of the ODE as evaluation has."""
 
 EDITING = {
     "edit_score": "edit score",
@@ -124,12 +134,15 @@ EDIT_ALONE: dict[str, Any] = {"reward_funcs": ["region_edit"], "reward_weights":
 NEIGHBOR_EDIT_ALONE = Variant("Neighbor GRPO, edit reward alone", {**NEIGHBOR.config, **EDIT_ALONE})
 RC_EDIT_ALONE = Variant("RC-GRPO, edit reward alone", EDIT_ALONE, against=NEIGHBOR_EDIT_ALONE.name)
 
-# The edit's and the background's reward, each on latents of its own, as the recipe has it.
+# The edit's and the background's reward, each on latents of its own, with equal weights.
 REGION_ADVANTAGES = Variant(
     "RC-GRPO, region advantages",
     {
-        key: recipe()[key]
-        for key in ("reward_funcs", "reward_weights", "region_advantages", "reward_regions", "region_advantage_weights")
+        "reward_funcs": ["region_edit", "background_keep"],
+        "reward_weights": [1.0, 1.0],
+        "region_advantages": True,
+        "reward_regions": ["edit", "keep"],
+        "region_advantage_weights": [1.0, 1.0],
     },
 )
 # The same aimed at the background's quality that Neighbor GRPO reaches; found on a seed of its own, 42.
@@ -142,14 +155,12 @@ GLOBAL_ADVANTAGES = Variant(
     "Neighbor GRPO, region advantages", {**REGION_ADVANTAGES.config, "exploration": "global", "keep_weight": 1.0}
 )
 
-# Half the rollout's steps, so twice the updates of the same compute; evaluation has its own eight.
-FOUR_STEPS: dict[str, Any] = {"num_inference_steps": 4, "num_policy_steps": 2}
-NEIGHBOR_FOUR_STEPS = Variant("Neighbor GRPO, 4 steps", {**NEIGHBOR.config, **FOUR_STEPS})
-RC_FOUR_STEPS = Variant(
-    "RC-GRPO, region advantages, 4 steps", {**REGION_ADVANTAGES.config, **FOUR_STEPS}, against=NEIGHBOR_FOUR_STEPS.name
-)
-BACKGROUND_FOUR_STEPS = Variant(
-    "RC-GRPO, region advantages, background first, 4 steps", {**FOR_BACKGROUND.config, **FOUR_STEPS}
+# Rollouts of three steps, so three times the updates of the same compute; evaluation has its own eight.
+FEW_STEPS: dict[str, Any] = {"num_inference_steps": 3, "num_policy_steps": 1}
+NEIGHBOR_FEW_STEPS = Variant("Neighbor GRPO, 3 steps", {**NEIGHBOR.config, **FEW_STEPS})
+RC_FEW_STEPS = Variant(
+    "RC-GRPO, region advantages, 3 steps",
+    {**REGION_ADVANTAGES.config, **FEW_STEPS, "region_advantage_weights": [1.0, 1.5], "keep_strength": 0.1},
 )
 
 # The relatives start every candidate from noise of its own, as their papers do; the region's share is in `region`.
@@ -172,9 +183,8 @@ MAIN = Table(
         REGION_ADVANTAGES,
         FOR_BACKGROUND,
         GLOBAL_ADVANTAGES,
-        NEIGHBOR_FOUR_STEPS,
-        RC_FOUR_STEPS,
-        BACKGROUND_FOUR_STEPS,
+        NEIGHBOR_FEW_STEPS,
+        RC_FEW_STEPS,
         Variant("Flow-GRPO", {**FLOW, **FREE}),
         Variant("Flow-GRPO + region", {**FLOW, **REGION}, against="Flow-GRPO"),
         Variant("DiffusionNFT", {**NFT, **FREE}),
@@ -283,11 +293,11 @@ SWEEPS: dict[str, Sequence[Any]] = {
     "num_anchors": (2, 8),
     "num_policy_steps": (1, 2),
     "policy_steps_range": ([0.0, 1.0], [0.5, 1.0]),
-    "num_inference_steps": (4, 12),
+    "num_inference_steps": (3, 4, 12),
     "solver": ("heun", "dpmpp_2m", "unipc"),
 }
-"""Around the recipe, one at a time; with four steps, all early ones there are teach."""
-FITTING = {("num_inference_steps", "4"): {"num_policy_steps": 2}}
+"""Around region advantages, one at a time; with four steps, all early ones there are teach."""
+FITTING = {("num_inference_steps", "4"): {"num_policy_steps": 2}, ("num_inference_steps", "3"): {"num_policy_steps": 1}}
 
 SETTINGS = Table(
     "One setting at a time",
@@ -303,7 +313,7 @@ SETTINGS = Table(
             )
             for name, values in SWEEPS.items()
             for value in values
-            if value != recipe().get(name)
+            if value != common().get(name)
         ),
     ],
     {**EDITING, "updates": "updates"},

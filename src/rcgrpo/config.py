@@ -72,6 +72,9 @@ class RCGRPOConfig(_BaseConfig):
         metadata={"help": "Edit at resolution² pixels, keeping the aspect ratio. Use the size you infer at."},
     )
     num_inference_steps: int = field(default=8, metadata={"help": "Steps of the deterministic ODE in rollouts."})
+    num_inference_steps_eval: int | None = field(
+        default=None, metadata={"help": "Steps of the ODE in evaluation, as you infer; those of rollouts by default."}
+    )
     solver: str | None = field(
         default=None,
         metadata={
@@ -277,9 +280,10 @@ class RCGRPOConfig(_BaseConfig):
         for name in (*counts, "max_reward_failures"):
             if getattr(self, name) < 1:
                 refuse(name, "at least 1")
-        for name in ("rollout_batch_size", "train_micro_batch_size"):
+        bounds = {"rollout_batch_size": "no bound", "train_micro_batch_size": "no bound"}
+        for name, default in {**bounds, "num_inference_steps_eval": "as many as in rollouts"}.items():
             if getattr(self, name) is not None and getattr(self, name) < 1:
-                refuse(name, "at least 1, or none for no bound")
+                refuse(name, f"at least 1, or none for {default}")
         for name in ("edit_strength", "keep_strength", "mask_growth", "independent_share"):
             if not 0 <= getattr(self, name) <= 1:
                 refuse(name, "a number in [0, 1]")

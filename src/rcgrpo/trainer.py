@@ -164,6 +164,7 @@ class RCGRPOTrainer(SavingTrainer):
                 "(per_device_train_batch_size · gradient_accumulation_steps · processes); lower one of these"
             )
         self.editor.place(self.accelerator.device)
+        self._eval_editor = self.editor.with_steps(args.num_inference_steps_eval or args.num_inference_steps)
         self.failures = FailureWatch(self.rewards, args.max_reward_failures)
         self._metrics: dict[str, dict[str, list[float]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
         self._step = 0
@@ -286,11 +287,12 @@ class RCGRPOTrainer(SavingTrainer):
         args = self.args
         recorded = args.log_attention or any(reward.name == "attention_concentration" for reward in self.rewards)
         training = self.model.training
-        # Evaluation follows the ODE, whatever noise training injects.
-        exploration = self.exploration if training else dataclasses.replace(self.exploration, noise_level=0.0)
+        editor, exploration = self.editor, self.exploration
+        if not training:  # along the ODE, whatever noise training injects, and with its own number of steps
+            editor, exploration = self._eval_editor, dataclasses.replace(exploration, noise_level=0.0)
         self.model.eval()
         groups = make_groups(
-            self.editor,
+            editor,
             self.model_wrapped,
             edits,
             num_generations,

@@ -6,6 +6,7 @@ cropped from the prediction; the schedule's shift counts the noisy tokens only; 
 diffusers does, or a rollout differs from the pipeline in the last bits.
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -205,6 +206,12 @@ class FluxKontextEditor:
         self.multiple = pipeline.vae_scale_factor * 2
         if resolution < self.multiple:
             raise ValueError(f"resolution: got {resolution}, expected at least {self.multiple} pixels for this model")
+
+    def with_steps(self, num_inference_steps: int) -> "FluxKontextEditor":
+        """The same editor, models and cache shared, with another number of steps."""
+        other = copy.copy(self)
+        other.num_inference_steps = num_inference_steps
+        return other
 
     # -------------------------------------------------------------------------------- sizes
 
