@@ -123,6 +123,27 @@ def test_trl_spellings_of_scale_rewards(tmp_path):
             "conditions_cache_dir: got 'here', expected none without cache_conditions=True",
         ),
         ({"sde_window": 2}, "sde_window: got 2, expected none with policy=neighbor"),
+        ({"edit_strength": 0.0}, "edit_strength: got 0.0, expected more than 0: all candidates"),
+        (
+            {"edit_strength": 0.0, "keep_strength": 0.5, "exploration": "global"},
+            "edit_strength: got 0.0, expected more than 0: all candidates",
+        ),
+        ({"independent_share": 0.04}, "independent_share: got 0.04, expected 0, or at least 0.083"),
+        ({"antithetic": True, "num_generations_eval": 3}, "num_generations_eval: got 3, expected 1 or an even number"),
+        (
+            {"policy": "nft", "temperature": 2.0},
+            "temperature: got 2.0, expected its default, 1.0, without policy=neigh",
+        ),
+        ({"sde_noise_level": 0.1}, "sde_noise_level: got 0.1, expected its default.*without policy=flow_grpo"),
+        ({"nft_beta": 2.0}, "nft_beta: got 2.0, expected its default.*without policy=nft"),
+        ({"negative_prompt": "blur"}, "negative_prompt: got 'blur', expected its default.*true_cfg_scale above 1"),
+        ({"beta_keep": 3.0}, "beta_keep: got 3.0, expected its default, 1.0, without beta"),
+        ({"keep_hinge_margin": 0.1}, "keep_hinge_margin: got 0.1, expected its default.*without keep_hinge_weight"),
+        ({"reward_weights": [1.0, float("nan")]}, r"reward_weights: got \[1.0, nan\], expected finite numbers"),
+        (
+            {"policy": "flow_grpo", "region_advantages": True, "reward_regions": ["edit", "keep"]},
+            "keep_strength: got 0.0, expected more than 0 with policy=flow_grpo and a reward on keep",
+        ),
         (
             {"sde_window": 3, "policy": "flow_grpo"},
             r"sde_window: got 3, expected num_policy_steps \(4\) to the 7 steps",
@@ -134,7 +155,7 @@ def test_trl_spellings_of_scale_rewards(tmp_path):
         ),
         (
             {"policy": "flow_grpo", "edit_strength": 0.0},
-            "edit_strength: got 0.0, expected more than 0 with policy=flow",
+            "edit_strength: got 0.0, expected more than 0: all cand",
         ),
         ({"reward_regions": ["edit"]}, "reward_regions: got .*, expected none without region_advantages=True"),
         ({"region_advantages": True}, "reward_regions: got None, expected edit or keep for each reward"),

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from rcgrpo.models import base_model_name, load_pipeline
+from rcgrpo.models import base_model_name, load_pipeline, trained_model
 from rcgrpo.pipeline import RegionDecoupledFluxKontextPipeline
 from rcgrpo.tiny import WEIGHTS
 from tiny_kontext import build_tiny_kontext
@@ -39,6 +39,15 @@ def test_a_pipeline_shares_its_parts_and_its_name():
     pipe = load_pipeline(given)
     assert pipe.transformer is given.transformer and base_model_name(pipe) == "black-forest-labs/FLUX.1-Kontext-dev"
     assert load_pipeline(pipe) is pipe
+
+
+def test_refuses_arguments_of_loading_for_a_pipeline_and_a_vae_that_tiles():
+    given = build_tiny_kontext()
+    with pytest.raises(ValueError, match=r"model_init_kwargs: got .*loaded already, expected none"):
+        load_pipeline(given, {"torch_dtype": "bfloat16"})
+    given.vae.enable_tiling()
+    with pytest.raises(ValueError, match=r"the VAE decodes in tiles.*disable_tiling\(\)"):
+        trained_model(given, None, 0)
 
 
 @pytest.mark.parametrize(

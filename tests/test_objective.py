@@ -156,6 +156,14 @@ def test_a_candidate_that_misses_one_reward_leaves_the_group(how):
 
 
 @pytest.mark.parametrize("how", WAYS)
+def test_a_reward_of_weight_0_takes_nobody_out(how):
+    rewards = torch.tensor([[0.0, 1.0], [1.0, NAN], [2.0, 1.0], [3.0, NAN]])
+    expected = aggregate_rewards(rewards[:, :1], torch.ones(1), how)
+    result = aggregate_rewards(rewards, torch.tensor([1.0, 0.0]), how)
+    assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
+
+
+@pytest.mark.parametrize("how", WAYS)
 def test_a_group_without_any_score_has_no_say(how):
     scores, advantages = aggregate_rewards(torch.full((2, 3, 2), NAN), torch.ones(2), how)
     assert scores.isnan().all() and scores.shape == advantages.shape == (2, 3)
@@ -211,6 +219,14 @@ def test_the_default_is_the_quasi_norm_of_z_scores_to_the_bit():
     rewards = randn(5, 8, 1)
     for values, (_, advantages) in zip(rewards, batch_advantages(list(rewards), torch.ones(1)), strict=True):
         assert torch.equal(advantages, quasi_norm(group_advantages(values[:, 0])))
+
+
+@pytest.mark.parametrize("power", [0.8, 2.0])
+def test_missing_scores_make_no_advantage_larger(power):
+    rewards = torch.tensor([[0.0], [NAN], [1.0], [NAN], [5.0]])
+    ((_, advantages),) = batch_advantages([rewards], torch.ones(1), power=power)
+    ((_, expected),) = batch_advantages([rewards[[0, 2, 4]]], torch.ones(1), power=power)
+    torch.testing.assert_close(advantages[[0, 2, 4]], expected)
 
 
 @given(
@@ -372,7 +388,7 @@ def test_velocity_kl_by_hand():
     velocity = torch.tensor([[[1.0, 3.0], [2.0, 0.0]]]).bfloat16()
     # tokens: (1 + 9)/2 = 5 and (4 + 0)/2 = 2; weights 1 and 3
     kl = velocity_kl(velocity, torch.zeros(1, 2, 2), torch.tensor([[1.0, 3.0]]))
-    assert kl.tolist() == [11 / 4]
+    assert kl.tolist() == [11 / 2]
     assert velocity_kl(velocity, velocity, torch.ones(1, 2)).tolist() == [0]
 
 

@@ -24,7 +24,7 @@ except HfHubHTTPError as error:
 
 trainer = make({folder!r} + "/right", data, brightness, **options)
 trainer.train()
-trainer.push_to_hub(dataset_name="user/compbench")
+trainer.push_to_hub(dataset_name="user/compbench", tags="fluent")
 
 stock = build_tiny_kontext()
 base = draw(stock)
@@ -57,7 +57,7 @@ def test_the_card_says_what_it_is_and_keeps_local_paths_to_itself(pushed):
     _, folder, repo = pushed
     card = ModelCard(repo.files["README.md"].decode())
     assert card.data.library_name == "diffusers" and card.data.pipeline_tag == "image-to-image"
-    assert card.data.datasets == ["user/compbench"] and {"rcgrpo", "trl", "lora"} <= set(card.data.tags)
+    assert card.data.datasets == ["user/compbench"] and {"rcgrpo", "trl", "lora", "fluent"} <= set(card.data.tags)
     assert str(folder) not in card.content and "hf_test" not in card.content
     assert 'load_lora_weights("user/edits")' in card.content
 

@@ -265,7 +265,7 @@ def test_tables_name_things_that_exist(key):
     names = [variant.name for variant in table.variants]
     assert len(set(names)) == len(names)
     assert table.baseline is None or table.baseline in names
-    assert {variant.against for variant in table.variants} <= {None, *names}
+    assert {name for variant in table.variants for name in variant.against} <= set(names)
     assert {
         *table.plotted,
         *(table.plane or ()),
@@ -358,8 +358,8 @@ def test_arms_are_tested_against_the_arm_of_their_own_variant():
         ("new", "region"),
         ("new", "global"),
     ]
-    assert rows[2]["against"] == "new global" and rows[2]["tests"]["score"]["difference"] == 1
-    assert rows[1]["against"] is None and rows[1]["tests"] == {}
+    assert rows[2]["against"] == ["new global"] and rows[2]["tests"][0]["score"]["difference"] == 1
+    assert rows[1]["against"] == rows[1]["tests"] == []
     shown = summarise(replace(table, arms=("region",)), results)["rows"]
     assert [row["arm"] for row in shown] == ["region"] * 2 and shown[1]["tests"] == rows[2]["tests"]
 
@@ -427,18 +427,19 @@ def test_a_page_says_what_was_found_and_how_to_find_it_again(tmp_path):
     assert page.index("Paired changes from the base") < page.index("Paired differences:")
     assert "`the command`" in page and "a note" in page
     summary = json.loads((tmp_path / "summary.json").read_text())
-    assert summary["rows"][2]["tests"]["score"]["difference"] == pytest.approx(0.3)
+    assert summary["rows"][2]["tests"][0]["score"]["difference"] == pytest.approx(0.3)
     assert summary["rows"][2]["by_seed"]["score"] == pytest.approx([0.55, 0.555, 0.56])
     assert (tmp_path / "plot.png").stat().st_size > 1000
 
 
-def test_a_variant_may_be_tested_against_another_than_the_baseline():
-    variants = [*TABLE.variants[:2], replace(TABLE.variants[2], against="base")]
-    rows = summarise(replace(TABLE, variants=variants), made())["rows"]
-    assert [row["against"] for row in rows] == ["old", None, "base"]
-    assert rows[2]["tests"]["score"]["difference"] == pytest.approx(0.5)
-    assert rows[2]["gains"]["score"] == rows[2]["tests"]["score"] and rows[0]["gains"] == {}
-    assert "reward_per_minute" in rows[2]["tests"] and "reward_per_minute" not in rows[2]["gains"]
+def test_a_variant_may_be_tested_against_others_than_the_baseline():
+    table = replace(TABLE, variants=[*TABLE.variants[:2], replace(TABLE.variants[2], against=("base", "old"))])
+    rows = summarise(table, made())["rows"]
+    assert [row["against"] for row in rows] == [["old"], [], ["base", "old"]]
+    to_base, to_old = rows[2]["tests"]
+    assert to_base["score"]["difference"] == pytest.approx(0.5) and to_old["score"]["difference"] == pytest.approx(0.3)
+    assert rows[2]["gains"]["score"] == to_base["score"] and rows[0]["gains"] == {}
+    assert "reward_per_minute" in to_base and "reward_per_minute" not in rows[2]["gains"]
 
 
 @pytest.mark.parametrize("seeds", [(0,), (0, 1, 2)])

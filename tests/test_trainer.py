@@ -259,6 +259,9 @@ def test_several_regions_reach_noise_and_objective(tmp_path, data):
     assert last(trainer, "grad_norm")[0] > 0
     with pytest.raises(ValueError, match="train row 0, column 'labels': got nothing"):
         make(tmp_path, data, **regions)
+    one = data.map(lambda row: {"labels": row["mask"].convert("1").convert("L").point(bool)}, features=rows.features)
+    with pytest.raises(ValueError, match="region_strengths: got 1 of them, expected 2 for eval row 0"):
+        make(tmp_path, one, eval_dataset=rows, regions_column="labels", region_strengths=[0.5])
 
 
 def test_a_second_turn_starts_from_the_best_of_the_first(tmp_path, data):
@@ -286,9 +289,23 @@ def test_a_second_turn_starts_from_the_best_of_the_first(tmp_path, data):
     start = groups[2].trajectory[0]
     assert torch.equal((start[0] == start[1]).all(-1), groups[2].region == 0) and groups[2].region[:32].sum() == 0
     assert (start[0] != groups[1].trajectory[0, 0]).all(), "each turn has noise of its own"
-    rows[0]["turns"] = [{"instruction": "add a ball"}]
-    with pytest.raises(ValueError, match=r"train row 0, turn 2, column 'turns': got \['instruction'\], expected"):
+    rows[1]["turns"].append({"instruction": "add a ball"})
+    with pytest.raises(ValueError, match=r"train row 1, turn 3, column 'turns': got \['instruction'\], expected"):
         make(tmp_path, rows, turns_column="turns")
+
+
+def test_further_turns_take_nothing_from_other_edits(tmp_path, data):
+    """Two edits of one micro-step or of two, one of them with a second turn."""
+    rows = [dict(data[i]) for i in range(2)]
+    rows[0]["turns"], rows[1]["turns"] = None, [{"instruction": "add a red ball", "mask": rows[1]["mask"]}]
+    updates = []
+    for edits, accumulated in ((2, 1), (1, 2)):
+        shape = {"per_device_train_batch_size": edits, "gradient_accumulation_steps": accumulated}
+        trainer = make(tmp_path, rows, max_steps=1, shuffle_dataset=False, turns_column="turns", **shape)
+        start = weights(trainer)
+        trainer.train()
+        updates.append(weights(trainer))
+    assert distance(*updates, start) < 1e-4
 
 
 # ------------------------------------------------------------------------------------------ cached conditions
@@ -678,6 +695,17 @@ def test_evaluation_is_deterministic_and_leaves_training_alone(tmp_path, data, h
     assert last(alone, "reward") == last(trainer, "reward") and same(weights(alone), weights(trainer))
 
 
+def test_evaluation_under_another_name(tmp_path, data, held_out):
+    trainer = make(tmp_path, data, eval_dataset=held_out)
+    named = trainer.evaluate(held_out.select([0]), metric_key_prefix="test")
+    usual, again = trainer.evaluate(), trainer.evaluate(held_out.select([0]), metric_key_prefix="test")
+    assert not any(name.startswith("eval_") for name in named)
+    assert named["test_reward"] == again["test_reward"] != usual["eval_reward"]
+    assert named["test_background/psnr"] == again["test_background/psnr"]
+    trainer.train()
+    assert not any(name.startswith(("eval_", "test_")) for row in history(trainer) for name in row)
+
+
 def test_evaluation_has_its_own_number_of_steps(tmp_path, data, held_out):
     steps = {"short": {}, "long": {"num_inference_steps": 6}, "mixed": {"num_inference_steps_eval": 6}}
     made = {name: make(tmp_path, data, eval_dataset=held_out, **given) for name, given in steps.items()}
@@ -822,6 +850,17 @@ def test_what_cannot_work_is_refused_before_the_first_step(tmp_path, data, case)
     change = given.pop("change", lambda rows: rows)
     with pytest.raises(error, match=message):
         make(tmp_path, change(data), **given)
+
+
+def test_refuses_engines_that_shard_the_model(tmp_path, data, monkeypatch):
+    create = RCGRPOTrainer.create_accelerator_and_postprocess
+    monkeypatch.setattr(
+        RCGRPOTrainer,
+        "create_accelerator_and_postprocess",
+        lambda trainer: [create(trainer), setattr(trainer, "is_fsdp_enabled", True)],
+    )
+    with pytest.raises(ValueError, match="FSDP: got a sharded engine, expected plain data parallelism"):
+        make(tmp_path, data)
 
 
 def test_refuses_a_step_cache(tmp_path, data):

@@ -60,9 +60,10 @@ class Section:
         if gains:
             parts += ["Paired changes from the base:", pad_table([["", *gained.values()], *gains])]
         tested = [
-            [label(row), row["against"], *(difference(row["tests"].get(m)) for m in compared)]
+            [label(row), other, *(difference(tests.get(m)) for m in compared)]
             for row in rows
-            if row["tests"] and row["variant"] != BASE.name
+            for other, tests in zip(row["against"], row["tests"], strict=True)
+            if tests and row["variant"] != BASE.name
         ]
         if tested:
             parts += ["Paired differences:", pad_table([["", "to", *compared.values()], *tested], left=(0, 1))]
@@ -222,7 +223,7 @@ def draw_dots(axes: Any, table: Table, rows: Sequence[Mapping[str, Any]], arms: 
             mean = row["means"][name]
             centre, alone = mean["mean"], False
             spread = None if math.isnan(mean["half"]) else [[mean["half"]], [mean["half"]]]
-        elif (test := row["tests"].get(name)) is None:
+        elif not row["tests"] or (test := row["tests"][0].get(name)) is None:
             continue
         else:
             centre, spread, alone = test["difference"], reach(test), math.isnan(test["seeds_low"])

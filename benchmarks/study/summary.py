@@ -115,13 +115,13 @@ def with_rates(results: Results, base: str = BASE.name) -> dict[tuple[str, int],
     return rated
 
 
-def baseline_of(table: Table, row: Row) -> Row | None:
-    """What a row is tested against; `None` for the baseline itself and where a table has none."""
+def baselines_of(table: Table, row: Row) -> list[Row]:
+    """What a row is tested against; nothing for the baseline itself and where a table has none."""
     if table.baseline is None and table.baseline_arm is None:
-        return None
-    own = next((variant.against for variant in table.variants if variant.name == row[0]), None)
-    other = (own or table.baseline or row[0], table.baseline_arm if table.baseline_arm is not None else row[1])
-    return None if other == row else other
+        return []
+    own = next((variant.against for variant in table.variants if variant.name == row[0]), ())
+    arm = table.baseline_arm if table.baseline_arm is not None else row[1]
+    return [other for name in own or (table.baseline or row[0],) if (other := (name, arm)) != row]
 
 
 def test_against(metric: str, row: Row, other: Row, results: Results) -> Test | None:
@@ -175,9 +175,10 @@ def summarise(table: Table, results: Results) -> dict[str, Any]:
         seeds = seeds_of(row, rated)
         arms = [rated[row[0], seed]["arms"][row[1]] for seed in seeds]
         by_seed = {metric: [of_cell(arm, metric) for arm in arms] for metric in table.metrics}
-        other = baseline_of(table, row)
+        others = baselines_of(table, row)
         start = None if row[0] == BASE.name else (BASE.name, row[1])
-        tests = tests_of([m for m in table.metrics if m not in COSTS], row, other, rated)
+        compared = [metric for metric in table.metrics if metric not in COSTS]
+        tests = [tests_of(compared, row, other, rated) for other in others]
         gains = tests_of([m for m in table.metrics if m not in COSTS | RATES], row, start, rated)
         curves = {
             name: [asdict(over_seeds(point)) for point in zip(*(arm["curves"][name] for arm in arms), strict=True)]
@@ -190,7 +191,7 @@ def summarise(table: Table, results: Results) -> dict[str, Any]:
                 "seeds": seeds,
                 "means": {m: asdict(over_seeds(values)) for m, values in by_seed.items()},
                 "by_seed": by_seed,
-                "against": None if other is None else " ".join(part for part in other if part),
+                "against": [" ".join(part for part in other if part) for other in others],
                 "tests": tests,
                 "gains": gains,
                 "curves": curves,

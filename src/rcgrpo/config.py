@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import Any, ClassVar
 
 import transformers
@@ -317,6 +318,8 @@ class RCGRPOConfig(_BaseConfig):
         self._check_together(refuse)
         if self.num_iterations > 1 and self.save_strategy == "steps" and self.save_steps % self.num_iterations:
             refuse("save_steps", f"a multiple of num_iterations ({self.num_iterations}), so that a resume is exact")
+        if self.num_iterations > 1 and self.save_strategy == "best" and (self.eval_steps or 1) % self.num_iterations:
+            refuse("eval_steps", f"a multiple of num_iterations ({self.num_iterations}) with save_strategy=best")
         if self.remove_unused_columns:
             refuse("remove_unused_columns", "False: the rewards read the dataset's other columns")
 
@@ -340,8 +343,11 @@ class RCGRPOConfig(_BaseConfig):
                 refuse("solver", "euler with policy=flow_grpo, whose stochastic steps take the solver's place")
             if self.num_inference_steps - 1 in self.policy_step_indices:
                 refuse("policy_steps_range", "a range without the last step with policy=flow_grpo: noise would stay")
-            if self.edit_strength == self.keep_strength == 0 and self.region_strengths is None:
-                refuse("edit_strength", "more than 0 with policy=flow_grpo: the strengths scale the injected noise")
+            if "keep" in self.named_regions and self.exploration == "region" and not self.keep_strength:
+                refuse(
+                    "keep_strength",
+                    "more than 0 with policy=flow_grpo and a reward on keep: steps without noise have no density",
+                )
         if self.sde_window is not None:
             if self.policy != "flow_grpo":
                 refuse("sde_window", f"none with policy={self.policy}, which has no stochastic steps")
@@ -351,6 +357,21 @@ class RCGRPOConfig(_BaseConfig):
                     f"num_policy_steps ({self.num_policy_steps}) to the {len(self.policy_step_indices)} steps that "
                     "policy_steps_range allows",
                 )
+        strengths = [self.edit_strength]
+        if self.exploration == "region":
+            strengths = [*(self.region_strengths or strengths), self.keep_strength]
+        if not any(strengths) and not self.independent_share:
+            refuse("edit_strength", "more than 0: all candidates of a group would be the same")
+        drawn = self.num_generations // 2 if self.antithetic else self.num_generations
+        if self.independent_share and not round(self.independent_share * drawn):
+            refuse("independent_share", f"0, or at least {1 / drawn:.2g}, the share of one of {drawn} draws")
+        if self.antithetic and self.num_generations_eval > 1 and self.num_generations_eval % 2:
+            refuse("num_generations_eval", "1 or an even number, because antithetic=True mirrors half of the group")
+        for name, (condition, holds) in self._conditions().items():
+            if not holds and getattr(self, name) != self.__dataclass_fields__[name].default:
+                refuse(name, f"its default, {self.__dataclass_fields__[name].default!r}, without {condition}")
+        if self.reward_weights is not None and not all(map(isfinite, self.reward_weights)):
+            refuse("reward_weights", "finite numbers")
         if self.scale_rewards != "group" and self.multi_objective_aggregation != "sum_then_normalize":
             refuse("scale_rewards", "group with normalize_then_sum, which has normalised each reward before")
         for name in ("reward_regions", "region_advantage_weights"):
@@ -367,6 +388,20 @@ class RCGRPOConfig(_BaseConfig):
                 or any(not weight >= 0 for weight in self.region_advantage_weights)
             ):
                 refuse("region_advantage_weights", f"{len(named)} numbers of 0 or more, for {', '.join(named)}")
+
+    def _conditions(self) -> dict[str, tuple[str, bool]]:
+        """Fields that mean nothing unless something else is set: what that is, and whether it is."""
+        neighbor, nft = (("policy=" + name, self.policy == name) for name in ("neighbor", "nft"))
+        return {
+            "distance_space": neighbor,
+            "temperature": neighbor,
+            "sde_noise_level": ("policy=flow_grpo", self.policy == "flow_grpo"),
+            "nft_beta": nft,
+            "nft_advantage_clip": nft,
+            "negative_prompt": ("true_cfg_scale above 1", self.true_cfg_scale > 1),
+            "beta_keep": ("beta", self.beta > 0),
+            "keep_hinge_margin": ("keep_hinge_weight", self.keep_hinge_weight > 0),
+        }
 
     @property
     def named_regions(self) -> list[str]:

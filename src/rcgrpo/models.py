@@ -31,7 +31,7 @@ def load_pipeline(model: Any, init_kwargs: Mapping[str, Any] | None = None) -> R
 
     Raises:
         TypeError: `model` is none of these.
-        ValueError: a dtype that torch does not have.
+        ValueError: a dtype that torch does not have, or `init_kwargs` with a pipeline.
     """
     if isinstance(model, str | os.PathLike):
         kwargs = dict(init_kwargs or {})
@@ -40,6 +40,11 @@ def load_pipeline(model: Any, init_kwargs: Mapping[str, Any] | None = None) -> R
         if isinstance(kwargs.get("quantization_config"), Mapping):  # from YAML
             kwargs["quantization_config"] = PipelineQuantizationConfig(**kwargs["quantization_config"])
         return RegionDecoupledFluxKontextPipeline.from_pretrained(model, **kwargs)
+    if init_kwargs:
+        raise ValueError(
+            f"model_init_kwargs: got {dict(init_kwargs)} with a pipeline that is loaded already, expected none; pass "
+            "them to its from_pretrained, or name the model"
+        )
     if isinstance(model, RegionDecoupledFluxKontextPipeline):
         return model
     if not all(hasattr(model, part) for part in ("transformer", "vae", "scheduler", "tokenizer_2")):
@@ -77,7 +82,7 @@ def trained_model(pipeline: FluxKontextPipeline, peft_config: PeftConfig | None,
         seed: of the LoRA's initial weights.
 
     Raises:
-        ValueError: a transformer with a step cache or wrapped by PEFT already, or layers that it does not have.
+        ValueError: a VAE that tiles, a transformer with a step cache or inside PEFT, or layers that it does not have.
     """
     for part in (pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2):
         if part is not None:
@@ -85,6 +90,9 @@ def trained_model(pipeline: FluxKontextPipeline, peft_config: PeftConfig | None,
     transformer = pipeline.transformer
     if getattr(transformer, "is_cache_enabled", False):
         raise ValueError("model: the transformer has a step cache enabled; call `transformer.disable_cache()` first")
+
+    if getattr(pipeline.vae, "use_tiling", False):
+        raise ValueError("model: the VAE decodes in tiles, whose seams are learned; call `pipe.vae.disable_tiling()`")
 
     # The Trainer asks a transformers model for these; a diffusers model has another name for them.
     def enable(*_: Any, **__: Any) -> None:

@@ -69,20 +69,20 @@ def advantage_size(
     return own / max(own if scale_rewards == "group" else batch_std, std_floor)
 
 
-def quasi_norm(advantages: Tensor, power: float = 0.8) -> Tensor:
+def quasi_norm(advantages: Tensor, power: float = 0.8, size: int | None = None) -> Tensor:
     """`A'_i = √G · A_i / (Σ_k |A_k|^p)^{1/p}` (Neighbor GRPO's reweighting; the √G is ours).
 
-    With p < 1 a group with one clear winner counts more than an evenly spread one; p = 2 gives back z-scores. G is the
-    group's size; candidates without a say have advantage 0 and stay there.
+    With p < 1 a group with one clear winner counts more than an evenly spread one; p = 2 gives back z-scores.
 
     Args:
-        advantages: `[..., group]`.
+        advantages: `[..., group]`; candidates without a say have advantage 0 and stay there.
         power: p > 0.
+        size: G, the candidates that have a say; all by default.
     """
     if power <= 0:
         raise ValueError(f"advantage_power: got {power}, expected a number above 0")
     norm = advantages.abs().pow(power).sum(-1, keepdim=True).pow(1 / power)
-    size = advantages.shape[-1]
+    size = advantages.shape[-1] if size is None else size
     return torch.where(norm > 0, size**0.5 * advantages / torch.where(norm > 0, norm, 1.0), 0.0)
 
 
@@ -103,9 +103,9 @@ def aggregate_rewards(
     Returns:
         `(scores, advantages)`, each `[..., group]`. A candidate's score is the weighted sum of the rewards that it
         has, NaN if it has none. A reward counts for a candidate only where its whole group can be compared: one that
-        scored some candidates of a group and not others takes the others out of the group.
+        scored some candidates of a group and not others takes the others out of the group, unless its weight is 0.
     """
-    applicable = ~rewards.isnan().all(-2, keepdim=True)
+    applicable = ~rewards.isnan().all(-2, keepdim=True) & (weights != 0)
     missing = (rewards.isnan() & applicable).any(-1) | rewards.isnan().all(-1)
     scores = torch.where(missing, torch.nan, (rewards * weights).nansum(-1))
     if how == "sum_then_normalize":
@@ -146,7 +146,8 @@ def batch_advantages(
             continue
         one_size = how == "normalize_then_sum"
         size = 1.0 if one_size else advantage_size(scores, scale_rewards, std_floor, batch_std)
-        results.append((scores, quasi_norm(advantages, power) * size))
+        scored = int((~scores.isnan()).sum())
+        results.append((scores, quasi_norm(advantages, power, scored) * size))
     return results
 
 
@@ -214,9 +215,12 @@ def policy_loss(
 
 
 def velocity_kl(velocity: Tensor, reference: Tensor, weights: Tensor) -> Tensor:
-    """`mean w (v_θ - v_ref)²` `[B]`, the velocity KL to the frozen base (algorithm section 8); `weights` `[B, N]`."""
+    """`mean w (v_θ - v_ref)²` `[B]` over tokens and channels, the velocity KL to the frozen base (algorithm section 8).
+
+    The weights, `[B, N]`, are not normalised: a larger one outside the region takes nothing from the pull inside.
+    """
     squared = (_full(velocity) - _full(reference)).square().mean(-1)
-    return weighted_mean(squared, weights)
+    return (weights * squared).mean(-1)
 
 
 def keep_hinge(predicted_clean: Tensor, source: Tensor, region: Tensor, margin: float) -> Tensor:

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import logging
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,9 @@ class SavingTrainer(_BaseTrainer):
             model.save_pretrained(folder / "transformer")
         self._write_card(folder)
 
-    def _write_card(self, folder: Path, model_name: str | None = None, dataset_name: str | None = None) -> None:
+    def _write_card(
+        self, folder: Path, model_name: str | None = None, dataset_name: str | None = None, tags: Sequence[str] = ()
+    ) -> None:
         table, report = folder / "metrics.md", folder / "metrics.json"
         saved = json.loads(report.read_text()) if report.exists() else {}  # written by `evaluation.write_report`
         if saved:
@@ -104,6 +107,7 @@ class SavingTrainer(_BaseTrainer):
             examples=saved.get("examples", ()),
             settings=self.card_settings(),
             folder=folder,
+            tags=tags,
         )
         card.save(folder / "README.md")
 
@@ -127,7 +131,8 @@ class SavingTrainer(_BaseTrainer):
     ) -> None:
         """Write the card of the LoRA (`library_name: diffusers`) into the output folder."""
         if self.is_world_process_zero():
-            self._write_card(Path(self.args.output_dir), model_name, dataset_name)
+            given = [tags] if isinstance(tags, str) else tags or ()
+            self._write_card(Path(self.args.output_dir), model_name, dataset_name, given)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         source = Path(checkpoint_folder, LORA_FILE)

@@ -103,10 +103,21 @@ class RCGRPOTrainer(SavingTrainer):
         args = args if args is not None else RCGRPOConfig("rcgrpo-output")
         self.rewards, self.reward_weights = self._resolve_rewards(reward_funcs, args)
         self.reward_regions = self._regions_of_rewards(self.rewards, args)
-        required = sorted({column for reward in self.rewards for column in reward.columns})
+        self.exploration = Exploration(
+            args.edit_strength,
+            args.keep_strength,
+            args.antithetic,
+            args.mask_growth,
+            args.exploration,  # type: ignore[arg-type]
+            args.independent_share,
+            args.regions_column,
+            args.region_strengths,
+            args.sde_noise_level if args.policy == "flow_grpo" else 0.0,
+            args.policy_step_indices,
+            args.sde_window,
+        )
         train_rows, eval_rows = (
-            self._make_rows(dataset, name, args, required)
-            for dataset, name in ((train_dataset, "train"), (eval_dataset, "eval"))
+            self._make_rows(dataset, name, args) for dataset, name in ((train_dataset, "train"), (eval_dataset, "eval"))
         )
         if train_rows is None:
             raise ValueError("train_dataset: got None, expected rows with a source, an instruction and a mask")
@@ -132,19 +143,6 @@ class RCGRPOTrainer(SavingTrainer):
             args.negative_prompt,
             ConditionCache(args.conditions_cache_dir) if args.cache_conditions else None,
         )
-        self.exploration = Exploration(
-            args.edit_strength,
-            args.keep_strength,
-            args.antithetic,
-            args.mask_growth,
-            args.exploration,  # type: ignore[arg-type]
-            args.independent_share,
-            args.regions_column,
-            args.region_strengths,
-            args.sde_noise_level if args.policy == "flow_grpo" else 0.0,
-            args.policy_step_indices,
-            args.sde_window,
-        )
         self.policy = make_policy(args, args.named_regions)
         super().__init__(
             model=trained_model(self.pipeline, peft_config, args.seed),
@@ -157,6 +155,13 @@ class RCGRPOTrainer(SavingTrainer):
         )
         if self.args.n_gpu > 1:
             raise ValueError("Several GPUs in one process: got DataParallel, expected one GPU; use `accelerate launch`")
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            engine = "FSDP" if self.is_fsdp_enabled else "DeepSpeed"
+            raise ValueError(
+                f"{engine}: got a sharded engine, expected plain data parallelism, as processes run unequal numbers of "
+                "forwards (picture sizes, dropped groups, turns); use `accelerate launch --multi_gpu`, and a quantized "
+                "base, cache_conditions or rollout_batch_size where memory is short"
+            )
         cycle = self._cycle_size()
         if len(train_rows) < cycle:
             raise ValueError(
@@ -167,6 +172,8 @@ class RCGRPOTrainer(SavingTrainer):
         self._eval_editor = self.editor.with_steps(args.num_inference_steps_eval or args.num_inference_steps)
         self.failures = FailureWatch(self.rewards, args.max_reward_failures)
         self._metrics: dict[str, dict[str, list[float]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
+        self._eval_prefix = "eval_"
+        self._last_eval_metrics: dict[str, float] = {}
         self._step = 0
         self._buffer: list[list[Group]] = []
         self._old: list[dict[Where, Tensor]] = []
@@ -207,8 +214,7 @@ class RCGRPOTrainer(SavingTrainer):
             )
         return given + automatic
 
-    @staticmethod
-    def _make_rows(dataset: Any, name: str, args: RCGRPOConfig, required: list[str]) -> EditRows | None:
+    def _make_rows(self, dataset: Any, name: str, args: RCGRPOConfig) -> EditRows | None:
         if dataset is None:
             return None
         if isinstance(dataset, Mapping):
@@ -216,8 +222,19 @@ class RCGRPOTrainer(SavingTrainer):
                 f"{name}_dataset: got a dictionary of {sorted(map(str, dataset))}, expected one set of rows; pick one, "
                 "or call `trainer.evaluate(rows)` for each after training"
             )
-        rows = EditRows(dataset, name, args.image_column, args.prompt_column, args.mask_column, required)
-        full = rows.check(args.check_rows)
+        required = sorted({column for reward in self.rewards for column in reward.columns})
+        columns = (args.image_column, args.prompt_column, args.mask_column)
+        rows = EditRows(dataset, name, *columns, required, args.regions_column)
+
+        def read_further(edit: Edit) -> None:
+            """Regions and turns that cannot be read are known before the first rollout."""
+            self.exploration.masks(edit)
+            turn, following = 2, edit if args.turns_column else None
+            while following is not None and args.turns_column:
+                following = next_edit(following, edit.source, args.turns_column, turn)
+                turn += 1
+
+        full = rows.check(args.check_rows, read_further)
         if full:
             logger.warning(
                 "%s_dataset: %d of the checked rows have a mask that covers the whole picture; for them nothing is "
@@ -229,12 +246,7 @@ class RCGRPOTrainer(SavingTrainer):
 
     def _probe_rewards(self, rows: EditRows) -> None:
         """Call each reward once on unedited sources, so that a wrong length is known before hours are spent."""
-        edit = rows.edit(0)
-        # Regions and turns that cannot be read are known before the first rollout.
-        self.exploration.masks(edit)
-        if self.args.turns_column is not None:
-            next_edit(edit, edit.source, self.args.turns_column, 2)
-        group = self._fake_group(edit)
+        group = self._fake_group(rows.edit(0))
         scored = self._submit([group, group], ["start-up probe 0", "start-up probe 1"]).result()
         for failure in scored.failures:
             logger.warning(
@@ -248,8 +260,12 @@ class RCGRPOTrainer(SavingTrainer):
     def _fake_group(self, edit: Edit) -> Group:
         height, width = self.editor.size_for(edit.source)
         image, one, unused = edit.source.resize((width, height)), torch.ones(1), None
-        attention = Concentration(one, one, one)
+        attention = Concentration(one, one, one) if self._records_attention else None
         return Group(edit, unused, unused, one, one, [image], attention, None)  # type: ignore[arg-type]
+
+    @property
+    def _records_attention(self) -> bool:
+        return self.args.log_attention or any(reward.name == "attention_concentration" for reward in self.rewards)
 
     def _send_telemetry(self) -> None:
         """TRL's telemetry is not for other packages to send."""
@@ -285,7 +301,6 @@ class RCGRPOTrainer(SavingTrainer):
     ) -> list[Group]:
         """Roll out candidates of each edit with the current weights; see `rollout.make_groups`."""
         args = self.args
-        recorded = args.log_attention or any(reward.name == "attention_concentration" for reward in self.rewards)
         training = self.model.training
         editor, exploration = self.editor, self.exploration
         if not training:  # along the ODE, whatever noise training injects, and with its own number of steps
@@ -298,7 +313,7 @@ class RCGRPOTrainer(SavingTrainer):
             num_generations,
             exploration,
             key,
-            "maps" if maps else "mass" if recorded else "none",
+            "maps" if maps else "mass" if self._records_attention else "none",
             args.rollout_batch_size,
             cache_sources,
         )
@@ -504,13 +519,16 @@ class RCGRPOTrainer(SavingTrainer):
         """One micro-step: rollout (or buffer), then backward through the transitions in micro-batches."""
         began = time.perf_counter()
         model.train()
+        if hasattr(self.optimizer, "train") and callable(self.optimizer.train):  # schedule-free ones have modes
+            self.optimizer.train()
         groups = self._prepare_inputs(inputs)
         args, known = self.args, self._old[self._step % self.args.gradient_accumulation_steps]
         key = (args.seed, self.state.global_step // args.num_iterations)
         chosen = choose(groups, self.policy, args.num_anchors, args.num_policy_steps, args.policy_step_indices, key)
         batches = micro_batches(groups, chosen, args.train_micro_batch_size)
-        # Dropped groups count in the mean, so that it is the same however groups are spread over micro-steps and ranks.
-        size = len(groups) * args.num_anchors * args.num_policy_steps
+        # A mean over edits, whether their groups are dropped or further turns follow, so that it is the same however
+        # edits are spread over micro-steps and ranks.
+        size = len(inputs) * args.num_anchors * args.num_policy_steps
         total = torch.zeros((), device=self.accelerator.device)
         for i, where in enumerate(batches):
             transitions = gather(groups, where, self.policy, known)
@@ -551,17 +569,19 @@ class RCGRPOTrainer(SavingTrainer):
         rows: Any = self.callback_handler.eval_dataloader.dataset
         return rows
 
-    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:  # type: ignore[override]
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
         """As `Trainer.evaluate`, on rows like the trainer's."""
+        self._eval_prefix = f"{metric_key_prefix}_"
         if eval_dataset is not None and not isinstance(eval_dataset, EditRows | str):
-            required = sorted({column for reward in self.rewards for column in reward.columns})
-            eval_dataset = self._make_rows(eval_dataset, "eval", self.args, required)
-        metrics = super().evaluate(eval_dataset, *args, **kwargs)
+            eval_dataset = self._make_rows(eval_dataset, "eval", self.args)
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         return {**metrics, **self._last_eval_metrics}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        mode = "eval" if any(key.startswith("eval_") for key in logs) else "train"
-        prefix = "eval_" if mode == "eval" else ""
+        mode = "eval" if any(key.startswith(self._eval_prefix) for key in logs) else "train"
+        prefix = self._eval_prefix if mode == "eval" else ""
         # Processes may have logged other names, or another number of values, than this one.
         gathered: dict[str, list[float]] = defaultdict(list)
         for metrics in gather_object([dict(self._metrics[mode])]):

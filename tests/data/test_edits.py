@@ -47,6 +47,13 @@ def refused(changes, message, error=ValueError):
         EditRows([row(), row(**changes)], "train").edit(1)
 
 
+def test_labels_are_names_and_stay_as_they_are():
+    labels = Image.fromarray(np.full((4, 4), 2, np.uint16))
+    rows = EditRows([row(labels=labels, grey=labels)], "train", labels_column="labels")
+    columns = rows.edit(0).columns
+    assert np.asarray(columns["labels"]).max() == 2 and np.asarray(columns["grey"]).max() == 0
+
+
 def test_an_edit_holds_what_the_row_says():
     edit = EditRows([row(), row(input_image=picture(1, "RGBA"), extra=[1, 2])], "train").edit(1)
     assert (edit.row, edit.label, edit.prompt) == (1, "train row 1", "make it red")

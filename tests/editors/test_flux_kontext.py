@@ -94,6 +94,21 @@ def test_velocities_in_bf16_are_the_stock_ones_and_latents_stay_fp32():
         assert np.abs(np.asarray(ours, float) - np.asarray(theirs, float)).mean() < 3
 
 
+def test_a_vae_in_fp32_beside_a_model_in_bf16():
+    """Decoding in bf16 is learned as texture, so the VAE may keep its precision."""
+    pipe = build_tiny_kontext()
+    expected = editor_of(pipe).encode([picture(1)], PROMPTS[:1]).image_latents
+    for part in (pipe.transformer, pipe.text_encoder, pipe.text_encoder_2):
+        part.to(torch.bfloat16)
+    editor = editor_of(pipe)
+    conditions = editor.encode([picture(1)], PROMPTS[:1])
+    assert torch.equal(conditions.image_latents, expected.bfloat16())
+    assert conditions.prompt_embeds.dtype == torch.bfloat16
+    seen = []
+    pipe.vae.decoder.register_forward_pre_hook(lambda module, args: seen.append(args[0].dtype))
+    assert len(editor.decode(expected, 32, 32)) == 1 and seen == [torch.float32]
+
+
 def test_schedule_runs_from_1_to_0_and_is_ready_to_repeat(pipeline):
     editor = editor_of(pipeline)
     schedule = editor.schedule(32, 32)

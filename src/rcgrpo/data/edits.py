@@ -7,7 +7,7 @@ brings its own `RowTransform`, which `EditRows` applies at that late moment too.
 
 import io
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,6 +122,8 @@ class EditRows(Dataset):
         rows: a `datasets.Dataset` or any sequence of mappings.
         name: what messages call it, e.g. "train".
         image_column, prompt_column, mask_column: CompBench's names by default.
+        required_columns: that rewards read.
+        labels_column: whose pictures' values are names, and not to be scaled to 8 bits.
 
     Raises:
         ValueError: a column is missing, or there are no rows.
@@ -136,6 +138,7 @@ class EditRows(Dataset):
         prompt_column: str = "instruction",
         mask_column: str = "mask",
         required_columns: Sequence[str] = (),
+        labels_column: str | None = None,
     ) -> None:
         if not hasattr(rows, "__len__") or not hasattr(rows, "__getitem__"):
             raise TypeError(
@@ -155,6 +158,7 @@ class EditRows(Dataset):
                 rows = rows.cast_column(key, datasets.Image(decode=False))
         self.rows, self.name = rows, name
         self.image_column, self.prompt_column, self.mask_column = image_column, prompt_column, mask_column
+        self.labels_column = labels_column
         self.pictures |= {image_column, mask_column}
         present = rows.column_names if isinstance(rows, datasets.Dataset) else list(rows[0])
         fields = {"image_column": image_column, "prompt_column": prompt_column, "mask_column": mask_column}
@@ -189,7 +193,7 @@ class EditRows(Dataset):
         if self.transform is not None:
             row = self.transform.row(row, label)
         columns = {
-            key: decode_picture(value, f"{label}, column {key!r}")
+            key: (open_picture if key == self.labels_column else decode_picture)(value, f"{label}, column {key!r}")
             if isinstance(value, Image.Image) or (key in self.pictures and value is not None)
             else value
             for key, value in row.items()
@@ -206,8 +210,12 @@ class EditRows(Dataset):
         check_mask(mask, (source.height, source.width), f"{label}, column {self.mask_column!r}")
         return Edit(index, label, source, prompt, mask, columns)
 
-    def check(self, limit: int) -> int:
+    def check(self, limit: int, further: Callable[[Edit], None] = lambda edit: None) -> int:
         """Decode up to `limit` rows, spread over the set, so that a bad one is found before training.
+
+        Args:
+            limit: 0 checks none.
+            further: raises on an edit that cannot be used.
 
         Returns:
             How many of them have a full mask, for which the region constraint is off.
@@ -215,4 +223,9 @@ class EditRows(Dataset):
         stride = max(1, -(-len(self) // limit)) if limit else len(self)
         chosen = range(0, len(self), stride) if limit else range(0)
         progress = tqdm(chosen, desc=f"checking {self.name} rows", leave=False, delay=2)
-        return sum(is_full(self.edit(index).mask) for index in progress)
+        full = 0
+        for index in progress:
+            edit = self.edit(index)
+            further(edit)
+            full += is_full(edit.mask)
+        return full

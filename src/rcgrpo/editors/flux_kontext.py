@@ -323,9 +323,9 @@ class FluxKontextEditor:
             # Only the reference is wanted; given noise is passed through untouched.
             noise = torch.empty(0)
             _, latents, _, _ = pipe.prepare_latents(
-                pixels, 1, self.channels // 4, height, width, dtype, device, latents=noise
+                pixels, 1, self.channels // 4, height, width, pipe.vae.dtype, device, latents=noise
             )
-            return {"image_latents": latents}
+            return {"image_latents": latents.to(dtype)}
 
         if self.cache is None or not keep:
             return make()["image_latents"]
