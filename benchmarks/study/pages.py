@@ -107,11 +107,15 @@ def write_study(docs: Path, sections: Sequence[Section], machine: str, conclusio
         "What a reviewer of RC-GRPO-Editing would ask, measured with [the study's harness]"
         "(../benchmarks/study/README.md) on Kontext-tiny and CompBench-mini's held-out edits. "
         f"Machine: {machine}. Every trained row spends the same compute; a *unit* is one sample through the "
-        "transformer, a backward counts as two. The numbers of every seed are in [`study/`](study)."
+        "transformer, a backward counts as two. The numbers of every seed are in [`study/`](study).\n\n"
+        "Edit score: the reward `region_edit`, the region against the wanted object and the ground truth; LP-T and "
+        "LP-I are its two parts; reward: `compbench_mini`, the root of edit times background ([definitions](data.md)). "
+        "PSNR and SSIM as CompBench has them: the region black in both pictures, over the whole frame. Held-out "
+        "reward: how near the region is to the ground truth, which no training sees."
     )
     path = docs / "study.md"
     with write_atomically(path) as part:
-        part.write_text("\n".join(["# The study", "", wrap(intro), "", wrap(LEGEND), "", *texts]))
+        part.write_text("\n".join(["# The study", "", *map(wrap, intro.splitlines()), "", wrap(LEGEND), "", *texts]))
     return path
 
 

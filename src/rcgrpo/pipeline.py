@@ -91,7 +91,8 @@ class RegionDecoupledFluxKontextPipeline(FluxKontextPipeline):
                 a base noise, which is the one that stock diffusers would draw from `generator`, or `latents`, and
                 differ from it by `edit_strength` inside and `keep_strength` outside the region. Images, masks,
                 `latents` and generators then come one for each prompt, and each prompt's candidates are made from its
-                own; the stock pipeline pairs several prompts and images wrongly when `num_images_per_prompt` > 1.
+                own; the stock pipeline pairs several prompts and images wrongly when `num_images_per_prompt` > 1. The
+                mask steers the noise alone: the source is not pasted back outside.
             edit_strength: in [0, 1]; 0 repeats the base noise, 1 draws independent noise.
             keep_strength: in [0, 1]; 0 keeps the background's noise bit by bit.
             output_attention: also measure how much of the instruction's attention falls on the region (needs
