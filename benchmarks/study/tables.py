@@ -170,7 +170,13 @@ GLOBAL_FEW_STEPS = Variant(
 RC_FEW_STEPS = Variant(
     "RC-GRPO, region advantages, 3 steps",
     {**REGION_ADVANTAGES.config, **FEW_STEPS, "region_advantage_weights": [1.0, 1.5], "keep_strength": 0.1},
-    against=(NEIGHBOR_EDIT_FIRST.name, NEIGHBOR.name, GLOBAL_FEW_STEPS.name),
+    against=(NEIGHBOR_EDIT_FIRST.name, GLOBAL_FEW_STEPS.name, NEIGHBOR.name),
+)
+# Chosen when seed 0 of the row above had fallen short of Neighbor GRPO's background, so seeds 1 to 4 are its test.
+BACKGROUND_FEW_STEPS = Variant(
+    "RC-GRPO, region advantages, background first, 3 steps",
+    {**RC_FEW_STEPS.config, "region_advantage_weights": [1.0, 2.0]},
+    against=(NEIGHBOR_EDIT_FIRST.name, NEIGHBOR.name),
 )
 
 # The relatives start every candidate from noise of its own, as their papers do; the region's share is in `region`.
@@ -197,6 +203,7 @@ MAIN = Table(
         NEIGHBOR_EDIT_FIRST,
         GLOBAL_FEW_STEPS,
         RC_FEW_STEPS,
+        BACKGROUND_FEW_STEPS,
         Variant("Flow-GRPO", {**FLOW, **FREE}),
         Variant("Flow-GRPO + region", {**FLOW, **REGION}, against=("Flow-GRPO",)),
         Variant("DiffusionNFT", {**NFT, **FREE}),
