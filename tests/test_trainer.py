@@ -652,6 +652,19 @@ def test_what_was_trained_survives_a_stop_and_goes_on_bit_by_bit(tmp_path, data,
         assert same(weights(resumed), weights(whole))
 
 
+class StopAt(TrainerCallback):
+    """Ctrl-C, or whatever `act` does with the model, after an update."""
+
+    def __init__(self, step, act=None):
+        self.step, self.act = step, act
+
+    def on_step_end(self, args, state, control, model, **kwargs):
+        if state.global_step == self.step:
+            if self.act is None:
+                raise KeyboardInterrupt
+            self.act(model)
+
+
 def test_resume_in_the_middle_of_a_cycle_is_sound(tmp_path, data):
     class Stop(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
@@ -897,6 +910,30 @@ def test_non_finite_loss_stops_at_once(tmp_path, data):
 
 # ------------------------------------------------------------------------------------------ several processes
 
+
+def on_two_processes(folder, worker):
+    """The exit status and the errors of a script, whose argument is the folder."""
+    (folder / "worker.py").write_text(worker)
+    drop = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK")
+    env = {key: value for key, value in os.environ.items() if key not in drop}
+    env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(str(Path(p).absolute()) for p in sys.path)}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launcher, str(folder / "worker.py"), str(folder)]
+    try:
+        launched = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    except OSError as error:
+        pytest.skip(f"the launcher cannot start: {error}")
+    with launched:
+        try:
+            _, errors = launched.communicate(timeout=120)
+        except subprocess.TimeoutExpired:
+            launched.terminate()  # not killed, as its workers would stay behind
+            raise
+    if "RendezvousConnectionError" in errors or "failed to listen" in errors:
+        pytest.skip("the launcher cannot open a local port")
+    return launched.returncode, errors
+
+
 WORKER = """
 import sys
 from pathlib import Path
@@ -915,30 +952,64 @@ torch.save((t.weights(trainer), t.history(trainer)), folder / f"rank{trainer.arg
 @pytest.mark.parametrize("reference", [flat_for_removals], indirect=True)
 def test_two_processes_train_what_one_does(tmp_path, reference):
     """With groups that one rank drops and the other has not, so that ranks differ in micro-batches."""
-    (tmp_path / "worker.py").write_text(WORKER)
-    drop = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK")
-    env = {key: value for key, value in os.environ.items() if key not in drop}
-    env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(str(Path(p).absolute()) for p in sys.path)}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    try:
-        done = subprocess.run(
-            [*launcher, str(tmp_path / "worker.py"), str(tmp_path)],
-            env=env,
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
-    except OSError as error:
-        pytest.skip(f"the launcher cannot start: {error}")
-    if "RendezvousConnectionError" in done.stderr or "failed to listen" in done.stderr:
-        pytest.skip("the launcher cannot open a local port")
-    assert done.returncode == 0, done.stderr[-3000:]
+    status, errors = on_two_processes(tmp_path, WORKER)
+    assert status == 0, errors[-3000:]
     (first, log), (second, _) = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
     assert same(first, second)
     _, start, (_, single) = reference
     assert distance(first, single, start) < 1e-5
     assert len(log) == 2 and 0 < log[0]["reward"] < 1
     assert len(list(tmp_path.glob("conditions/image-*/*.safetensors"))) == 8  # two updates of four edits
+
+
+FAILING_WORKER = """
+import sys
+from pathlib import Path
+import test_trainer as t
+from rcgrpo import compbench_mini
+folder, rows = Path(sys.argv[1]), list(compbench_mini("train", 12, 32))
+options = {"per_device_train_batch_size": 1, "gradient_checkpointing": False, "shuffle_dataset": False, "max_steps": 4}
+options |= {"train_micro_batch_size": 1, "check_rows": 1}
+
+def run(name, data, change=lambda trainer: None):
+    trainer = t.make(folder / name, data, **options)
+    if trainer.args.process_index == 1:
+        change(trainer)
+    try:
+        trainer.train()
+    except Exception as error:
+        (folder / f"{name}{trainer.args.process_index}").write_text(f"{type(error).__name__}: {error}")
+        if name == "alone":
+            raise
+
+def poison(trainer):
+    compute_loss, calls = trainer.compute_loss, []
+    def spoiled(*given):
+        calls.append(given)
+        return compute_loss(*given) * float("nan" if len(calls) == 6 else 1)
+    trainer.compute_loss = spoiled
+
+def stop(model):
+    raise LookupError("only here")
+
+run("picture", rows[:5] + [{**rows[5], "input_image": b"not a picture"}] + rows[6:])
+run("loss", rows, poison)
+run("alone", rows, lambda trainer: trainer.add_callback(t.StopAt(1, stop)))
+"""
+
+
+def test_what_one_process_meets_stops_both(tmp_path):
+    """A broken picture and a loss of NaN on the second are agreed on, after a checkpoint; else both end without one."""
+    status, errors = on_two_processes(tmp_path, FAILING_WORKER)
+    assert status != 0 and "LookupError: only here" in errors
+    assert (tmp_path / "alone1").read_text() == "LookupError: only here"
+    wanted = {"picture": "RuntimeError: process 1: ValueError: train row 5, column 'input_image': got 13 bytes"}
+    wanted |= {"loss": "FloatingPointError: process 1: loss: got nan at step 1 on train row 3"}
+    for name, message in wanted.items():
+        told = [(tmp_path / f"{name}{rank}").read_text() for rank in (0, 1)]
+        assert told[0] == told[1] and told[0].startswith(message)
+    found = sorted(str(folder.relative_to(tmp_path)) for folder in tmp_path.glob("*/checkpoint-*"))
+    assert found == ["loss/checkpoint-1", "picture/checkpoint-2"]
 
 
 def test_judges_work_while_the_next_edits_are_rolled_out(tmp_path, data):

@@ -20,7 +20,7 @@ from trl.trainer.base_trainer import _BaseTrainer
 from .hub import LORA_FILE, model_card, save_lora
 from .models import base_model_name
 from .pipeline import RegionDecoupledFluxKontextPipeline
-from .rewards import Reward
+from .rewards import Reward, is_agreed
 
 logger = logging.getLogger(__name__)
 
@@ -32,14 +32,16 @@ class SavingTrainer(_BaseTrainer):
     rewards: list[Reward]
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
-        """As `Trainer.train`; whatever stops it after the first update, what was trained so far is saved first."""
+        """As `Trainer.train`; stopping after the first update, on all processes alike, saves what was trained first."""
         if resume_from_checkpoint is True:
             resume_from_checkpoint = self._last_complete_checkpoint()
         self._last_saved = -1
         try:
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         except BaseException as error:
-            if self.state.global_step > 0 and self._last_saved != self.state.global_step:
+            # Saving takes every process. Where one failed alone, the others wait elsewhere; its end is theirs.
+            together = self.accelerator.num_processes == 1 or is_agreed(error)
+            if together and self.state.global_step > 0 and self._last_saved != self.state.global_step:
                 logger.error("%s: saving checkpoint-%d before stopping", type(error).__name__, self.state.global_step)
                 self._save_checkpoint(self.model, trial=None)
             raise

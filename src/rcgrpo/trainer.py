@@ -43,7 +43,7 @@ from .rewards import (
     Reward,
     ScoredBatch,
     ScoringQueue,
-    agree_on_failure,
+    failing_together,
     fault_counts,
     resolve_rewards,
 )
@@ -446,28 +446,21 @@ class RCGRPOTrainer(SavingTrainer):
     def _finish(
         self, groups: list[Group], pending: PendingScores, num_generations: int, key: tuple[Any, ...]
     ) -> list[Group]:
-        """The groups, scored and logged, and then those of the turns that follow on them.
-
-        Where that fails on one process, every process raises.
-        """
+        """The groups, scored and logged, and then those of the turns that follow on them."""
         played: list[Group] = []
-        column, error = self.args.turns_column, None
-        try:
-            for turn in itertools.count(2):
-                scored = self._take_scores(groups, pending)
-                self._log_groups(groups, scored)
-                self.failures.update(scored)
-                played += groups
-                following = [next_edit(g.edit, best_candidate(g), column, turn) for g in groups] if column else []
-                edits = [edit for edit in following if edit is not None]
-                if not edits:
-                    break
-                # Their sources are this turn's results, which no other rollout will see again.
-                following_key = (*key, "turn", turn)
-                groups, pending = self._begin(edits, num_generations, following_key, cache_sources=False)
-        except Exception as caught:
-            error = caught
-        agree_on_failure(self.accelerator, error)
+        column = self.args.turns_column
+        for turn in itertools.count(2):
+            scored = self._take_scores(groups, pending)
+            self._log_groups(groups, scored)
+            self.failures.update(scored)
+            played += groups
+            following = [next_edit(g.edit, best_candidate(g), column, turn) for g in groups] if column else []
+            edits = [edit for edit in following if edit is not None]
+            if not edits:
+                break
+            # Their sources are this turn's results, which no other rollout will see again.
+            following_key = (*key, "turn", turn)
+            groups, pending = self._begin(edits, num_generations, following_key, cache_sources=False)
         return played
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:
@@ -483,11 +476,12 @@ class RCGRPOTrainer(SavingTrainer):
             self._buffer, self._old = [], []
         if position == len(self._buffer):  # a new cycle, or one that a resume entered in its middle
             size, key = self.args.num_generations, (self.args.seed, cycle)
-            if not self._ahead:  # the whole window is rolled out while the judges work; weights do not change in it
-                for batch in self._window[position:] or [inputs]:
-                    edits = [self.train_dataset.edit(index, row) for index, row in batch]
-                    self._ahead.append(self._begin(edits, size, key))
-            self._buffer.append(self._finish(*self._ahead.popleft(), size, key))
+            with failing_together(self.accelerator):
+                if not self._ahead:  # the whole window is rolled out while the judges work; weights stay as they are
+                    for batch in self._window[position:] or [inputs]:
+                        edits = [self.train_dataset.edit(index, row) for index, row in batch]
+                        self._ahead.append(self._begin(edits, size, key))
+                self._buffer.append(self._finish(*self._ahead.popleft(), size, key))
             self._old.append({})
         return self._buffer[position]
 
@@ -530,26 +524,27 @@ class RCGRPOTrainer(SavingTrainer):
         # edits are spread over micro-steps and ranks.
         size = len(inputs) * args.num_anchors * args.num_policy_steps
         total = torch.zeros((), device=self.accelerator.device)
-        for i, where in enumerate(batches):
+        for i, where in enumerate(batches, start=1):
             transitions = gather(groups, where, self.policy, known)
             # Gradients travel between processes once, with the last micro-batch.
-            syncing = nullcontext() if i + 1 == len(batches) else self.accelerator.no_sync(model)
-            with syncing:
+            with nullcontext() if i == len(batches) else self.accelerator.no_sync(model):
                 with self.compute_loss_context_manager():
                     loss = self.compute_loss(model, transitions) * len(where) / size
-                self._refuse_non_finite(loss, groups)
+                total += loss.detach()
+                if i == len(batches):  # the one place that all processes come to, however many micro-batches they have
+                    with failing_together(self.accelerator):
+                        self._refuse_non_finite(total, groups)
                 self.accelerator.backward(loss / self.current_gradient_accumulation_steps)
             known.update(zip(where, transitions.old, strict=True))  # type: ignore[arg-type]
-            total += loss.detach()
         self._step += 1
         self._metrics["train"]["step_time"].append(time.perf_counter() - began)
         return total / self.current_gradient_accumulation_steps
 
     def _refuse_non_finite(self, loss: Tensor, groups: Sequence[Group]) -> None:
-        if not bool(torch.isfinite(loss.detach())):
+        if not bool(torch.isfinite(loss)):
             rows = ", ".join(group.edit.label for group in groups)
             raise FloatingPointError(
-                f"loss: got {float(loss.detach())} at step {self.state.global_step} on {rows}, expected a finite "
+                f"loss: got {float(loss)} at step {self.state.global_step} on {rows}, expected a finite "
                 "number; lower learning_rate, or train in bf16 instead of fp16"
             )
 
@@ -560,9 +555,10 @@ class RCGRPOTrainer(SavingTrainer):
         self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[None, None, None]:
         """Roll out and score held-out edits, always from the same noise."""
-        edits = [self._eval_rows().edit(index, row) for index, row in inputs]
         size, key = self.args.num_generations_eval, (self.args.seed, "eval")
-        self._finish(*self._begin(edits, size, key), size, key)
+        with failing_together(self.accelerator):
+            edits = [self._eval_rows().edit(index, row) for index, row in inputs]
+            self._finish(*self._begin(edits, size, key), size, key)
         return None, None, None
 
     def _eval_rows(self) -> EditRows:

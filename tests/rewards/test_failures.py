@@ -89,15 +89,18 @@ def test_fault_counts_of_who_counts():
 SCRIPT = """
     import os, sys
     from accelerate import Accelerator
-    from rcgrpo.rewards import RequiredRewardError, agree_on_failure
+    from rcgrpo.rewards import RequiredRewardError, failing_together, is_agreed
     accelerator = Accelerator(cpu=True)
     rank = accelerator.process_index
-    agree_on_failure(accelerator, None)
-    for kind in (RequiredRewardError, KeyError):
+    with failing_together(accelerator):
+        pass
+    for kind in (RequiredRewardError, KeyError, FloatingPointError):
         try:
-            agree_on_failure(accelerator, kind("judge is silent") if rank == 1 else None)
-        except RuntimeError as error:
-            print(type(error).__name__, error, sep="|", flush=True)
+            with failing_together(accelerator):
+                if rank == 1:
+                    raise kind("judge is silent")
+        except (RuntimeError, FloatingPointError) as error:
+            print(type(error).__name__, error, is_agreed(error), sep="|", flush=True)
     accelerator.end_training()
 """
 
@@ -119,9 +122,10 @@ def test_every_process_raises_what_one_of_them_met(monkeypatch):
         for process in processes:
             process.kill()
     told = ["RequiredRewardError|process 1: judge is silent", "RuntimeError|process 1: KeyError: 'judge is silent'"]
+    told.append("FloatingPointError|process 1: judge is silent")
     for (out, errors), process in zip(outputs, processes, strict=True):
         assert process.returncode == 0, errors
-        assert out.splitlines() == told
+        assert out.splitlines() == [f"{line}|True" for line in told]
 
 
 def test_a_single_process_raises_its_own_error():

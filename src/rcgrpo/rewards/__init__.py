@@ -14,7 +14,14 @@ from .builtin import (
     region_edit,
 )
 from .clip import ClipDirectionReward, ClipImageReward, ClipTextReward
-from .failures import FailureWatch, RequiredRewardError, agree_on_failure, fault_counts
+from .failures import (
+    FailureWatch,
+    RequiredRewardError,
+    agree_on_failure,
+    failing_together,
+    fault_counts,
+    is_agreed,
+)
 from .judge_rewards import (
     EDIT_PROMPTS,
     EditPrompts,
@@ -63,8 +70,10 @@ __all__ = [
     "background_psnr",
     "background_ssim",
     "compbench_mini",
+    "failing_together",
     "fault_counts",
     "get_region_scorer",
+    "is_agreed",
     "region_edit",
     "register_reward",
     "resolve_rewards",

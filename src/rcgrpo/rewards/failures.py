@@ -1,11 +1,12 @@
 """What failed over a run: counts for the log, and when a silent reward ends the run, on every process at once.
 
 Where it fits: the trainer hands each batch that `scoring.score` returned to a `FailureWatch`, adds `fault_counts` to
-its log, and calls `agree_on_failure` where a process of several may have failed alone.
+its log, and does `with failing_together(...)` what may fail on one process of several.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -34,21 +35,16 @@ def agree_on_failure(accelerator: Any, error: Exception | None) -> None:
     """Raise on every process of a run when any of them has an error, the same one everywhere.
 
     A process that raises alone leaves the others waiting for it in the next collective operation, until a timeout of
-    half an hour or for ever. So each catches what its own scoring raises and calls this at the same place, every time:
-
-        error = None
-        try:
-            ...  # gather scores, update the FailureWatch
-        except Exception as caught:
-            error = caught
-        agree_on_failure(accelerator, error)
+    half an hour or for ever. So each catches what it raises and calls this at the same place, every time, as
+    `failing_together` does.
 
     Args:
         accelerator: accelerate's.
         error: this process's, or `None`.
 
     Raises:
-        RewardError, RequiredRewardError: the lowest failed process has one of these; with its message and rank.
+        RewardError, RequiredRewardError, FloatingPointError: the lowest failed process has one of these; with its
+            message and rank.
         RuntimeError: it has any other error. On a single process `error` itself is raised.
     """
     if accelerator.num_processes == 1:
@@ -62,10 +58,31 @@ def agree_on_failure(accelerator: Any, error: Exception | None) -> None:
 
     told = gather_object([None if error is None else (type(error).__name__, str(error))])
     rank, (kind, text) = next((rank, report) for rank, report in enumerate(told) if report is not None)
-    known: dict[str, type[Exception]] = {cls.__name__: cls for cls in (RewardError, RequiredRewardError)}
-    if kind in known:
-        raise known[kind](f"process {rank}: {text}") from error
-    raise RuntimeError(f"process {rank}: {kind}: {text}") from error
+    known: dict[str, type[Exception]] = {c.__name__: c for c in (RewardError, RequiredRewardError, FloatingPointError)}
+    if kind not in known:
+        text = f"{kind}: {text}"
+    agreed = known.get(kind, RuntimeError)(f"process {rank}: {text}")
+    agreed.agreed = True  # type: ignore[attr-defined]
+    raise agreed from error
+
+
+def is_agreed(error: BaseException) -> bool:
+    """Whether every process raises this error, at the same place, because they agreed on it."""
+    return getattr(error, "agreed", False)
+
+
+@contextmanager
+def failing_together(accelerator: Any) -> Iterator[None]:
+    """Run a block on every process; where it raises on any of them, all raise what `agree_on_failure` says.
+
+    Inside, nothing may wait for the other processes. An interrupt is nobody's failure and is not agreed on.
+    """
+    error = None
+    try:
+        yield
+    except Exception as caught:
+        error = caught
+    agree_on_failure(accelerator, error)
 
 
 class FailureWatch:
