@@ -665,17 +665,66 @@ class StopAt(TrainerCallback):
             self.act(model)
 
 
-def test_resume_in_the_middle_of_a_cycle_is_sound(tmp_path, data):
-    class Stop(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            raise KeyboardInterrupt
+@torch.no_grad()
+def poison(model):
+    [p for p in model.parameters() if p.requires_grad][3].view(-1)[1] = float("nan")
 
-    with pytest.raises(KeyboardInterrupt):
-        make(tmp_path, data, num_iterations=2, callbacks=[Stop()]).train()
-    resumed = make(tmp_path, data, num_iterations=2, max_steps=6)
+
+@pytest.mark.parametrize("regular", [True, False])
+def test_weights_that_are_not_finite_never_replace_a_checkpoint(tmp_path, data, caplog, regular):
+    """Whether the next save is due before the loss shows it, or the run stops at a loss of NaN."""
+    options = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 1, "max_steps": 6}
+    trainer = make(tmp_path, data, callbacks=[StopAt(4 if regular else 3, poison)], **options)
+    expected = r"lora_\w+.*: got NaN.*after step 4.*lower learning_rate" if regular else "loss: got nan at step 3"
+    with pytest.raises(FloatingPointError, match=expected):
+        trainer.train()
+    assert [folder.name for folder in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+    assert any("no checkpoint is written" in record.getMessage() for record in caplog.records)
+    resumed = make(tmp_path, data, **(options | {"max_steps": 3}))
     resumed.train(resume_from_checkpoint=True)
-    ratios = last(resumed, "policy/log_ratio_max")  # the second update meets a new rollout
-    assert [ratio > 0 for ratio in ratios] == [False, False, True, False, True]
+    assert all(w.isfinite().all() for w in weights(resumed).values())
+
+
+def test_a_loss_of_nan_does_not_cost_good_weights(tmp_path, data):
+    trainer = make(tmp_path, data)
+    compute_loss = trainer.compute_loss
+    trainer.compute_loss = lambda *given: compute_loss(*given) * (float("nan") if trainer.state.global_step else 1)
+    with pytest.raises(FloatingPointError, match="loss: got nan at step 1"):
+        trainer.train()
+    assert trainer._last_complete_checkpoint() == str(tmp_path / "checkpoint-1")
+
+
+@pytest.mark.parametrize("where", ["_load_from_checkpoint", "_load_optimizer_and_scheduler", "make_groups"])
+def test_a_stop_while_resuming_leaves_the_checkpoint_alone(tmp_path, data, monkeypatch, where):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    trainer = make(tmp_path, data, save_strategy="steps", save_steps=1, optim="adamw_torch")
+    trainer.train()
+    before = {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in tmp_path.rglob("*") if file.is_file()}
+    for resumed in (trainer, make(tmp_path, data, max_steps=3, optim="adamw_torch")):
+        monkeypatch.setattr(resumed, where, stop)
+        with pytest.raises(KeyboardInterrupt):
+            resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    after = {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in tmp_path.rglob("*") if file.is_file()}
+    assert after == before
+
+
+@pytest.mark.parametrize("stop", [1, 3])
+def test_resume_in_the_middle_of_a_cycle_is_sound(tmp_path, data, caplog, stop):
+    options = {"num_iterations": 2, "max_steps": 6}
+    saving = {"save_strategy": "steps", "save_steps": 2}
+    with pytest.raises(KeyboardInterrupt):
+        make(tmp_path, data, callbacks=[StopAt(stop)], **options, **saving).train()
+    resumed = make(tmp_path, data, **options)
+    resumed.train(resume_from_checkpoint=True)
+    ratios = last(resumed, "policy/log_ratio_max")  # the update after the resume meets a new rollout
+    logged = [step for step in range(6) if step != stop - 1]
+    assert [ratio > 0 for ratio in ratios] == [step % 2 == 1 and step != stop for step in logged]
+    told = [r.getMessage() for r in caplog.records if "in the middle of a cycle" in r.getMessage()]
+    assert len(told) == 2  # as it was written and as it was resumed from
+    which = {1: "no earlier checkpoint is at the end", 3: "checkpoint-2 is at the end of a whole cycle"}[stop]
+    assert all(f"checkpoint-{stop} is" in m and "not bit-exact" in m and which in m for m in told)
 
 
 def test_incomplete_checkpoints_are_passed_over(tmp_path, data):
@@ -683,7 +732,8 @@ def test_incomplete_checkpoints_are_passed_over(tmp_path, data):
     with pytest.raises(ValueError, match=r"resume_from_checkpoint: found no complete checkpoint.*train from the start"):
         trainer.train(resume_from_checkpoint=True)
     trainer.train()
-    (tmp_path / "checkpoint-9").mkdir()
+    for name in ("checkpoint-9", "checkpoint-final"):
+        (tmp_path / name).mkdir()
     assert trainer._last_complete_checkpoint() == str(tmp_path / "checkpoint-2")
 
 
