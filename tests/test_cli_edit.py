@@ -79,3 +79,11 @@ def test_loras_that_cannot_be_used_are_refused():
     write_lora(build_tiny_kontext(), Path("other"))
     with pytest.raises(SystemExit, match=r"rcgrpo edit: --lora: got 'other', expected one for kontext-tiny \("):
         main(["edit", *EDIT, "--lora", "other"])
+
+
+@pytest.mark.parametrize(
+    ("flag", "here"), [("prompt", "instruction"), ("mask_image", "mask"), ("num_images_per_prompt", "num_candidates")]
+)
+def test_what_diffusers_calls_it_is_answered_with_the_flag_of_here(flag, here):
+    with pytest.raises(UsageError, match=f"unknown flag '--{flag}'; the nearest known one is --{here}$"):
+        run([*EDIT, f"--{flag}", "x"])
