@@ -37,6 +37,8 @@ def test_defaults_follow_model_and_data():
     kept = settled("--dataset", COMPBENCH, "--held_out", "0.1", "--metric_size", "256", "--metrics", "psnr", "ssim")
     assert kept.splits == ["train:held_out", "multi_turn:held_out"]
     assert (kept.metric_size, kept.metrics) == (256, ["psnr", "ssim"])
+    Path("own.jsonl").write_text("{}\n")
+    assert settled("--dataset", "own.jsonl").splits == ["train"]
     Path("rcgrpo-evaluation").mkdir()
     assert settled().output_dir == "rcgrpo-evaluation-2"
 

@@ -7,7 +7,7 @@ import pickle
 
 import numpy as np
 import pytest
-from datasets import Dataset, Features, IterableDataset, List, Value, load_dataset
+from datasets import Dataset, DatasetDict, Features, IterableDataset, List, Value, load_dataset
 from datasets import Image as ImageFeature
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -305,7 +305,8 @@ def test_rows_that_nothing_groups_are_split_one_by_one_and_it_is_said(caplog):
 
 
 def test_training_on_a_benchmark_is_remarked_on(caplog, tmp_path):
-    Dataset.from_list([compbench()]).save_to_disk(str(tmp_path / "set"))
+    rows = Dataset.from_list([compbench()])
+    DatasetDict(train=rows, multi_turn=rows).save_to_disk(str(tmp_path / "set"))
     load_edit_dataset(tmp_path / "set", "compbench")
     assert "pass held_out=0.1 for training" in caplog.text
     caplog.clear()

@@ -9,6 +9,7 @@ from datasets import Dataset
 from test_loading import COLUMNS, check, compbench, photo, table, white_mask, write_pictures
 
 from rcgrpo.data.loading import load_edit_dataset
+from rcgrpo.data.opening import is_one_table
 
 
 @pytest.fixture(autouse=True)
@@ -99,6 +100,24 @@ def test_unknown_files_and_splits_are_refused(tmp_path):
         load_edit_dataset(str(tmp_path / "*.jsonl"))
     with pytest.raises(ValueError, match="split: got 'dev', expected one of train"):
         load_edit_dataset({"train": Dataset.from_list([compbench()])}, "compbench", "dev")
+
+
+def test_a_single_table_has_one_split(tmp_path):
+    write_pictures(tmp_path / "p")
+    text = "\n".join(map(json.dumps, table()))
+    (tmp_path / "edits.jsonl").write_text(text)
+    Dataset.from_list([{"src": photo(0), "say": "x"}]).save_to_disk(str(tmp_path / "saved"))
+    for source in (tmp_path / "edits.jsonl", tmp_path, tmp_path / "saved", str(tmp_path / "*.jsonl")):
+        assert is_one_table(source)
+        with pytest.raises(ValueError, match=r"split: got 'test' of .*, expected 'train', as one table has no other.*"):
+            load_edit_dataset(source, split="test", columns=COLUMNS)
+    with pytest.raises(ValueError, match="split: got 'test'"):
+        load_edit_dataset(tmp_path, split="test", held_out=0.5, columns=COLUMNS)
+    (tmp_path / "edits.jsonl").rename(tmp_path / "test.jsonl")  # a folder's tables may be splits by their names
+    assert not is_one_table(tmp_path) and not is_one_table("owner/name")
+    check(load_edit_dataset(tmp_path, split="test", columns=COLUMNS), "v")
+    with pytest.raises(ValueError, match='Unknown split "train"'):
+        load_edit_dataset(tmp_path, columns=COLUMNS)
 
 
 # What users do to names

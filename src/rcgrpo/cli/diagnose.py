@@ -21,7 +21,9 @@ class DiagnoseArguments:
         default=None, metadata={"help": "A LoRA to diagnose and to compare with the model: folder, file or Hub id."}
     )
     dataset: str = field(default=MINI, metadata={"help": f"{MINI} (embedded), or what `load_edit_dataset` opens."})
-    split: str = field(default="test", metadata={"help": "Split to take edits from."})
+    split: str | None = field(
+        default=None, metadata={"help": "Split to take edits from; by default test, train of a single table."}
+    )
     num_edits: int = field(default=24, metadata={"help": "Edits, evenly spaced over the split."})
     num_generations: int = field(default=8, metadata={"help": "Candidates of each edit, at least 2."})
     edit_strength: float = field(default=0.5, metadata={"help": "Perturbation inside the region, in [0, 1]."})
@@ -145,6 +147,7 @@ def fill_in(args: DiagnoseArguments) -> None:
     Raises:
         UsageError: naming the flag.
     """
+    from ..data.opening import is_one_table
     from ..tiny import CALL, RESOLUTION
 
     tiny, mini = args.model == TINY, args.dataset == MINI
@@ -167,15 +170,17 @@ def fill_in(args: DiagnoseArguments) -> None:
     args.resolution = args.resolution or (RESOLUTION if tiny else 1024)
     args.max_sequence_length = args.max_sequence_length or (CALL["max_sequence_length"] if tiny else 512)
     args.mask_growth = args.mask_growth if args.mask_growth is not None else (0.0 if tiny else 0.02)
+    args.split = args.split or ("train" if not mini and is_one_table(args.dataset) else "test")
     args.output = args.output or free_folder("rcgrpo-diagnosis")
 
 
 def load_rows(args: DiagnoseArguments) -> Any:
     """Rows of the split."""
+    split = args.split or "test"
     if args.dataset == MINI:
         from ..data import compbench_mini
 
-        return compbench_mini(args.split, args.num_edits)
+        return compbench_mini(split, args.num_edits)
     from ..data.loading import load_edit_dataset
 
-    return load_edit_dataset(args.dataset, split=args.split)
+    return load_edit_dataset(args.dataset, split=split)

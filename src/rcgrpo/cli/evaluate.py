@@ -24,7 +24,10 @@ class EvaluateArguments:
     dataset: str = field(default=MINI, metadata={"help": f"{MINI} (embedded), or what `load_edit_dataset` opens."})
     splits: list[str] = field(
         default_factory=list,
-        metadata={"help": f"Splits, one after another; 'test' by default, 'train multi_turn' for {COMPBENCH}."},
+        metadata={
+            "help": f"Splits, one after another; by default 'test', 'train' of a single table, 'train multi_turn' of "
+            f"{COMPBENCH}."
+        },
     )
     held_out: float = field(
         default=0.0,
@@ -136,6 +139,7 @@ def run(arguments: Sequence[str]) -> None:
 
 def fill_in(args: EvaluateArguments) -> None:
     """The defaults that depend on the model and the data set; checks what is wrong whatever they are."""
+    from ..data.opening import is_one_table
     from ..evaluation import COMPBENCH_METRICS, METRICS, MINI_METRICS
     from .opening import call_defaults
 
@@ -146,7 +150,8 @@ def fill_in(args: EvaluateArguments) -> None:
     if mini and args.held_out:
         raise UsageError(f"--held_out: got {args.held_out}, expected 0 on {MINI}, whose test split is held out already")
     if not args.splits:
-        args.splits = ["train", "multi_turn"] if args.dataset == COMPBENCH else ["train" if args.held_out else "test"]
+        whole = args.held_out or is_one_table(args.dataset)
+        args.splits = ["train", "multi_turn"] if args.dataset == COMPBENCH else ["train" if whole else "test"]
         if args.held_out:
             args.splits = [f"{split}:held_out" for split in args.splits]
     args.metrics = args.metrics or list(MINI_METRICS if mini else COMPBENCH_METRICS)

@@ -88,7 +88,7 @@ def _config_path(arguments: Sequence[str], default: str | None) -> str | None:
         UsageError: `--config` without a file.
     """
     path = default
-    for argument, following in zip(arguments, [*arguments[1:], None], strict=True):
+    for argument, following in zip(arguments, [*arguments[1:], None], strict=False):
         if argument == "--config":
             if following is None:
                 raise UsageError("--config: got nothing, expected a YAML file")

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
-from .parsing import MINI, TINY, UsageError, free_folder, parse, use_embedded_model
+from .parsing import MINI, TINY, UsageError, free_folder, one_of, parse, use_embedded_model
 
 if TYPE_CHECKING:
+    from ..config import RCGRPOConfig
     from ..trainer import RCGRPOTrainer
 
 LORA_TARGETS = [
@@ -30,6 +31,9 @@ LORA_TARGETS = [
 ]
 """Every linear layer of FLUX's blocks, and the model's last layer, which shares a name with theirs."""
 
+COLUMNS = {"input_image": "image_column", "instruction": "prompt_column", "mask": "mask_column"}
+"""Fields of the configuration that name the columns of a data set that is not canonical."""
+
 
 @dataclass
 class ScriptArguments:
@@ -38,13 +42,17 @@ class ScriptArguments:
     model: str = field(default=TINY, metadata={"help": f"{TINY} (embedded), or a Hub id or folder of a Kontext model."})
     dataset: str = field(default=MINI, metadata={"help": f"{MINI} (embedded), or a Hub id, folder or file."})
     preset: str | None = field(
-        default=None, metadata={"help": "The data set's columns and masks, e.g. compbench; see docs/datasets.md."}
+        default=None,
+        metadata={"help": "The data set's columns and masks, e.g. compbench; a known Hub id has its own."},
     )
     held_out: float = field(
-        default=0.0, metadata={"help": "Share of the groups (videos) kept from training; --eval_split held_out."}
+        default=0.0, metadata={"help": "Share of the groups (videos) kept from training, for the report on them."}
     )
     train_split: str = field(default="train", metadata={"help": "Split to train on."})
-    eval_split: str = field(default="test", metadata={"help": "Held-out split; an empty string for none."})
+    eval_split: str | None = field(
+        default=None,
+        metadata={"help": "Held-out split: test, or what --held_out keeps from training; an empty string for none."},
+    )
     num_train_samples: int | None = field(default=None, metadata={"help": "Use this many training rows."})
     num_eval_samples: int | None = field(default=None, metadata={"help": "Use this many held-out rows."})
     reward_funcs: list[str] = field(
@@ -58,25 +66,62 @@ class ScriptArguments:
     )
 
 
-def load_rows(script: ScriptArguments) -> tuple[Any, Any]:
-    """Training and held-out rows."""
+def settle_splits(script: ScriptArguments) -> None:
+    """Fill in the held-out split; refuse one whose rows would be trained on.
+
+    Raises:
+        UsageError: naming the flag, and how to hold rows out.
+    """
+    from ..data.loading import HELD_OUT, parse_split
+    from ..data.opening import is_one_table
+
+    ways = '--held_out 0.1 to keep a tenth of the groups for the report, or --eval_split "" for no report'
+    if script.dataset == MINI:
+        if script.held_out:
+            raise UsageError(
+                f"--held_out: got {script.held_out}, expected 0 on {MINI}, whose test split is held out already"
+            )
+        for flag in ("train_split", "eval_split"):
+            one_of(script, flag, ("train", "test", "") if flag == "eval_split" else ("train", "test"))
+    elif script.eval_split is None and not script.held_out and is_one_table(script.dataset):
+        raise UsageError(f"--eval_split: got none for {script.dataset}, a table without a test split; pass {ways}")
+    if script.eval_split is None:
+        script.eval_split = f"{script.train_split}:{HELD_OUT}" if script.held_out else "test"
+    if not script.eval_split:
+        return
+    (train, of_train), (held, of_held) = (
+        parse_split(split, script.held_out) for split in (script.train_split, script.eval_split)
+    )
+    apart = "[" in train and "[" in held and train != held  # two slices are taken at their word
+    if train.partition("[")[0] == held.partition("[")[0] and of_train == of_held and not apart:
+        raise UsageError(
+            f"--eval_split: got {script.eval_split!r}, expected other rows than --train_split {script.train_split} "
+            f"trains on; pass {ways}"
+        )
+
+
+def load_rows(script: ScriptArguments, config: "RCGRPOConfig") -> tuple[Any, Any]:
+    """Training and held-out rows. Columns that the configuration names have their canonical names afterwards."""
     if script.dataset == MINI:
         from ..data import compbench_mini
 
-        train = compbench_mini("train", script.num_train_samples or 2048)
-        return train, compbench_mini("test", script.num_eval_samples or 192) if script.eval_split else None
-    import datasets
-
+        train = compbench_mini(script.train_split, script.num_train_samples or 2048)
+        return train, compbench_mini(script.eval_split, script.num_eval_samples or 192) if script.eval_split else None
     from ..data import load_edit_dataset
 
-    def load(split: str, count: int | None) -> Any:
+    columns = {}
+    for canonical, name in COLUMNS.items():
+        if getattr(config, name) != canonical:
+            columns[canonical] = getattr(config, name)
+            setattr(config, name, canonical)
+
+    def load(split: str | None, count: int | None) -> Any:
         if not split:
             return None
-        if script.preset is None and not script.held_out:
-            rows = datasets.load_dataset(script.dataset, split=split)
-        else:
-            # A row without a mask has no region to constrain to.
-            rows = load_edit_dataset(script.dataset, script.preset, split, held_out=script.held_out, on_missing="drop")
+        # A row without a mask has no region to constrain to.
+        rows = load_edit_dataset(
+            script.dataset, script.preset, split, columns=columns, held_out=script.held_out, on_missing="drop"
+        )
         if count is None or count >= len(rows):
             return rows
         return rows.select([i * len(rows) // count for i in range(count)])  # evenly, as rows are often sorted by task
@@ -110,7 +155,8 @@ def run(arguments: Sequence[str]) -> None:
             f"--output_dir: {folder} holds {earlier[-1].name} of an earlier run, expected a new folder; name another, "
             "or pass --resume_from_checkpoint true to go on"
         )
-    train_rows, eval_rows = load_rows(script)
+    settle_splits(script)
+    train_rows, eval_rows = load_rows(script, config)
     trainer = RCGRPOTrainer(
         model=str(WEIGHTS) if script.model == TINY else script.model,
         reward_funcs=list(script.reward_funcs),

@@ -3,8 +3,8 @@
 The first half of `load_edit_dataset`. `datasets` opens everything but PIE-Bench; what is decided here is which of its
 builders, and where relative paths in the rows start.
 
-Gotcha: files are opened as the split that is asked for, since a table says nothing of splits; a folder may name its
-tables after them.
+Gotcha: a single table says nothing of splits, so it is `train` and no other, or held-out rows would be the training
+rows without a word; a folder may name its tables after them.
 """
 
 import glob
@@ -30,6 +30,32 @@ BUILDERS = {
     ".tar": "webdataset",
 }
 """Which builder of `datasets` opens a file."""
+
+
+SPLITS = ("train", "test", "validation", "valid", "val", "dev")
+"""What tables in a folder are called after their splits."""
+
+
+def is_one_table(source: Any) -> bool:
+    """Whether a source on disk is one set of rows, which has no split but `train`."""
+    path = Path(source) if isinstance(source, str | Path) else None
+    if path is None or not path.is_dir():
+        return path is not None and (path.is_file() or glob.has_magic(str(source)))
+    if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
+        return (path / "state.json").exists()
+    if (path / "mapping_file.json").exists():
+        return True
+    return not _has_picture_metadata(path) and (any(path.glob("*.tar")) or _only_table(path) is not None)
+
+
+def _has_picture_metadata(folder: Path) -> bool:
+    return any(_names_files(path) for pattern in ("metadata.*", "*/metadata.*") for path in folder.glob(pattern))
+
+
+def _only_table(folder: Path) -> Path | None:
+    """The folder's one table, unless it is called after a split."""
+    tables = [path for path in folder.iterdir() if path.suffix in BUILDERS]
+    return tables[0] if len(tables) == 1 and tables[0].stem not in SPLITS else None
 
 
 def _one_split(data: Any, split: str, name: str) -> Any:
@@ -66,15 +92,15 @@ def _open_folder(folder: Path, split: str, streaming: bool, kwargs: dict[str, An
         return _one_split(datasets.load_from_disk(str(folder)), split, str(folder)), str(folder)
     if (folder / "mapping_file.json").exists():
         return _open_file(folder / "mapping_file.json", split, streaming, kwargs)
-    if any(_names_files(path) for pattern in ("metadata.*", "*/metadata.*") for path in folder.glob(pattern)):
+    if _has_picture_metadata(folder):
         place = glob.escape(str(folder))
         data = datasets.load_dataset("imagefolder", data_dir=place, split=split, streaming=streaming, **kwargs)
         return data, str(folder)
     archives = sorted(map(str, folder.glob("*.tar")))
     if archives:
         return _open_tables(archives, split, streaming, kwargs)
-    tables = [path for path in sorted(folder.iterdir()) if path.suffix in BUILDERS]
-    table = next((path for path in tables if path.stem == split), tables[0] if len(tables) == 1 else None)
+    named = (path for path in sorted(folder.iterdir()) if path.suffix in BUILDERS and path.stem == split.split("[")[0])
+    table = next(named, _only_table(folder))
     if table is not None:
         return _open_file(table, split, streaming, kwargs)
     try:
@@ -127,7 +153,7 @@ def open_rows(source: Any, split: str, streaming: bool, **kwargs: Any) -> tuple[
         source: a Hub id; a folder (saved by `datasets`, `imagefolder` with metadata, PIE-Bench, WebDataset archives,
             one table for the split, or whatever `load_dataset` makes of it); a JSONL, JSON, CSV, Parquet or tar file,
             or a pattern of such; or rows that are in memory.
-        split: the data set's own.
+        split: the data set's own; `train` of a single table.
         streaming: open a stream.
         kwargs: for `datasets.load_dataset`.
 
@@ -136,6 +162,11 @@ def open_rows(source: Any, split: str, streaming: bool, **kwargs: Any) -> tuple[
         ValueError: a file of another kind, or one that cannot be read; a split that is not there.
     """
     root: str | None = None
+    if is_one_table(source) and split.split("[")[0] != "train":
+        raise ValueError(
+            f"split: got {split!r} of {source}, expected 'train', as one table has no other split; hold out a part of "
+            "it with held_out=0.1, whose split is 'held_out', or open another file"
+        )
     if isinstance(source, Dataset | IterableDataset | Mapping):
         data = _one_split(source, split, "the data set")
     elif not isinstance(source, str | Path):

@@ -1,0 +1,105 @@
+"""`cli/train.py`: which rows are trained on and which are held out, and what is known before anything is rolled out."""
+
+import json
+
+import pytest
+from datasets import Dataset
+from PIL import Image
+
+from rcgrpo import RCGRPOConfig
+from rcgrpo.cli.parsing import UsageError
+from rcgrpo.cli.train import ScriptArguments, load_rows, settle_splits
+from rcgrpo.data import EditRows
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def write(name="my.jsonl", names=("input_image", "instruction", "mask"), count=12):
+    """Edits with pictures beside them; the last one has no mask."""
+    Image.new("RGB", (16, 16)).save("source.png")
+    Image.new("L", (16, 16), 255).save("mask.png")
+    values = [("source.png", f"edit {i}", "mask.png" if i < count - 1 else None) for i in range(count)]
+    with open(name, "w") as file:
+        file.writelines(json.dumps(dict(zip(names, row, strict=True))) + "\n" for row in values)
+    return name
+
+
+def settled(**given):
+    script = ScriptArguments(**given)
+    settle_splits(script)
+    return script
+
+
+def instructions(**given):
+    """What training and the report get to see."""
+    config = RCGRPOConfig("out", use_cpu=True)
+    return [
+        None if rows is None else [row["instruction"] for row in rows] for rows in load_rows(settled(**given), config)
+    ]
+
+
+def test_a_table_is_opened_as_elsewhere_and_rows_without_a_mask_are_left_out():
+    train, held = instructions(dataset=write(), eval_split="", num_train_samples=20)
+    assert train == [f"edit {i}" for i in range(11)] and held is None
+
+
+def test_what_is_held_out_is_reported_on_unless_said_otherwise():
+    train, held = instructions(dataset=write(), held_out=0.4)
+    assert train and held and sorted(train + held) == sorted(f"edit {i}" for i in range(11))
+    assert settled(dataset="some/set", held_out=0.1, train_split="big").eval_split == "big:held_out"
+    assert settled(dataset="some/set").eval_split == settled().eval_split == "test"
+
+
+def test_columns_of_the_configuration_are_read_from_any_table():
+    config = RCGRPOConfig("out", use_cpu=True, image_column="src", prompt_column="say", mask_column="region")
+    rows, _ = load_rows(ScriptArguments(dataset=write(names=("src", "say", "region")), eval_split=""), config)
+    edit = EditRows(rows, "train", config.image_column, config.prompt_column, config.mask_column).edit(3)
+    assert edit.prompt == "edit 3" and edit.mask.min() == 1
+
+
+def test_a_known_hub_id_brings_its_preset(monkeypatch):
+    seen = {}
+    monkeypatch.setattr(
+        "rcgrpo.data.loading.open_rows", lambda name, split, *rest: seen.setdefault("rows", (rows, None))
+    )
+    image = Image.new("RGB", (8, 8))
+    rows = Dataset.from_list([{"source_img": image, "mask_img": Image.new("RGB", (8, 8), "white"), "instruction": "x"}])
+    train, _ = load_rows(ScriptArguments(dataset="osunlp/MagicBrush", eval_split=""), RCGRPOConfig("out", use_cpu=True))
+    assert train[0]["mask"].getextrema() == (255, 255)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"dataset": "my.jsonl"}, r"--eval_split: got none for my.jsonl, .* pass --held_out 0.1 .* --eval_split \"\""),
+        (
+            {"dataset": "a/b", "eval_split": "train"},
+            "--eval_split: got 'train', expected other rows than --train_split",
+        ),
+        ({"dataset": "a/b", "eval_split": "train[:10%]"}, "expected other rows than --train_split train"),
+        ({"dataset": "a/b", "eval_split": "held_out", "train_split": "train:held_out", "held_out": 0.1}, "other rows"),
+        ({"train_split": "test"}, "--eval_split: got 'test', expected other rows than --train_split test"),
+        ({"train_split": "dev"}, "--train_split: got 'dev', expected one of train, test"),
+        ({"held_out": 0.1}, "--held_out: got 0.1, expected 0 on compbench-mini"),
+    ],
+)
+def test_held_out_rows_that_would_be_trained_on_are_refused(given, said):
+    write()
+    with pytest.raises(UsageError, match=said):
+        settled(**given)
+
+
+def test_splits_that_are_apart_are_taken():
+    for train, held, share in (("train", "test", 0.5), ("train[:90%]", "train[90%:]", 0), ("held_out", "train", 0.1)):
+        settled(dataset="a/b", train_split=train, eval_split=held, held_out=share)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_a_split_that_a_table_does_not_have_is_refused(share):
+    with pytest.raises(ValueError, match=r"split: got 'test' of my.jsonl, expected 'train', as one table has no other"):
+        instructions(dataset=write(), held_out=share, eval_split="test")
