@@ -1,6 +1,7 @@
 import json
 import math
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -415,17 +416,32 @@ def test_alarms_go_off_for_clear_changes_only():
     assert "alike" in diagnosis.alarms([difference("diversity inside", 0.1, 0.05)])[0]
 
 
+def test_more_variance_of_the_edit_reward_is_better_and_of_the_whole_reward_neither():
+    def findings(variance):
+        numbers = {"reward_var": variance, "edit_reward_var": variance, "keep_reward_var": variance}
+        return [SimpleNamespace(numbers=numbers)] * 2
+
+    rows = diagnosis.paired(findings(2.0), findings(1.0), ("reward_var", "edit_reward_var", "keep_reward_var"))
+    lines = diagnosis.difference_table(rows).splitlines()[2:]
+    assert [line.split("|")[-2].strip() for line in lines] == ["↓", "↓ worse", "↓ better"]
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
         (["--num_generations", "1"], "--num_generations: got 1"),
         (["--edit_strength", "1.5"], "--edit_strength: got 1.5"),
         (["--num_generations", "3", "--antithetic"], "even number"),
+        (["--solver", "foo"], "--solver: got 'foo', expected one of euler, heun, dpmpp_2m, unipc"),
+        (["--resolution", "0"], "--resolution: got 0, expected at least 1"),
+        (["--output", "taken/out"], "--output: got 'taken/out', expected a folder that can be written to; .*no folder"),
         (["--dataset", "some/where"], "--reward: got none"),
         (["--num_edit", "3"], "nearest known one is --num_edits"),
     ],
 )
-def test_mistakes_are_named_before_anything_is_loaded(flags, message):
+def test_mistakes_are_named_before_anything_is_loaded(flags, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "taken").touch()
     with pytest.raises(UsageError, match=message):
         diagnose.run(flags)
 

@@ -45,6 +45,10 @@ TABLE = {
 WATCHED = ("reward", "edit", "keep", "held_out", "edge_density", "colour_entropy", "diversity_inside", "leakage")
 """What a LoRA is compared with its base in."""
 
+LOWER_IS_BETTER = ("keep_reward_var", "leakage")
+NEITHER_IS_BETTER = tuple(TABLE[name] for name in ("reward_var", "edge_density", "colour_entropy"))
+"""Whose change is good or bad by where it comes from."""
+
 
 def write_diagnosis(
     folder: Path, settings: Mapping[str, Any], arms: dict[str, list[Finding]], match: Match, target: float
@@ -132,13 +136,12 @@ def write_diagnosis(
 
 def paired(before: Sequence[Finding], after: Sequence[Finding], names: Sequence[str]) -> list[PairedDifference]:
     """Paired differences of the numbers that at least two edits have on both sides."""
-    lower = {"reward_var", "edit_reward_var", "keep_reward_var", "leakage"}
     rows = []
     for name in names:
         old, new = ([f.numbers.get(name, math.nan) for f in findings] for findings in (before, after))
         if sum(a == a and b == b for a, b in zip(old, new, strict=True)) > 1:
             title = TABLE.get(name, f"{name} reward")
-            rows.append(paired_bootstrap(old, new, metric=title, higher_is_better=name not in lower))
+            rows.append(paired_bootstrap(old, new, metric=title, higher_is_better=name not in LOWER_IS_BETTER))
     return rows
 
 
@@ -176,7 +179,7 @@ def difference_table(rows: Sequence[PairedDifference]) -> str:
             *(f"{value:.3g}" for value in (row.before, row.after)),
             f"{row.difference:+.3g}",
             f"[{row.low:+.3g}, {row.high:+.3g}]",
-            row.verdict,
+            row.verdict.split()[0] if row.significant and row.metric in NEITHER_IS_BETTER else row.verdict,
         ]
         for row in rows
     ]

@@ -6,7 +6,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
-from .parsing import MINI, TINY, UsageError, free_folder, parse, use_embedded_model
+from .parsing import (
+    MINI,
+    TINY,
+    UsageError,
+    at_least,
+    check_folder,
+    free_folder,
+    in_unit,
+    one_of,
+    parse,
+    use_embedded_model,
+)
 
 if TYPE_CHECKING:
     from ..survey import Finding
@@ -68,7 +79,6 @@ def run(arguments: Sequence[str]) -> None:
     fill_in(args)
     if args.model == TINY and args.dataset == MINI:
         use_embedded_model([] if args.lora is None else [args.lora])
-    import torch
     from diffusers import FluxKontextPipeline
 
     from ..benchmark import contenders, load_loras, switch_to
@@ -78,7 +88,7 @@ def run(arguments: Sequence[str]) -> None:
     from ..rewards import resolve_rewards
     from ..rollout import Exploration
     from ..survey import JUDGES, match_strength, survey
-    from ..tiny import WEIGHTS
+    from .opening import open_pipeline
 
     folder = Path(args.output)
     names = (args.reward, args.edit_reward, args.keep_reward, args.held_out_reward)
@@ -88,12 +98,7 @@ def run(arguments: Sequence[str]) -> None:
     rows = EditRows(load_rows(args), "diagnosis", required_columns=required)
     count = min(args.num_edits, len(rows))
     edits = [rows.edit(i * len(rows) // count) for i in range(count)]
-    dtype = torch.bfloat16 if torch.cuda.is_available() and args.model != TINY else torch.float32
-    pipeline = FluxKontextPipeline.from_pretrained(
-        str(WEIGHTS) if args.model == TINY else args.model, torch_dtype=dtype
-    )
-    if torch.cuda.is_available():
-        pipeline.to("cuda")
+    pipeline = open_pipeline(FluxKontextPipeline, args.model)
     pipeline.set_progress_bar_config(disable=True)
     load_loras(pipeline, entrants)
     editor = FluxKontextEditor(
@@ -148,7 +153,7 @@ def fill_in(args: DiagnoseArguments) -> None:
         UsageError: naming the flag.
     """
     from ..data.opening import is_one_table
-    from ..tiny import CALL, RESOLUTION
+    from .opening import call_defaults
 
     tiny, mini = args.model == TINY, args.dataset == MINI
     if args.reward is None or args.edit_reward is None:
@@ -159,19 +164,20 @@ def fill_in(args: DiagnoseArguments) -> None:
             )
         args.reward = args.reward or "compbench_mini"
         args.edit_reward = args.edit_reward or "region_edit"
-    for name, least in (("num_generations", 2), ("num_edits", 2), ("num_inference_steps", 1), ("num_maps", 0)):
-        if getattr(args, name) < least:
-            raise UsageError(f"--{name}: got {getattr(args, name)}, expected at least {least}")
-    for name in ("edit_strength", "keep_strength"):
-        if not 0 <= getattr(args, name) <= 1:
-            raise UsageError(f"--{name}: got {getattr(args, name)}, expected a number in [0, 1]")
+    at_least(args, 2, "num_generations", "num_edits")
+    at_least(args, 1, "num_inference_steps", "resolution", "max_sequence_length", "batch_size")
+    at_least(args, 0, "num_maps", "match_tolerance")
+    in_unit(args, "edit_strength", "keep_strength", "mask_growth")
+    one_of(args, "solver", ("euler", "heun", "dpmpp_2m", "unipc"))
     if args.antithetic and args.num_generations % 2:
         raise UsageError(f"--num_generations: got {args.num_generations}, expected an even number with --antithetic")
-    args.resolution = args.resolution or (RESOLUTION if tiny else 1024)
-    args.max_sequence_length = args.max_sequence_length or (CALL["max_sequence_length"] if tiny else 512)
+    defaults = call_defaults(args.model)
+    args.resolution = args.resolution or defaults["resolution"]
+    args.max_sequence_length = args.max_sequence_length or defaults["max_sequence_length"]
     args.mask_growth = args.mask_growth if args.mask_growth is not None else (0.0 if tiny else 0.02)
     args.split = args.split or ("train" if not mini and is_one_table(args.dataset) else "test")
     args.output = args.output or free_folder("rcgrpo-diagnosis")
+    check_folder("output", args.output)
 
 
 def load_rows(args: DiagnoseArguments) -> Any:

@@ -228,6 +228,16 @@ def one_of(args: Any, name: str, choices: Sequence[str]) -> None:
         raise UsageError(f"--{name}: got {value!r}, expected one of {', '.join(choices)}")
 
 
+def check_port(port: int) -> None:
+    """Refuse a number that no port has.
+
+    Raises:
+        UsageError: it is outside 0 to 65535.
+    """
+    if not 0 <= port <= 65535:
+        raise UsageError(f"--port: got {port}, expected 0 to 65535")
+
+
 def check_folder(flag: str, folder: str | Path) -> None:
     """Refuse a folder that cannot be made or written to, before the work rather than after it.
 
