@@ -106,6 +106,14 @@ def test_inspect_points_out_masks_that_miss_the_change(capsys, monkeypatch):
     assert [name.endswith("(0% of the change in the mask)") for name in captions] == [i == 2 for i in range(6)]
 
 
+def test_inspect_counts_empty_masks_among_the_rows_shown(capsys):
+    rows = load_edit_dataset(save(6), "compbench").with_format(None)
+    black = {"mask": Image.new("L", SIZE)}
+    rows.map(lambda row, i: black if i in (0, 3) else row, with_indices=True).save_to_disk("black")
+    run(["inspect", "black", "--num_samples", "4"])
+    assert counts(capsys.readouterr().out)["no mask"] == "2 of 6 rows (33.3%); an empty one in 2 of the 4 shown"
+
+
 def test_inspect_without_targets_shows_the_source_alone(capsys):
     save()
     rows = load_edit_dataset("set", "compbench").with_format(None).remove_columns("edited_image")
@@ -218,6 +226,12 @@ def test_rows_that_get_none_are_listed(capsys):
         (["inspect", "x", "--num_sample", "3"], "unknown flag '--num_sample'; the nearest known one is --num_samples"),
         (["inspect", "set", "--num_samples", "0"], "--num_samples: got 0"),
         (["inspect", "set", "--output", "sheet"], "--output: got 'sheet', expected a picture's name"),
+        (
+            ["inspect", "set", "--output", "taken/s.png"],
+            "--output: got 'taken', expected a folder that can be written to",
+        ),
+        (["masks", "set", "--output", "taken/m"], "--output: got 'taken/m', expected a folder that can be written to"),
+        (["inspect", "compbench-mini", "--split", "nope"], "--split: got 'nope', expected train or test, which"),
         (["inspect", "set", "--columns", "input_image"], "--columns: got 'input_image', expected canonical=own"),
         (
             ["masks", "set", "--method", "magic"],
@@ -226,6 +240,7 @@ def test_rows_that_get_none_are_listed(capsys):
     ],
 )
 def test_typing_errors_are_answered(arguments, said):
+    Path("taken").touch()
     with pytest.raises(UsageError, match=said):
         run(arguments)
 

@@ -81,6 +81,38 @@ def test_loras_that_cannot_be_used_are_refused():
         main(["edit", *EDIT, "--lora", "other"])
 
 
+def draw(name, value, size=(64, 64)):
+    Image.new("L", size, value).save(name)
+    return ["--mask", name]
+
+
+def test_masks_that_would_not_do_what_they_say_are_refused_before_a_model_is_loaded(monkeypatch):
+    monkeypatch.setattr("rcgrpo.cli.edit.open_pipeline", None)
+    for flags, said in (
+        (draw("small.png", 255, (32, 16)), "--mask: got 32×16, expected the source's size 64×64"),
+        (draw("ones.png", 1), "--mask: got a mask whose brightest pixel is 1 of 255, .*; multiply a mask of 0 and 1"),
+        (draw("black.png", 0), "--mask: got 'black.png', which is black, expected white where to edit"),
+    ):
+        with pytest.raises((UsageError, ValueError), match=said):
+            run([*EDIT, *flags])
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--num_inference_steps", "0"], "--num_inference_steps: got 0, expected at least 1"),
+        (["--resolution", "0"], "--resolution: got 0, expected at least 1"),
+        (["--edit_strength", "2"], r"--edit_strength: got 2.0, expected a number in \[0, 1\]"),
+        (["--output", "edited"], "--output: got 'edited', expected a picture's name, such as picture.png"),
+        (["--output", "edited.txt"], "--output: got 'edited.txt', expected a picture's name"),
+        (["--output", "source.png/e.png"], "--output: got 'source.png', expected a folder that can be written to"),
+    ],
+)
+def test_flags_that_cannot_work_are_refused_before_the_edit(flags, said):
+    with pytest.raises(UsageError, match=said):
+        run([*EDIT, *flags])
+
+
 @pytest.mark.parametrize(
     ("flag", "here"), [("prompt", "instruction"), ("mask_image", "mask"), ("num_images_per_prompt", "num_candidates")]
 )

@@ -5,10 +5,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from itertools import chain, islice
-from pathlib import Path
 from typing import Any
 
-from .parsing import MINI, TINY, UsageError, parse, use_embedded_model
+from .parsing import (
+    MINI,
+    TINY,
+    UsageError,
+    at_least,
+    check_folder,
+    check_picture,
+    one_of,
+    parse,
+    use_embedded_model,
+)
 
 VERBS = {
     "inspect": "draw a contact sheet with the masks, and count",
@@ -105,7 +114,7 @@ def run(arguments: Sequence[str]) -> None:
 
 def load(args: DataArguments, **settings: Any) -> Any:
     """The rows that the flags name."""
-    from ..data.loading import load_edit_dataset
+    from ..data.loading import load_edit_dataset, parse_split
 
     pairs = [pair.partition("=") for pair in args.columns]
     for canonical, equals, own in pairs:
@@ -116,7 +125,10 @@ def load(args: DataArguments, **settings: Any) -> Any:
     if args.name == MINI:
         from ..data import compbench_mini
 
-        source = {split: compbench_mini(split) for split in ("train", "test") if split == args.split.partition(":")[0]}
+        split = parse_split(args.split, args.held_out)[0]
+        if split not in ("train", "test"):
+            raise UsageError(f"--split: got {args.split!r}, expected train or test, which {MINI} has")
+        source = {split: compbench_mini(split)}
     elif args.revision is not None:
         settings["revision"] = args.revision
     return load_edit_dataset(
@@ -142,22 +154,18 @@ POOR = 0.5
 
 def inspect(args: InspectArguments) -> None:
     """Draw a contact sheet and print counts."""
-    from PIL import Image
-
     from ..data.masks import change_inside, mask_share
     from ..sheets import contact_sheet
 
-    if args.num_samples < 1:
-        raise UsageError(f"--num_samples: got {args.num_samples}, expected at least 1")
-    if Path(args.output).suffix.lower() not in Image.registered_extensions():
-        raise UsageError(f"--output: got {args.output!r}, expected a picture's name, such as sheet.png")
+    at_least(args, 1, "num_samples", "cell")
+    check_picture("output", args.output)
     rows = load(args, on_missing=tuple(args.on_missing), masks=args.masks)
     stream = not hasattr(rows, "__len__")
     if stream:
         shown = list(islice(rows, args.num_samples))
     else:
-        stride = max(1, len(rows) // args.num_samples)
-        shown = [rows[i] for i in range(0, len(rows), stride)][: args.num_samples]
+        places = range(0, len(rows), max(1, len(rows) // args.num_samples))[: args.num_samples]
+        shown = [rows[i] for i in places]
     if not shown:
         raise UsageError(f"{args.name}: no rows to show in split {args.split!r}")
     sheet_columns = {"source and region": [tint(row["input_image"], row["mask"]) for row in shown]}
@@ -185,6 +193,8 @@ def inspect(args: InspectArguments) -> None:
     if not stream:
         missing = rows.format["format_kwargs"]["transform"].missing
         lines["no mask"] = f"{missing} of {len(rows)} rows ({missing / len(rows):.1%})"
+        if empty := _count_empty(rows, places, shown):
+            lines["no mask"] += f"; an empty one in {empty} of the {len(shown)} shown"
     lines["masks shown"] = ", ".join(f"{kind} {count}" for kind, count in sources.most_common())
     lines["region"] = (
         f"{sum(shares) / len(shares):.1%} of the picture on average, {min(shares):.1%} to {max(shares):.1%}"
@@ -212,6 +222,19 @@ def tint(image: Any, mask: Any) -> Any:
     return outline(Image.composite(colour, image, cover), mask)
 
 
+def _count_empty(rows: Any, places: Sequence[int], shown: Sequence[Mapping[str, Any]]) -> int:
+    """How many of the rows shown hold a mask without an edit pixel, which counts as none."""
+    import datasets
+
+    from ..data.canonical import is_missing
+
+    masks = rows.with_format(None).select_columns(["mask"]).select(places)
+    if isinstance(masks.features["mask"], datasets.Image):
+        masks = masks.cast_column("mask", datasets.Image(decode=False))
+    held = (not is_missing(value) for value in masks["mask"])
+    return sum(there and row["mask_source"] != "own" for there, row in zip(held, shown, strict=True))
+
+
 def _blank(image: Any) -> Any:
     from PIL import Image
 
@@ -236,8 +259,9 @@ def _cheap_columns(rows: Any) -> dict[str, Any]:
 
 def make(args: MaskArguments) -> None:
     """Make masks for the rows that have none."""
-    if args.method not in METHODS:
-        raise UsageError(f"--method: got {args.method!r}, expected one of {', '.join(METHODS)}")
+    one_of(args, "method", METHODS)
+    at_least(args, 1, "num_samples", "resolution", "num_draws")
+    check_folder("output", args.output)
     from tqdm.auto import tqdm
 
     from ..data.make_masks import MaskFolder

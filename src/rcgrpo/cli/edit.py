@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from .opening import open_pipeline
-from .parsing import TINY, UsageError, parse, use_embedded_model
+from .parsing import TINY, UsageError, at_least, check_picture, in_unit, parse, use_embedded_model
 
 
 @dataclass
@@ -15,7 +15,13 @@ class EditArguments:
 
     image: str = field(metadata={"help": "The picture to edit."})
     instruction: str = field(metadata={"help": "What to do, e.g. 'remove the apple'."})
-    mask: str | None = field(default=None, metadata={"help": "Where: a picture of the same size, white = edit."})
+    mask: str | None = field(
+        default=None,
+        metadata={
+            "help": "Where: a picture of the same size, white = edit. It steers the noise; the background is drawn "
+            "again too, not pasted back."
+        },
+    )
     lora: str | None = field(default=None, metadata={"help": "A LoRA: folder, file or Hub id."})
     model: str = field(default=TINY, metadata={"help": f"{TINY} (embedded), or a Hub id or folder of a Kontext model."})
     output: str = field(default="edited.png", metadata={"help": "Where to write the result."})
@@ -30,8 +36,9 @@ class EditArguments:
 def run(arguments: Sequence[str]) -> None:
     """`rcgrpo edit`: one picture."""
     (args,) = parse((EditArguments,), arguments, None, "rcgrpo edit")
-    if args.num_candidates < 1:
-        raise UsageError(f"--num_candidates: got {args.num_candidates}, expected at least 1")
+    at_least(args, 1, "num_candidates", "num_inference_steps", "resolution")
+    in_unit(args, "edit_strength")
+    check_picture("output", args.output)
     if args.model == TINY:
         use_embedded_model([] if args.lora is None else [args.lora])
     import torch
@@ -44,7 +51,7 @@ def run(arguments: Sequence[str]) -> None:
     from ..tiny import CALL
 
     source = decode_picture(Path(args.image), "--image").convert("RGB")
-    mask = None if args.mask is None else decode_picture(Path(args.mask), "--mask").convert("L")
+    mask = None if args.mask is None else read_mask(Path(args.mask), source.size)
     if args.lora is not None:  # before a large model is loaded
         try:
             FluxKontextPipeline.lora_state_dict(args.lora)
@@ -83,6 +90,23 @@ def run(arguments: Sequence[str]) -> None:
     with write_atomically(Path(args.output)) as path:
         strip.save(path)
     print(f"Written: {args.output} ({len(images)} candidate{'s' if len(images) > 1 else ''})")
+
+
+def read_mask(path: Path, size: tuple[int, int]) -> Any:
+    """The mask, "L" with 255 = edit.
+
+    Raises:
+        UsageError, ValueError: no picture, another size than the source's, nothing or too little of white.
+    """
+    from ..data.masks import decode_mask, refuse_dim
+
+    mask = decode_mask(path, "luma", None, "--mask")
+    if mask.size != size:
+        raise UsageError(f"--mask: got {mask.width}×{mask.height}, expected the source's size {size[0]}×{size[1]}")
+    if mask.getbbox() is None:
+        raise UsageError(f"--mask: got {str(path)!r}, which is black, expected white where to edit")
+    refuse_dim(mask, "--mask", "multiply a mask of 0 and 1 by 255")
+    return mask
 
 
 def load_lora(pipe: Any, lora: str, model: str) -> None:

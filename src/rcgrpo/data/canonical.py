@@ -11,11 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
 from .edits import RowTransform, decode_picture, to_rgb
-from .masks import PICTURE_DECODERS, Size, decode_mask, difference_mask, feather_mask, fit_mask, grow_mask
+from .masks import PICTURE_DECODERS, Size, decode_mask, difference_mask, feather_mask, fit_mask, grow_mask, refuse_dim
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +39,9 @@ class Fallbacks:
     def note(self, kind: str, row: str, where: str) -> None:
         """Count one row, and say so if it is the first of its kind."""
         if kind not in self.rows:
-            logger.warning("%s: there is no mask; %s. Further rows are counted, not said", where, SAID[kind])
+            logger.warning(
+                "%s: there is no mask, or an empty one; %s. Further rows are counted, not said", where, SAID[kind]
+            )
         self.rows.setdefault(kind, set()).add(row)
 
     @property
@@ -131,12 +132,9 @@ class CanonicalRows(RowTransform):
         )
         if mask.getbbox() is None:
             return None
-        peak = int(np.asarray(mask).max())
-        if self.encoding == "luma" and peak < 128:
-            raise ValueError(
-                f"{where}: got a mask whose brightest pixel is {peak} of 255, expected white = edit; masks of 0 and 1, "
-                "label maps and coloured regions are read with mask_encoding='nonzero'"
-            )
+        if self.encoding == "luma":
+            remedy = "masks of 0 and 1, label maps and coloured regions are read with mask_encoding='nonzero'"
+            refuse_dim(mask, where, remedy)
         return mask
 
     def has_mask(self, stored: Mapping[str, Any]) -> bool:

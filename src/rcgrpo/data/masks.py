@@ -205,6 +205,17 @@ def fit_mask(mask: Image.Image, size: Size, where: str = "mask") -> Image.Image:
     return mask.resize(size, Image.Resampling.NEAREST)
 
 
+def refuse_dim(mask: Image.Image, where: str, remedy: str) -> None:
+    """Refuse a mask that is not black but nowhere half white: 0 and 1, or labels, of which nearly nothing would count.
+
+    Raises:
+        ValueError: naming `where`, the brightest pixel and what to do.
+    """
+    peak = int(np.asarray(mask).max())
+    if 0 < peak < 128:
+        raise ValueError(f"{where}: got a mask whose brightest pixel is {peak} of 255, expected white = edit; {remedy}")
+
+
 # Edges ----------------------------------------------------------------------------------------------------------------
 
 
