@@ -247,6 +247,18 @@ def test_without_gradio_the_extra_is_named(pipeline, monkeypatch):
         run([])
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--port", "99999999"], "--port: got 99999999, expected 0 to 65535"),
+        (["--num_inference_steps", "0"], "--num_inference_steps: got 0, expected at least 1"),
+    ],
+)
+def test_numbers_out_of_range_are_refused_before_a_model_is_loaded(flags, message):
+    with pytest.raises(UsageError, match=message):
+        run(flags)
+
+
 def test_other_machines_are_not_let_in_without_a_password(monkeypatch):
     monkeypatch.delenv("RCGRPO_APP_AUTH", raising=False)
     with pytest.raises(UsageError, match=r"--host: got '0.0.0.0'.*RCGRPO_APP_AUTH=user:password"):

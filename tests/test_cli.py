@@ -149,8 +149,13 @@ def test_help_names_every_flag(command, cls, capsys):
 
 
 def test_rewards_lists_the_registry(capsys):
+    for flag in ("-h", "--help"):
+        main(["rewards", flag])
+        assert capsys.readouterr().out.startswith("usage: rcgrpo rewards [serve ...]\n")
+    assert "--port: got 99999999, expected 0 to 65535" in refused("rewards", "serve", "--port", "99999999")
     main(["rewards"])
     lines = capsys.readouterr().out.splitlines()
+    assert next(line for line in lines if line.startswith("region_edit ")).split()[1:4] == ["0", "to", "1"]
     assert [line.split()[0] for line in lines] == available_rewards() and "compbench_mini" in available_rewards()
     assert "rcgrpo rewards takes no arguments, got now" in refused("rewards", "now")
 

@@ -46,6 +46,8 @@ def test_defaults_follow_model_and_data():
 def test_loras_may_be_repeated_or_listed():
     for given in (["--lora", "a", "--lora", "b"], ["--lora", "a", "b"], ["--lora=a", "--seed", "3", "--lora=b"]):
         assert settled(*given).lora == ["a", "b"]
+    Path("x").mkdir()
+    Path("x/settings.json").write_text("{}")
     assert settled("--lora", "a", "--resume", "--output_dir", "x", "--lora", "b").lora == ["a", "b"]
 
 
@@ -54,9 +56,11 @@ def test_loras_may_be_repeated_or_listed():
     [
         (["--metrics", "mse"], "--metrics: got 'mse', expected some of lc_t lc_i psnr"),
         (["--resume"], "--resume: got no --output_dir"),
+        (["--resume", "--output_dir", "typo"], "--resume: got --output_dir typo, expected the folder of an earlier"),
+        (["--output_dir", __file__], "--output_dir: got .*, expected a folder that can be written to; .* is no folder"),
         (["--num_samples", "0"], "--num_samples: got 0, expected at least 1"),
         (["--resolution", "0"], "--resolution: got 0, expected at least 1"),
-        (["--intervals_by", "frame"], "--intervals_by: got 'frame', expected 'video' or 'edit'"),
+        (["--intervals_by", "frame"], "--intervals_by: got 'frame', expected one of video, edit"),
         (["--held_out", "0.1"], "--held_out: got 0.1, expected 0 on compbench-mini"),
         (["--lroa", "x"], "the nearest known one is --lora"),
         (["--splits", "validation"], "--splits: got validation, expected test or train"),

@@ -7,7 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from .parsing import MINI, TINY, UsageError, free_folder, parse, use_embedded_model
+from .parsing import (
+    MINI,
+    TINY,
+    UsageError,
+    at_least,
+    check_folder,
+    free_folder,
+    one_of,
+    parse,
+    use_embedded_model,
+)
 
 COMPBENCH = "BohanJia/CompBench"
 
@@ -139,6 +149,7 @@ def run(arguments: Sequence[str]) -> None:
 
 def fill_in(args: EvaluateArguments) -> None:
     """The defaults that depend on the model and the data set; checks what is wrong whatever they are."""
+    from ..benchmark import SETTINGS
     from ..data.opening import is_one_table
     from ..evaluation import COMPBENCH_METRICS, METRICS, MINI_METRICS
     from .opening import call_defaults
@@ -147,6 +158,12 @@ def fill_in(args: EvaluateArguments) -> None:
     if args.resume and args.output_dir is None:
         raise UsageError("--resume: got no --output_dir, expected the folder of the evaluation to go on with")
     args.output_dir = args.output_dir or free_folder("rcgrpo-evaluation")
+    if args.resume and not (Path(args.output_dir) / SETTINGS).exists():
+        raise UsageError(
+            f"--resume: got --output_dir {args.output_dir}, expected the folder of an earlier evaluation, with "
+            f"{SETTINGS} in it; name it, or leave --resume out to start one there"
+        )
+    check_folder("output_dir", args.output_dir)
     if mini and args.held_out:
         raise UsageError(f"--held_out: got {args.held_out}, expected 0 on {MINI}, whose test split is held out already")
     if not args.splits:
@@ -164,19 +181,9 @@ def fill_in(args: EvaluateArguments) -> None:
         if getattr(args, name) is None:
             setattr(args, name, value)
     args.intervals_by = args.intervals_by or ("edit" if mini else "video")
-    if args.intervals_by not in ("edit", "video"):
-        raise UsageError(f"--intervals_by: got {args.intervals_by!r}, expected 'video' or 'edit'")
-    for name in (
-        "num_samples",
-        "batch_size",
-        "resolution",
-        "num_inference_steps",
-        "max_sequence_length",
-        "num_pictures",
-    ):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise UsageError(f"--{name}: got {value}, expected at least 1")
+    one_of(args, "intervals_by", ("video", "edit"))
+    at_least(args, 1, "num_samples", "metric_size", "resolution", "num_inference_steps", "max_sequence_length")
+    at_least(args, 1, "batch_size", "num_pictures")
 
 
 def load_rows(args: EvaluateArguments) -> Any:

@@ -4,7 +4,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from .parsing import UsageError, parse
+from .parsing import UsageError, check_port, parse
 
 
 @dataclass
@@ -37,6 +37,11 @@ def run(arguments: Sequence[str]) -> None:
     """`rcgrpo rewards [serve]`."""
     if not arguments:
         show()
+    elif arguments[0] in ("-h", "--help"):
+        print(
+            "usage: rcgrpo rewards [serve ...]\n\nwithout arguments: the registered rewards, their ranges and the "
+            "columns that they read\nserve: rewards over HTTP; see `rcgrpo rewards serve --help`"
+        )
     elif arguments[0] == "serve":
         serve_rewards(arguments[1:])
     else:
@@ -59,6 +64,7 @@ def show() -> None:
 def serve_rewards(arguments: Sequence[str]) -> None:
     """Serve until interrupted."""
     (given,) = parse([ServeArguments], arguments, None, "rcgrpo rewards serve")
+    check_port(given.port)
     from ..rewards import resolve_rewards
     from ..rewards.server import serve
 

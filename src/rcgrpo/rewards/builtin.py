@@ -24,7 +24,7 @@ KEEP_SCALE = 0.1
 PSNR_CAP = 60.0
 
 
-@register_reward("region_edit", columns=("task", "caption", "edited_image"))
+@register_reward("region_edit", columns=("task", "caption", "edited_image"), value_range=(0.0, 1.0))
 def region_edit(
     images: list[Image.Image],
     masks: list[Image.Image],
