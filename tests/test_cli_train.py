@@ -1,6 +1,7 @@
 """`cli/train.py`: which rows are trained on and which are held out, and what is known before anything is rolled out."""
 
 import json
+from pathlib import Path
 
 import pytest
 from datasets import Dataset
@@ -8,7 +9,7 @@ from PIL import Image
 
 from rcgrpo import RCGRPOConfig
 from rcgrpo.cli.parsing import UsageError
-from rcgrpo.cli.train import ScriptArguments, load_rows, settle_splits
+from rcgrpo.cli.train import ScriptArguments, load_rows, run, settle_resume, settle_splits
 from rcgrpo.data import EditRows
 
 
@@ -103,3 +104,71 @@ def test_splits_that_are_apart_are_taken():
 def test_a_split_that_a_table_does_not_have_is_refused(share):
     with pytest.raises(ValueError, match=r"split: got 'test' of my.jsonl, expected 'train', as one table has no other"):
         instructions(dataset=write(), held_out=share, eval_split="test")
+
+
+def resume(asked, folder="out"):
+    config = RCGRPOConfig(folder, use_cpu=True, resume_from_checkpoint=asked)
+    return settle_resume(config), config.resume_from_checkpoint
+
+
+def test_no_is_no_checkpoint_and_true_the_newest_one():
+    for asked in (None, "false", "None", False):
+        assert resume(asked) == (None, None)
+    Path("out/checkpoint-5").mkdir(parents=True)
+    with pytest.raises(UsageError, match="--resume_from_checkpoint: got true, expected a complete checkpoint-N"):
+        resume("true")  # it was not written to its end
+    Path("out/checkpoint-5/trainer_state.json").touch()
+    assert resume("true")[0] is resume(True)[0] is True
+    assert resume("out/checkpoint-5", "new")[0] == "out/checkpoint-5"
+    with pytest.raises(UsageError, match="--output_dir: out holds checkpoint-5 of an earlier run"):
+        resume("false")
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--output_dir", "taken/out"], "--output_dir: got 'taken/out', expected a folder that can be written to"),
+        (["--resume_from_checkpoint", "true"], "expected a complete checkpoint-N in --output_dir rcgrpo-output, with"),
+        (
+            ["--resume_from_checkpoint", "gone"],
+            "got gone, expected the folder of a complete checkpoint",
+        ),
+    ],
+)
+def test_what_cannot_be_written_or_resumed_is_known_before_anything_is_loaded(flags, said, monkeypatch):
+    monkeypatch.setattr("rcgrpo.cli.train.load_rows", None)
+    Path("taken").touch()
+    with pytest.raises(UsageError, match=said):
+        run(["--use_cpu", "true", *flags])
+    assert [path.name for path in Path().iterdir()] == ["taken"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "text", "sizes"),
+    [
+        (["--model", "kontext-tiny"], "", (64, 20)),
+        (["--dataset", "my.jsonl", "--max_sequence_length", "16"], "", (64, 16)),
+        (["--config", "job.yaml"], "model: kontext-tiny", (64, 20)),
+        (["--config", "job.yaml"], "resolution: 128", (128, 20)),
+        (["--config", "job.yaml", "--model", "other/model"], "", (512, 512)),
+        ([], "", (64, 20)),
+    ],
+)
+def test_the_embedded_model_is_trained_as_it_is_used(flags, text, sizes, monkeypatch):
+    seen = []
+
+    def stop(script, config):
+        seen.append((config.resolution, config.max_sequence_length))
+        raise UsageError("far enough")
+
+    monkeypatch.setattr("rcgrpo.cli.train.load_rows", stop)
+    Path("job.yaml").write_text(text + "\nseed: 1")
+    with pytest.raises(UsageError, match="far enough"):
+        run(["--use_cpu", "true", "--eval_split", "", *flags])
+    assert seen == [sizes]
+
+
+def test_without_held_out_edits_no_report_is_announced(capsys):
+    job = "--max_steps 1 --num_train_samples 2 --per_device_train_batch_size 2 --num_generations 4 --num_anchors 1"
+    run(["--eval_split", "", "--use_cpu", "true", "--output_dir", "run", *job.split()])
+    assert "Written to run: LoRA, model card\n" in capsys.readouterr().out

@@ -1,13 +1,13 @@
 """`rcgrpo train`: the main job. Train, then report before and after on held-out edits."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
-from .parsing import MINI, TINY, UsageError, free_folder, one_of, parse, use_embedded_model
+from .parsing import MINI, TINY, UsageError, check_folder, free_folder, given, one_of, parse, use_embedded_model
 
 if TYPE_CHECKING:
     from ..config import RCGRPOConfig
@@ -129,6 +129,41 @@ def load_rows(script: ScriptArguments, config: "RCGRPOConfig") -> tuple[Any, Any
     return load(script.train_split, script.num_train_samples), load(script.eval_split, script.num_eval_samples)
 
 
+def fill_in(config: "RCGRPOConfig", named: Collection[str]) -> None:
+    """The embedded model's own size and text length where nobody named another."""
+    from .opening import call_defaults
+
+    for name in ("resolution", "max_sequence_length"):
+        if name not in named:
+            setattr(config, name, call_defaults(TINY)[name])
+
+
+def settle_resume(config: "RCGRPOConfig") -> str | bool | None:
+    """What `Trainer.train` takes: a checkpoint's folder, True for the newest one, or None to start anew.
+
+    Raises:
+        UsageError: there is no such checkpoint, or there are checkpoints and nobody said to go on from them.
+    """
+    folder, asked = Path(config.output_dir), str(config.resume_from_checkpoint)
+    if asked.lower() in ("none", "false", ""):
+        config.resume_from_checkpoint = None
+        if earlier := sorted(folder.glob("checkpoint-*")):
+            raise UsageError(
+                f"--output_dir: {folder} holds {earlier[-1].name} of an earlier run, expected a new folder; name "
+                "another, or pass --resume_from_checkpoint true to go on"
+            )
+        return None
+    newest = asked.lower() == "true"
+    where = folder.glob("checkpoint-*") if newest else [Path(asked)]
+    if not any((checkpoint / "trainer_state.json").is_file() for checkpoint in where):
+        raise UsageError(
+            f"--resume_from_checkpoint: got {asked}, expected "
+            + (f"a complete checkpoint-N in --output_dir {folder}" if newest else "the folder of a complete checkpoint")
+            + ", with trainer_state.json in it; name one, or leave the flag out to start anew"
+        )
+    return True if newest else asked
+
+
 def run(arguments: Sequence[str]) -> None:
     """`rcgrpo train`: train, then report before and after on held-out edits."""
     own_job = not any(a.split("=")[0] in ("--model", "--dataset", "--config") for a in arguments)
@@ -138,8 +173,13 @@ def run(arguments: Sequence[str]) -> None:
     from ..config import RCGRPOConfig
 
     script, config = parse((ScriptArguments, RCGRPOConfig), arguments, recipe, "rcgrpo train")
+    folder = Path(config.output_dir)
+    check_folder("output_dir", folder)
+    resume = settle_resume(config)
+    settle_splits(script)
     if script.model == TINY:
         use_embedded_model()
+        fill_in(config, given(arguments, recipe))
     from peft import LoraConfig
 
     from ..data.edits import EditRows
@@ -148,14 +188,6 @@ def run(arguments: Sequence[str]) -> None:
     from ..tiny import WEIGHTS
     from ..trainer import RCGRPOTrainer
 
-    folder = Path(config.output_dir)
-    earlier = sorted(folder.glob("checkpoint-*"))
-    if earlier and not config.resume_from_checkpoint:
-        raise UsageError(
-            f"--output_dir: {folder} holds {earlier[-1].name} of an earlier run, expected a new folder; name another, "
-            "or pass --resume_from_checkpoint true to go on"
-        )
-    settle_splits(script)
     train_rows, eval_rows = load_rows(script, config)
     trainer = RCGRPOTrainer(
         model=str(WEIGHTS) if script.model == TINY else script.model,
@@ -175,8 +207,7 @@ def run(arguments: Sequence[str]) -> None:
     if edits:
         # The reference is the base itself, also when a run goes on from a checkpoint.
         before = roll_out_held_out(trainer, edits, "held-out edits before")
-    resume = config.resume_from_checkpoint
-    trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
+    trainer.train(resume_from_checkpoint=resume)
     if edits:
         after = roll_out_held_out(trainer, edits, "held-out edits after")
         names = [reward.name for reward in trainer.rewards]
@@ -187,7 +218,9 @@ def run(arguments: Sequence[str]) -> None:
     if config.push_to_hub:
         trainer.push_to_hub(dataset_name=script.dataset)
     elif main_process:
-        print(f"Written to {folder}: LoRA, model card, metrics.json, reward_curves.png, samples/contact_sheet.png")
+        report = ("metrics.json", "reward_curves.png", "samples/contact_sheet.png") if edits else ()
+        written = ["LoRA", "model card", *(name for name in report if (folder / name).exists())]
+        print(f"Written to {folder}: {', '.join(written)}")
         print(f'Use it: FluxKontextPipeline.from_pretrained(...).load_lora_weights("{folder}")')
 
 
