@@ -434,7 +434,7 @@ def test_more_variance_of_the_edit_reward_is_better_and_of_the_whole_reward_neit
         (["--num_generations", "3", "--antithetic"], "even number"),
         (["--solver", "foo"], "--solver: got 'foo', expected one of euler, heun, dpmpp_2m, unipc"),
         (["--resolution", "0"], "--resolution: got 0, expected at least 1"),
-        (["--output", "taken/out"], "--output: got 'taken/out', expected a folder that can be written to; .*no folder"),
+        (["--output", "taken/out"], "--output: got 'taken/out', expected a folder that can be written to .*Not a dir"),
         (["--dataset", "some/where"], "--reward: got none"),
         (["--num_edit", "3"], "nearest known one is --num_edits"),
     ],
@@ -444,6 +444,20 @@ def test_mistakes_are_named_before_anything_is_loaded(flags, message, tmp_path, 
     (tmp_path / "taken").touch()
     with pytest.raises(UsageError, match=message):
         diagnose.run(flags)
+
+
+def test_the_model_is_opened_as_other_commands_do(monkeypatch, tmp_path):
+    opened = []
+
+    def stop(kind, model):
+        opened.append(model)
+        raise UsageError("far enough")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("rcgrpo.cli.opening.open_pipeline", stop)  # with its dtype and device
+    with pytest.raises(UsageError, match="far enough"):
+        diagnose.run(["--model", "some/model", "--num_edits", "2"])
+    assert opened == ["some/model"]
 
 
 def test_diagnosis_is_written_whole(editor, tmp_path):

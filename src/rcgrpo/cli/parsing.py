@@ -7,6 +7,7 @@ import difflib
 import os
 import re
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -245,11 +246,14 @@ def check_folder(flag: str, folder: str | Path) -> None:
         UsageError: naming the flag.
     """
     there = Path(folder).absolute()
-    while not there.exists() and not there.is_symlink():
-        there = there.parent
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        reason = "cannot be written to" if there.is_dir() else "is no folder"
-        raise UsageError(f"--{flag}: got {str(folder)!r}, expected a folder that can be written to; {there} {reason}")
+    try:
+        while not there.exists() and not there.is_symlink():
+            there = there.parent
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        expected = f"expected a folder that can be written to ({there}: {error.strerror})"
+        raise UsageError(f"--{flag}: got {str(folder)!r}, {expected}") from error
 
 
 def check_picture(flag: str, path: str) -> None:
