@@ -198,7 +198,11 @@ def main() -> None:
     result["tasks"] = {}
     for task in (*TASKS, "all"):
         mine = [i for i, row in enumerate(rows) if task in (row["task"], "all")]
-        pick = {"background PSNR (dB)": (keep, 2, 1), "correct (%)": (right, 1, 100), "edit score": (edit, 3, 1)}
+        pick = {
+            "PSNR of the background's pixels (dB)": (keep, 2, 1),
+            "correct (%)": (right, 1, 100),
+            "edit score": (edit, 3, 1),
+        }
         result["tasks"][task] = {
             name: estimate([values[i] for i in mine], digits, factor) for name, (values, digits, factor) in pick.items()
         } | {"ground truth correct (%)": estimate([truth[i] for i in mine], 1, 100)}

@@ -246,8 +246,9 @@ class RCGRPOConfig(_BaseConfig):
     ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "Passed to DDP."})
 
     def __post_init__(self) -> None:
-        if isinstance(self.scale_rewards, bool):  # as TRL takes it too
-            self.scale_rewards = "group" if self.scale_rewards else "none"
+        # TRL takes a boolean too, which a command line says in words.
+        spelt = {"true": "group", "false": "none"}
+        self.scale_rewards = spelt.get(str(self.scale_rewards).lower(), self.scale_rewards)
         self._check()
         # transformers reads a newer alias of gradient checkpointing; a value given for either must win.
         if HAS_ACTIVATION_CHECKPOINTING:

@@ -1,18 +1,19 @@
 """What every command shares: strict flags and YAML, and the names of what is embedded.
 
-Flags and YAML come from dataclasses through TRL's parser. A key that nobody knows is an error, never a default.
+Flags and YAML come from dataclasses through transformers' parser. A key that nobody knows is an error, never a default.
 """
 
+import argparse
 import difflib
+import json
 import os
 import re
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
+from typing import Any, NoReturn
 
 TINY = "kontext-tiny"
 MINI = "compbench-mini"
@@ -35,46 +36,46 @@ def parse(
 ) -> tuple[Any, ...]:
     """Dataclasses from flags and `--config file.yaml`, strictly.
 
+    A line of the file is the flag of that name, before those on the command line, so that one parser says what a value
+    may be, and what is typed wins. `null` leaves the default. `env:` sets variables of the environment, as with TRL.
+
     Raises:
         UsageError: an unknown key or flag, with the nearest known one; a value of another type; a config file that
             cannot be read.
     """
-    from trl import TrlParser
+    from transformers import HfArgumentParser
 
     known = {f.name for cls in classes for f in fields(cls) if f.init}
-    config, flags = _read_config(arguments, default_config)
-    where = _config_path(arguments, default_config)
-    for key in config.keys() - known - {"env"}:
-        raise UsageError(_unknown(f"{where}: unknown key {key!r}", str(key), known, program))
+    config, flags, path = _read_config(arguments, default_config)
+    variables = config.pop("env", {})
+    if not isinstance(variables, dict):
+        raise UsageError(f"{path}: env: got {variables!r}, expected `NAME: value` lines")
+    for key in config.keys() - known:
+        raise UsageError(_unknown(f"{path}: unknown key {key!r}", str(key), known, program))
     for flag in flags:
         name = _name(flag)
         if flag.startswith("--") and name not in {*known, "help"} and name.removeprefix("no_") not in known:
             raise UsageError(_unknown(f"unknown flag {flag.split('=')[0]!r}", name, known, program, "--"))
-    for cls in classes:
-        hints = get_type_hints(cls)
-        for f in fields(cls):
-            if f.init and f.name in config:
-                value = config[f.name]
-                config[f.name] = value if value is None and f.default is None else fit(f.name, value, hints[f.name])
-    for variable, value in _environment(config.pop("env", {}), where).items():
-        os.environ[variable] = value
-    parser = TrlParser(classes, prog=program, allow_abbrev=False)
+    os.environ.update({str(name): str(value) for name, value in variables.items()})
+    parser = HfArgumentParser(classes, prog=program, allow_abbrev=False)
 
     def refuse(message: str) -> NoReturn:
-        wrong = re.fullmatch(r"argument (--\w+).*: invalid (\w+) value: (.*)", message)
+        wrong = re.fullmatch(r"argument --(\w+).*: invalid (\w+) value: (.*)", message)
         if wrong is not None:
             expected = {"int": "a whole number", "float": "a number"}.get(wrong[2], wrong[2])
             raise UsageError(f"{wrong[1]}: got {wrong[3]}, expected {expected}")
         raise UsageError(f"{message.removeprefix('argument ')}; see `{program} --help`")
 
     parser.error = refuse  # type: ignore[method-assign]  # argparse would print hundreds of flags first
-    parser.set_defaults_with_config(**config)
-    return tuple(parser.parse_args_into_dataclasses(args=flags))
+    *parsed, stray = parser.parse_args_into_dataclasses([*_as_flags(config), *flags], True, look_for_args_file=False)
+    if stray:
+        raise UsageError(f"got {' '.join(stray)}, which belongs to no flag; see `{program} --help`")
+    return tuple(parsed)
 
 
 def given(arguments: Sequence[str], default_config: str | None = None) -> set[str]:
     """The names that flags or the config file set; the others have their defaults."""
-    config, flags = _read_config(arguments, default_config)
+    config, flags, _ = _read_config(arguments, default_config)
     return {*map(str, config), *(_name(flag).removeprefix("no_") for flag in flags if flag.startswith("--"))}
 
 
@@ -82,106 +83,40 @@ def _name(flag: str) -> str:
     return flag.split("=", 1)[0].removeprefix("--").replace("-", "_")
 
 
-def _config_path(arguments: Sequence[str], default: str | None) -> str | None:
-    """The last `--config`, or the default.
-
-    Raises:
-        UsageError: `--config` without a file.
-    """
-    path = default
-    for argument, following in zip(arguments, [*arguments[1:], None], strict=False):
-        if argument == "--config":
-            if following is None:
-                raise UsageError("--config: got nothing, expected a YAML file")
-            path = following
-        elif argument.startswith("--config="):
-            path = argument.partition("=")[2]
-    return path
-
-
-def _read_config(arguments: Sequence[str], default: str | None) -> tuple[dict[str, Any], list[str]]:
-    """What the config file holds, and the arguments without it.
+def _read_config(arguments: Sequence[str], default: str | None) -> tuple[dict[str, Any], list[str], str | None]:
+    """What the config file holds, the arguments without it, and its path.
 
     Raises:
         UsageError: a file that cannot be read, or that is no mapping.
     """
     import yaml
 
-    path = _config_path(arguments, default)
-    flags = [
-        argument
-        for before, argument in zip([None, *arguments], arguments, strict=False)
-        if "--config" not in (before, argument) and not argument.startswith("--config=")
-    ]
-    if path is None:
-        return {}, flags
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    finder.add_argument("--config", default=default)
     try:
-        config = yaml.safe_load(Path(path).read_text())
+        found, flags = finder.parse_known_args(arguments)
+    except argparse.ArgumentError as error:
+        raise UsageError("--config: got nothing, expected a YAML file") from error
+    if found.config is None:
+        return {}, flags, None
+    try:
+        config = yaml.safe_load(Path(found.config).read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UsageError(f"--config: got {path!r}, expected a readable YAML file ({error})") from error
+        raise UsageError(f"--config: got {found.config!r}, expected a readable YAML file ({error})") from error
     if not isinstance(config, dict):
-        raise UsageError(f"--config: {path} holds {type(config).__name__}, expected `key: value` lines")
-    return config, flags
+        raise UsageError(f"--config: {found.config} holds {type(config).__name__}, expected `key: value` lines")
+    return config, flags, found.config
 
 
-def _environment(value: Any, where: str | None) -> dict[str, str]:
-    if not isinstance(value, dict):
-        raise UsageError(f"{where}: env: got {value!r}, expected `NAME: value` lines")
-    return {str(name): str(setting) for name, setting in value.items()}
-
-
-def fit(key: str, value: Any, hint: Any) -> Any:
-    """A value of a YAML file as the field's type: one value where a list is expected becomes a list.
-
-    Raises:
-        UsageError: it has another type.
-    """
-    expected = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-    for kind in expected:
-        for candidate in (value, [value]):
-            fitted = _as(candidate, kind)
-            if fitted is not MISFIT:
-                return fitted
-    words = " or ".join(_in_words(kind) for kind in expected)
-    raise UsageError(f"{key}: got {value!r}, expected {words}")
-
-
-MISFIT = object()
-
-
-def _as(value: Any, kind: Any) -> Any:
-    """The value as this one type, or `MISFIT`. YAML reads `1e-4` as text, and flags are text too."""
-    if get_origin(kind) is list:
-        items = [_as(item, (get_args(kind) or (Any,))[0]) for item in value] if isinstance(value, list) else [MISFIT]
-        return MISFIT if any(item is MISFIT for item in items) else items
-    if kind in (int, float):
-        if isinstance(value, bool) or not isinstance(value, int | float | str):
-            return MISFIT
-        try:
-            number = float(value)
-        except ValueError:
-            return MISFIT
-        if kind is float:
-            return number if isinstance(value, str) else value
-        return int(number) if number.is_integer() else MISFIT
-    if kind is str:
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            return str(value)
-        return value if isinstance(value, str | bool) else MISFIT  # `no` and `true` are booleans to YAML
-    if kind is bool:
-        return value if isinstance(value, bool | str) else MISFIT
-    if kind in (None, NoneType):
-        return None if value is None else MISFIT
-    if (get_origin(kind) or kind) is dict:
-        return value if isinstance(value, dict) else MISFIT
-    return MISFIT if isinstance(value, list | dict) or value is None else value
-
-
-def _in_words(kind: Any) -> str:
-    named = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", NoneType: "null"}
-    if get_origin(kind) is list:
-        return "a list"
-    return named.get(kind, getattr(get_origin(kind) or kind, "__name__", str(kind)))
+def _as_flags(config: Mapping[str, Any]) -> list[str]:
+    flags = []
+    for name, value in config.items():
+        values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
+        if len(values) == 1:  # in one word, as a text may begin with a dash
+            flags += [f"--{name}={values[0]}"] if values[0] is not None else []
+        else:
+            flags += [f"--{name}", *map(str, values)]
+    return flags
 
 
 def _unknown(what: str, name: str, known: set[str], program: str, prefix: str = "") -> str:
