@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -33,7 +34,8 @@ from benchmarks.study.harness import (
     updates_for,
 )
 from benchmarks.study.pages import Section, difference, plot, read_conclusions, shown, write_page
-from benchmarks.study.summary import of_cell, over_seeds, summarise, test_against, with_rates
+from benchmarks.study.record import keep, recall, remember, restore, result_file
+from benchmarks.study.summary import fill_in, of_cell, over_seeds, summarise, test_against, with_rates
 from benchmarks.study.tables import TABLES, Table, Variant
 
 from rcgrpo import RCGRPOConfig
@@ -464,7 +466,7 @@ def test_the_study_is_published_from_what_was_run(tmp_path, monkeypatch):
             if place != ("new", 1):
                 cell.folder.mkdir(parents=True, exist_ok=True)
                 (cell.folder / "result.json").write_text(json.dumps(made(seeds)[place]))
-        command.remember(work / "x", settings, cells)
+        remember(work / "x", settings, {place: cell.folder.name for place, cell in cells.items()})
 
     settings = {"sizes": {**vars(SIZES)}, "overrides": {}}
     ran([0], settings)
@@ -479,11 +481,72 @@ def test_the_study_is_published_from_what_was_run(tmp_path, monkeypatch):
         [0, 1, 2],
         [0, 2],
     ]
+    # what is published is enough to write every page again, and to go on from
+    whole = {path: path.read_bytes() for path in docs.rglob("*.json")} | {docs / "study.md": page.encode()}
+    shutil.rmtree(work)
+    assert command.main(["publish", "--work", str(work), "--docs", str(docs)]) == 0
+    assert all(path.read_bytes() == content for path, content in whole.items())
+    assert command.main(["restore", "--work", str(work), "--docs", str(docs)]) == 0
+    assert [place for place, cell in planned(work, (0, 1, 2)).items() if cell.result() is None] == [("new", 1)]
+    assert recall(work / "x") == recall(docs / "study" / "record" / "x")
     # another recipe or editor is another study
     ran([0], {**settings, "overrides": {"solver": "heun"}})
     command.main(["publish", "--work", str(work), "--docs", str(docs)])
     page = (docs / "study.md").read_text()
     assert "--seeds 0 --steps" in page and """--set solver='"heun"'`""" in page and "Seeds: 0." in page
+
+
+def test_a_publication_keeps_results_small_and_those_of_other_tables(tmp_path):
+    work, published = tmp_path / "work", tmp_path / "published"
+
+    def ran(key, name, **result):
+        remember(work / key, {"sizes": 1}, {("old", 0): name})
+        result_file(work, name).parent.mkdir(parents=True)
+        result_file(work, name).write_text(json.dumps(result))
+
+    ran("x", "one", arms={"": {"per_edit": {"score": [0.123456789, None, 3]}}}, log_history=[1])
+    keep(work, published, "xy")
+    assert json.loads(result_file(published, "one").read_text()) == {
+        "arms": {"": {"per_edit": {"score": [0.1234568, None, 3]}}}
+    }
+    shutil.rmtree(work)
+    ran("y", "two", arms={})
+    keep(work, published, "xy")
+    assert {path.name for path in (published / "cells").iterdir()} == {"one", "two"}
+    # with other settings it is another table, and nobody needs the old cell
+    remember(work / "x", {"sizes": 2}, {("old", 0): "three"})
+    keep(work, published, "xy")
+    assert {path.name for path in (published / "cells").iterdir()} == {"two"}
+    # what somebody has run stays theirs
+    result_file(work, "two").write_text("mine")
+    assert restore(published, work) == 0 and result_file(work, "two").read_text() == "mine"
+
+
+def test_lost_numbers_of_edits_leave_the_interval_that_was_published():
+    whole = made()
+    before = finite(summarise(TABLE, whole))
+    lost = {
+        place: {"arms": {"": {"per_edit": {}, "values": {"score": of_cell(content["arms"][""], "score")}}}}
+        for place, content in whole.items()
+    }
+
+    def test_of(summary, variant="new"):
+        return next(row for row in summary["rows"] if row["variant"] == variant)["tests"][0]["score"]
+
+    after = summarise(TABLE, lost)
+    assert math.isnan(test_of(after)["edits_low"])
+    fill_in(after, before)
+    for part, value in test_of(before).items():
+        assert test_of(after)[part] == pytest.approx(value)
+    # not that of other seeds
+    fewer = summarise(TABLE, {place: content for place, content in lost.items() if place[1] < 2})
+    fill_in(fewer, before)
+    assert math.isnan(test_of(fewer)["edits_low"])
+    # nor that of another result
+    lost["new", 2]["arms"][""]["values"]["score"] += 0.01
+    changed = summarise(TABLE, lost)
+    fill_in(changed, before)
+    assert math.isnan(test_of(changed)["edits_low"])
 
 
 def test_variants_of_the_same_seeds_share_a_command(monkeypatch):

@@ -1,6 +1,7 @@
 """`python -m benchmarks.study a --workers 2`: run a table's cells that have no result yet, then write its page.
 
-`python -m benchmarks.study publish` writes the documentation's page of every table that was run.
+`python -m benchmarks.study publish` adds what was run to the published results and writes the documentation's page of
+them; `python -m benchmarks.study restore` fills the folder to run in with the published results, to add to them.
 """
 
 import argparse
@@ -16,13 +17,9 @@ from typing import Any
 
 import yaml
 
-from rcgrpo.report import write_atomically
-
 from .harness import ROOT, Cell, Sizes, estimate, measured_rate, plan, run_cells, unfinished, weights_digest
+from .record import Planned, keep, recall, remember, restore, result_file
 from .tables import TABLES, common
-
-Planned = dict[tuple[str, int], str]
-"""Variant and seed to the name of the cell's folder."""
 
 
 def calibrate(threads: int) -> float:
@@ -56,7 +53,7 @@ def calibrate(threads: int) -> float:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.study", description=__doc__)
     described = "; ".join(f"{key}: {table.title.lower()}" for key, table in TABLES.items())
-    parser.add_argument("table", choices=[*TABLES, "all", "publish"], help=described)
+    parser.add_argument("table", choices=[*TABLES, "all", "publish", "restore"], help=described)
     parser.add_argument("--work", type=Path, default=Path("runs/study"), help="where cells and pages go")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes at a time")
     parser.add_argument("--threads", type=int, default=1, help="threads of each process")
@@ -65,13 +62,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--set", dest="overrides", nargs="+", default=[], metavar="NAME=VALUE", help="for all variants")
     parser.add_argument("--estimate", action="store_true", help="say how long it would take, and stop")
     parser.add_argument("--report", action="store_true", help="write pages of what there is, run nothing")
-    parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="where `publish` writes")
+    parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="where `publish` writes, `restore` reads")
     parser.add_argument("--machine", default="two shared cores", help="what it ran on, for `publish`")
     for size in fields(Sizes):
         parser.add_argument(f"--{size.name}", type=int, default=size.default, help=f"{size.default} by default")
     args = parser.parse_args(argv)
     if args.table == "publish":
         return publish(args)
+    if args.table == "restore":
+        count = restore(published_in(args.docs), args.work)
+        print(f"{args.work}: {count} published cells added")
+        return 0
     from rcgrpo.tiny import WEIGHTS
 
     sizes = Sizes(**{size.name: getattr(args, size.name) for size in fields(Sizes)})
@@ -88,7 +89,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     settings = {"sizes": asdict(sizes), "overrides": overrides, "common": common(), "weights": weights}
     for key, planned in plans.items():
-        remember(args.work / key, settings, planned)
+        remember(args.work / key, settings, {place: cell.folder.name for place, cell in planned.items()})
     failed = []
     if not args.report:
         announce(cells, args)
@@ -116,27 +117,7 @@ def announce(cells: list[Cell], args: argparse.Namespace) -> None:
         print(f"{len(todo)} cells to run, {args.workers} at a time: about {minutes:.0f} minutes", flush=True)
 
 
-# What was run ---------------------------------------------------------------------------------------------------------
-
-
-def remember(folder: Path, settings: dict[str, Any], planned: dict[tuple[str, int], Cell]) -> None:
-    """Keep in `plan.json` which cells a table has; seeds and variants add up as long as the settings are the same."""
-    earlier = recall(folder)
-    settings = json.loads(json.dumps(settings))
-    cells: Planned = dict(earlier["cells"]) if earlier is not None and earlier["settings"] == settings else {}
-    cells |= {place: cell.folder.name for place, cell in planned.items()}
-    content = {"settings": settings, "cells": [[variant, seed, name] for (variant, seed), name in cells.items()]}
-    with write_atomically(folder / "plan.json") as path:
-        path.write_text(json.dumps(content, indent=1))
-
-
-def recall(folder: Path) -> dict[str, Any] | None:
-    """What `remember` kept, its cells by variant and seed."""
-    path = folder / "plan.json"
-    if not path.exists():
-        return None
-    content = json.loads(path.read_text())
-    return {**content, "cells": {(variant, seed): name for variant, seed, name in content["cells"]}}
+# What was found -------------------------------------------------------------------------------------------------------
 
 
 def reproduce(key: str, settings: dict[str, Any], cells: Planned) -> str:
@@ -167,7 +148,7 @@ def section(work: Path, key: str) -> Any:
     kept = recall(work / key)
     if kept is None:
         return None
-    files = {place: work / "cells" / name / "result.json" for place, name in kept["cells"].items()}
+    files = {place: result_file(work, name) for place, name in kept["cells"].items()}
     finished = {place: json.loads(path.read_text()) for place, path in files.items() if path.exists()}
     if not finished:
         return None
@@ -186,18 +167,34 @@ def section(work: Path, key: str) -> Any:
     notes.append(f"{len(files)} cells, {minutes:.0f} minutes of processes in all, {cpu:.0f} of them computing.")
     if missing := len(files) - len(finished):
         notes.append(f"**{missing} of {len(files)} cells have not finished.**")
+    if lost := sum("note" in result for result in finished.values()):
+        notes.append(
+            f"Of {lost} cells no more than means is left: where more seeds came later, a row with one of them has no "
+            "interval over edits, and its `*` speaks of seeds alone."
+        )
     command = reproduce(key, kept["settings"], kept["cells"])
     return Section(key, table, summarise(table, finished), command, notes)
 
 
-def publish(args: argparse.Namespace) -> int:
-    """The documentation's page of every table that has results."""
-    from .pages import read_conclusions, write_study
+def published_in(docs: Path) -> Path:
+    return docs / "study" / "record"
 
-    sections = [found for key in TABLES if (found := section(args.work, key)) is not None]
+
+def publish(args: argparse.Namespace) -> int:
+    """Keep what was run, and write the documentation's page of all that is kept."""
+    from .pages import read_conclusions, write_study
+    from .summary import fill_in
+
+    record = published_in(args.docs)
+    keep(args.work, record, TABLES)
+    sections = [found for key in TABLES if (found := section(record, key)) is not None]
     if not sections:
         print(f"{args.work}: no table has a finished cell; run one first, such as `python -m benchmarks.study a`")
         return 1
+    for found in sections:
+        earlier = args.docs / "study" / f"{found.key}.json"
+        if earlier.exists():
+            fill_in(found.summary, json.loads(earlier.read_text()))
     conclusions = read_conclusions(Path(__file__).with_name("conclusions.md"))
     path = write_study(args.docs, sections, args.machine, conclusions)
     print(f"Written to {path}: tables {', '.join(found.key for found in sections)}")

@@ -198,3 +198,26 @@ def summarise(table: Table, results: Results) -> dict[str, Any]:
             }
         )
     return {"title": table.title, "question": table.question, "metrics": dict(table.metrics), "rows": rows}
+
+
+def fill_in(summary: dict[str, Any], earlier: Mapping[str, Any]) -> None:
+    """Put an earlier summary's intervals over edits, and curves, into rows of the same seeds that have none.
+
+    They need more than a cell's means, and means are all that is left of some (`note` in the published results). An
+    interval is taken only where the difference is the same.
+    """
+    before = {(row["variant"], row["arm"]): row for row in earlier["rows"]}
+    for row in summary["rows"]:
+        same = before.get((row["variant"], row["arm"]))
+        if same is None or same["seeds"] != row["seeds"]:
+            continue
+        row["curves"] = row["curves"] or same["curves"]
+        pairs = [(row["gains"], same["gains"])]
+        known = dict(zip(same["against"], same["tests"], strict=True))
+        pairs += [(tests, known.get(other, {})) for other, tests in zip(row["against"], row["tests"], strict=True)]
+        for tests, kept in pairs:
+            for metric, test in tests.items():
+                if not math.isnan(test["edits_low"]) or (old := kept.get(metric)) is None or old["edits_low"] is None:
+                    continue
+                if math.isclose(test["difference"], old["difference"], rel_tol=1e-3, abs_tol=1e-5):
+                    test |= {part: old[part] for part in ("edits_low", "edits_high", "clear")}
