@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from rcgrpo.attention import AttentionRecorder
+from rcgrpo.attention import AttentionOptions, AttentionRecorder
 from rcgrpo.report import pad_table
 
 Rollout = Callable[[bool], Any]
@@ -62,7 +62,10 @@ def tiny(args: argparse.Namespace, device: torch.device) -> tuple[Rollout, str]:
     region = torch.stack([to_tokens(e.mask, grid, "mean") for e in edits]).repeat_interleave(size, 0)
     noise = torch.randn(len(region), region.shape[1], editor.channels)
     told = f"kontext-tiny: {count} edits × {size} candidates, {recipe['num_inference_steps']} steps"
-    return lambda recorded: rollout(editor, model, noise, conditions, region if recorded else None), told
+    options = AttentionOptions(direction=args.direction)
+    return lambda recorded: rollout(
+        editor, model, noise, conditions, region if recorded else None, options=options
+    ), told
 
 
 def random_flux(args: argparse.Namespace, device: torch.device) -> tuple[Rollout, str]:
@@ -89,7 +92,7 @@ def random_flux(args: argparse.Namespace, device: torch.device) -> tuple[Rollout
     }
     region = (torch.arange(tokens) < tokens // 4).float().expand(batch, -1).to(device)
     weights = (torch.arange(text) < args.words).float().expand(batch, -1).to(device)
-    recorder = AttentionRecorder(model)
+    recorder = AttentionRecorder(model, direction=args.direction)
 
     @torch.no_grad()
     def run(recorded: bool) -> None:
@@ -124,6 +127,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=["tiny", "random"], default="tiny")
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--direction", choices=["text_to_image", "image_to_text"], default="text_to_image")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--edits", type=int, default=None, help="of tiny: edits at a time; the recipe's by default")
     parser.add_argument("--double", type=int, default=1, help="of random: double blocks")

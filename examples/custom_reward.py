@@ -43,7 +43,7 @@ def main() -> None:
         data = load_edit_dataset("BohanJia/CompBench", split="train", held_out=0.1, on_missing="drop")
         config = RCGRPOConfig(
             **common,
-            model_init_kwargs={"dtype": "bfloat16"},
+            model_init_kwargs={"torch_dtype": {"default": "bfloat16", "vae": "float32"}},
             per_device_train_batch_size=1,
             gradient_accumulation_steps=8,
             rollout_batch_size=4,

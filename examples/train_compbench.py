@@ -48,7 +48,7 @@ def main() -> None:
         # What was asked for weighs more than what must stay, or the safest edit becomes none at all.
         reward_funcs, reward_weights = [EditScoreReward(), "background_ssim"], [1.0, 0.5]
         scale = dict(
-            model_init_kwargs={"dtype": "bfloat16"},
+            model_init_kwargs={"torch_dtype": {"default": "bfloat16", "vae": "float32"}},
             resolution=512,  # train at the size that you edit at
             num_generations=12,  # candidates of an edit ...
             num_anchors=4,  # ... and how many of them an update looks at

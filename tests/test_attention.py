@@ -7,7 +7,7 @@ from diffusers.models.transformers import transformer_flux
 from peft import LoraConfig, get_peft_model
 
 from rcgrpo import attention
-from rcgrpo.attention import AttentionRecorder, Concentration, attention_shares
+from rcgrpo.attention import AttentionOptions, AttentionRecorder, Concentration, attention_shares
 from tiny_kontext import build_tiny_kontext
 
 TEXT, TOKENS, REFERENCE, BATCH = 6, 8, 8, 3  # image and reference: 2 × 4 tokens
@@ -57,6 +57,11 @@ def wrapped_by_peft(transformer):
     return get_peft_model(transformer, LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
 
 
+def another_backend(transformer):
+    transformer.set_attention_backend("_native_math")
+    return transformer
+
+
 def checkpointing(transformer):
     transformer.enable_gradient_checkpointing()
     return transformer.train()
@@ -92,7 +97,64 @@ def dense_map(matrices, text):
     return torch.stack(maps).mean(0).float()
 
 
-@pytest.mark.parametrize("prepare", [as_built, fused, with_adapter, wrapped_by_peft, checkpointing])
+def dense_looks(matrices, text):
+    """Of each image token's attention on the text, the weighted tokens' share; summing to 1 over the image."""
+    maps = []
+    for matrix in matrices:
+        rows = matrix[:, :, TEXT : TEXT + TOKENS, :TEXT]
+        rows = (rows / rows.sum(-1, keepdim=True)).mean(1)
+        looks = torch.einsum("bpt,bt->bp", rows, (text / text.sum(-1, keepdim=True)).double())
+        maps.append(looks / looks.sum(-1, keepdim=True))
+    return torch.stack(maps).mean(0).float()
+
+
+@pytest.mark.parametrize("blocks", [None, [0], [1, 3]])
+def test_image_to_text_equals_the_dense_matrix(transformer, blocks, monkeypatch):
+    region, text = regions()
+    recorder = AttentionRecorder(transformer, blocks, "image_to_text")
+    with torch.no_grad(), dense_attention(monkeypatch) as matrices, recorder.record(region, text, maps=True):
+        recorded = transformer(**inputs())[0]
+    dense = dense_looks([matrices[block] for block in blocks or range(BLOCKS)], text)
+    torch.testing.assert_close(recorder.attention_maps(), dense, rtol=0, atol=1e-6)
+    with torch.no_grad(), recorder.record(region, text):
+        assert torch.equal(transformer(**inputs())[0], recorded)
+    mass = recorder.concentration().mass
+    torch.testing.assert_close(mass, (dense * region).sum(-1), rtol=0, atol=1e-6)
+    other = AttentionRecorder(transformer, blocks)
+    with torch.no_grad(), other.record(region, text):
+        transformer(**inputs())
+    assert (other.concentration().mass - mass).abs().max() > 1e-3, "the two directions are two readings"
+
+
+@pytest.mark.parametrize(("order", "read"), [(1, [1, 2]), (2, [2, 3, 4])])
+def test_only_the_chosen_steps_are_read(transformer, order, read):
+    """Of five forwards: steps 1 and 2 of a first-order solver; of Heun's steps, two forwards each."""
+    region, text = regions()
+    recorder, calls = AttentionRecorder(transformer), []
+    for seed in range(5):
+        calls.append({**inputs(), "hidden_states": randn(BATCH, TOKENS + REFERENCE, 16, seed=20 + seed)})
+    masses = []
+    with torch.no_grad():
+        for call in calls:
+            with recorder.record(region, text):
+                transformer(**call)
+            masses.append(recorder.concentration().mass)
+        with recorder.record(region, text, steps=range(1, 3), order=order):
+            for i, call in enumerate(calls):
+                transformer(**call)
+                with attention.unrecorded():  # true CFG's other pass is no forward of its own
+                    transformer(**calls[i - 1])
+    torch.testing.assert_close(recorder.concentration().mass, torch.stack([masses[i] for i in read]).mean(0))
+
+
+def test_options_choose_steps_by_their_share():
+    assert AttentionOptions().reads(8) == range(8)
+    assert AttentionOptions(steps_range=(0.5, 1)).reads(8) == range(4, 8)
+    assert AttentionOptions(steps_range=(0, 0.3)).reads(3) == range(1)
+    assert not AttentionOptions(steps_range=(0.4, 0.45)).reads(3)
+
+
+@pytest.mark.parametrize("prepare", [as_built, fused, with_adapter, wrapped_by_peft, checkpointing, another_backend])
 def test_record_equals_the_dense_matrix_and_leaves_every_bit_of_the_output(transformer, prepare, monkeypatch):
     model = prepare(transformer)
     region, text = regions()

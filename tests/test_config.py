@@ -72,6 +72,13 @@ def test_trl_spellings_of_scale_rewards(tmp_path):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
+        ({"attention_direction": "both"}, "attention_direction: got 'both', expected one of text_to_image, image_to"),
+        ({"attention_steps_range": [0.5, 0.2]}, r"attention_steps_range: got \[0.5, 0.2\], expected two shares in"),
+        ({"attention_steps_range": [0.4, 0.42]}, "expected two shares in order that hold at least one of 8 steps"),
+        (
+            {"attention_steps_range": [0.1, 0.4], "num_inference_steps_eval": 1},
+            "expected two shares in order that hold at least one of 1 steps",
+        ),
         ({"num_generations": 1, "num_anchors": 1}, "num_generations: got 1, expected at least 2: a group is compared"),
         ({"num_generations": 5, "antithetic": True}, "num_generations: got 5, expected an even number.*antithetic"),
         ({"num_anchors": 13}, r"num_anchors: got 13, expected 1 to num_generations \(12\)"),
@@ -110,6 +117,11 @@ def test_trl_spellings_of_scale_rewards(tmp_path):
         ({"keep_hinge_weight": -1.0}, "keep_hinge_weight: got -1.0, expected 0 or more"),
         ({"nft_beta": 0.0}, "nft_beta: got 0.0, expected a number above 0"),
         ({"region_strengths": [0.5]}, "region_strengths: got .*, expected none without regions_column"),
+        ({"turns_at_once": True}, "turns_at_once: got True, expected its default, False, without turns_column"),
+        (
+            {"turns_at_once": True, "turns_column": "turns", "regions_column": "labels"},
+            "turns_at_once: got True, expected False with regions_column",
+        ),
         (
             {"region_strengths": [0.5], "regions_column": "labels", "exploration": "global"},
             "region_strengths: got .*, expected none with exploration=global",

@@ -29,6 +29,7 @@ from rcgrpo.diagnostics import (
     split_by_region,
     target_closeness,
     variance,
+    variance_by_step,
     variance_split,
 )
 from rcgrpo.editors import FluxKontextEditor
@@ -334,6 +335,18 @@ def test_group_diagnostics_of_a_group(editor):
     assert "diagnostics/edit_spearman" not in group_diagnostics(group, advantages)
 
 
+def test_latent_variance_after_each_step_by_hand():
+    """Two candidates, three tokens of one channel, two steps; a pair's unbiased variance is (a - b)² / 2."""
+    pairs = torch.tensor([[[9.0, 9, 9], [0, 0, 0]], [[2, 0, 0], [0, 0, 0]], [[4, 2, 0], [0, 0, 2]]])
+    group = SimpleNamespace(trajectory=pairs.unsqueeze(-1), region=torch.tensor([1.0, 0, 0]))
+    assert variance_by_step(group) == {
+        "diagnostics/latent_var_inside/step_1": 2.0,
+        "diagnostics/latent_var_outside/step_1": 0.0,
+        "diagnostics/latent_var_inside/step_2": 8.0,
+        "diagnostics/latent_var_outside/step_2": 2.0,
+    }
+
+
 def test_parts_of_a_reward_without_another_call(editor):
     (group,) = make_groups(editor, editor.pipeline.transformer, [edit_of(0)], 2, Exploration(0.9), ("key",))
     group.rewards = torch.tensor([[1.0, 10.0], [2.0, NAN]])
@@ -349,6 +362,14 @@ def test_parts_of_a_reward_without_another_call(editor):
     )
     assert reward_parts(group, ["one", "two"], weights, ["keep", "edit"])["edit"][0] == 20
     assert "edit" not in reward_parts(group, ["one", "two"], weights)
+    # one that is only logged, or that does not apply to this edit, takes no part
+    for group.rewards in (torch.tensor([[1.0, 10.0], [2.0, NAN]]), torch.tensor([[1.0, NAN], [2.0, NAN]])):
+        parts = reward_parts(group, ["one", "two"], torch.tensor([0.5, 0.0]), ["edit", "edit"])
+        assert parts["edit"].tolist() == [0.5, 1.0]
+        found = group_diagnostics(group, torch.tensor([-1.0, 1.0]), parts)
+        assert found["diagnostics/edit_reward_var"] == 0.125
+        assert found["diagnostics/edit_spearman"] == pytest.approx(1, abs=1e-5)
+    assert reward_parts(group, ["one", "two"], weights, ["edit", "edit"])["edit"].tolist() == [0.5, 1.0]
 
 
 def test_hidden_states_vary_where_the_noise_does(editor):

@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 
 from rcgrpo.objective import (
     advantage_size,
-    aggregate_rewards,
     batch_advantages,
     euler_step,
     gaussian_log_prob,
@@ -21,9 +20,12 @@ from rcgrpo.objective import (
     sde_step,
     spread,
     surrogate_log_probs,
+    total_advantages,
+    total_scores,
     velocity_kl,
     weighted_mean,
 )
+from rcgrpo.regions import region_weights
 
 NAN = math.nan
 WAYS = ["sum_then_normalize", "normalize_then_sum"]
@@ -123,60 +125,111 @@ def test_quasi_norm_forgets_scale_and_refuses_a_bad_power():
 # ------------------------------------------------------------------------------------ several rewards
 
 
+def aggregated(rewards, weights, how, **options):
+    """A batch of one group, whose advantages keep their size."""
+    (advantages,) = batch_advantages([rewards], weights, how, power=2.0, **options)
+    return advantages
+
+
 def test_the_two_ways_to_aggregate_by_hand():
     rewards = torch.tensor([[0.0, 1.0], [4.0, 0.0], [2.0, 2.0]])  # candidates × rewards
     weights = torch.tensor([1.0, 2.0])
-    scores, advantages = aggregate_rewards(rewards, weights, "sum_then_normalize")
-    assert scores.tolist() == [2, 4, 6]
-    assert advantages.tolist() == pytest.approx([-(1.5**0.5), 0, 1.5**0.5])
-    scores, advantages = aggregate_rewards(rewards, weights, "normalize_then_sum")
-    assert scores.tolist() == [2, 4, 6]
+    assert total_scores(rewards, weights).tolist() == [2, 4, 6]
+    assert aggregated(rewards, weights, "sum_then_normalize").tolist() == pytest.approx([-(1.5**0.5), 0, 1.5**0.5])
     # z-scores times √(2/3): (-1, 1, 0) and (0, -1, 1); sum (-1, -1, 2), whose std is √2
-    assert advantages.tolist() == pytest.approx([n / 2**0.5 for n in (-1, -1, 2)])
+    assert total_advantages(rewards, weights).tolist() == pytest.approx([n * 1.5**0.5 for n in (-1, -1, 2)])
+    assert aggregated(rewards, weights, "normalize_then_sum").tolist() == pytest.approx(
+        [n / 2**0.5 for n in (-1, -1, 2)]
+    )
 
 
 @pytest.mark.parametrize("how", WAYS)
 def test_a_reward_that_does_not_apply_to_a_group_changes_nothing(how):
     rewards = torch.tensor([[0.0, 1.0], [4.0, 0.0], [2.0, 2.0]])
     with_nan = torch.cat([rewards, torch.full((3, 1), NAN)], dim=-1)
-    expected = aggregate_rewards(rewards, torch.tensor([1.0, 2.0]), how)
-    result = aggregate_rewards(with_nan, torch.tensor([1.0, 2.0, 5.0]), how)
-    assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
+    assert torch.equal(total_scores(with_nan, torch.tensor([1.0, 2.0, 5.0])), torch.tensor([2.0, 4.0, 6.0]))
+    expected = aggregated(rewards, torch.tensor([1.0, 2.0]), how)
+    assert torch.equal(aggregated(with_nan, torch.tensor([1.0, 2.0, 5.0]), how), expected)
 
 
 @pytest.mark.parametrize("how", WAYS)
 def test_a_candidate_that_misses_one_reward_leaves_the_group(how):
     rewards = torch.tensor([[0.0, 1.0], [9.0, NAN], [4.0, 0.0], [2.0, 2.0]])
     kept = [0, 2, 3]
-    scores, advantages = aggregate_rewards(rewards, torch.tensor([1.0, 2.0]), how)
-    expected_scores, expected = aggregate_rewards(rewards[kept], torch.tensor([1.0, 2.0]), how)
+    weights = torch.tensor([1.0, 2.0])
+    scores, advantages = total_scores(rewards, weights), aggregated(rewards, weights, how)
     assert scores[1].isnan() and advantages[1] == 0
-    assert torch.equal(scores[kept], expected_scores)
-    torch.testing.assert_close(advantages[kept], expected)
+    assert scores[kept].tolist() == [2, 4, 6]
+    torch.testing.assert_close(advantages[kept], aggregated(rewards[kept], weights, how))
 
 
 @pytest.mark.parametrize("how", WAYS)
 def test_a_reward_of_weight_0_takes_nobody_out(how):
     rewards = torch.tensor([[0.0, 1.0], [1.0, NAN], [2.0, 1.0], [3.0, NAN]])
-    expected = aggregate_rewards(rewards[:, :1], torch.ones(1), how)
-    result = aggregate_rewards(rewards, torch.tensor([1.0, 0.0]), how)
-    assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
+    weights = torch.tensor([1.0, 0.0])
+    assert total_scores(rewards, weights).tolist() == [0, 1, 2, 3]
+    assert torch.equal(aggregated(rewards, weights, how), aggregated(rewards[:, :1], torch.ones(1), how))
+
+
+@pytest.mark.parametrize("how", WAYS)
+def test_a_reward_of_weight_0_scores_nobody(how):
+    """Else 0.0 would stand in for a score: a low one, and one that other groups' spread is measured with."""
+    rewards, weights = torch.tensor([[NAN, 0.3], [NAN, 0.9]]), torch.tensor([1.0, 0.0])
+    assert total_scores(rewards, weights).isnan().all()
+    assert aggregated(rewards, weights, how).tolist() == [0, 0]
+    assert total_scores(torch.tensor([[NAN, 0.3], [2.0, 0.9]]), weights).isnan().tolist() == [True, False]
+    other = torch.tensor([[10.0, NAN], [14.0, NAN]])
+    *_, beside = batch_advantages([rewards, other], weights, how, "batch", power=2.0)
+    assert beside.tolist() == [-1, 1]
+
+
+def test_a_reward_that_failed_on_a_whole_group_leaves_no_score_of_another_sum():
+    rewards, weights = torch.tensor([[1.0, NAN], [3.0, NAN]]), torch.tensor([1.0, 2.0])
+    failed = torch.tensor([[False, True], [False, False]])
+    assert total_scores(rewards, weights).tolist() == [1, 3]  # it does not apply here
+    assert total_scores(rewards, weights, failed).isnan().tolist() == [True, False]
+    assert total_scores(rewards, torch.tensor([1.0, 0.0]), failed).tolist() == [1, 3]
 
 
 @pytest.mark.parametrize("how", WAYS)
 def test_a_group_without_any_score_has_no_say(how):
-    scores, advantages = aggregate_rewards(torch.full((2, 3, 2), NAN), torch.ones(2), how)
-    assert scores.isnan().all() and scores.shape == advantages.shape == (2, 3)
-    assert (advantages == 0).all()
+    rewards = torch.full((3, 2), NAN)
+    assert total_scores(rewards.expand(2, 3, 2), torch.ones(2)).isnan().all()
+    assert aggregated(rewards, torch.ones(2), how).tolist() == [0, 0, 0]
 
 
 def test_normalising_first_makes_units_irrelevant():
     rewards, weights = randn(6, 2), torch.tensor([1.0, 1.0])
     other_units = rewards * torch.tensor([1.0, 1000.0])
-    _, advantages = aggregate_rewards(rewards, weights, "normalize_then_sum")
-    torch.testing.assert_close(aggregate_rewards(other_units, weights, "normalize_then_sum")[1], advantages)
-    summed = [aggregate_rewards(r, weights, "sum_then_normalize")[1] for r in (rewards, other_units)]
+    advantages = aggregated(rewards, weights, "normalize_then_sum")
+    torch.testing.assert_close(aggregated(other_units, weights, "normalize_then_sum"), advantages)
+    summed = [aggregated(r, weights, "sum_then_normalize") for r in (rewards, other_units)]
     assert (summed[0] - summed[1]).abs().max() > 0.1
+
+
+def test_normalised_sums_are_divided_by_their_spread_over_the_batch():
+    """As in TRL: the second group, whose rewards disagree, counts for less than the first."""
+    agreeing = torch.tensor([[0.0, 0.0], [2.0, 20.0]])  # z-scores (-1, 1) twice, sum (-2, 2)
+    opposed = torch.tensor([[0.0, 5.0], [8.0, 5.0]])  # (-1, 1) and none, sum (-1, 1)
+    found = batch_advantages([agreeing, opposed], torch.ones(2), "normalize_then_sum", power=2.0)
+    assert torch.stack(found).flatten().tolist() == pytest.approx([n / 2.5**0.5 for n in (-2, 2, -1, 1)])
+
+
+def test_a_floor_is_as_absolute_after_normalising_as_before():
+    small, large = torch.tensor([[0.0], [0.02]]), torch.tensor([[0.0], [2.0]])  # stds .01 and 1
+    for batch in ([small], [large], [small, large]):
+        found = [batch_advantages(batch, torch.ones(1), how, std_floor=0.1, power=2.0) for how in WAYS]
+        torch.testing.assert_close(*found)
+    assert aggregated(small, torch.ones(1), "normalize_then_sum", std_floor=0.1).tolist() == pytest.approx([-0.1, 0.1])
+
+
+def test_what_cancels_is_not_blown_up():
+    rising, falling = torch.tensor([0.1, 0.7, 1.3]), torch.tensor([7.0, 4.0, 1.0])  # in units that cancel in no score
+    rewards = torch.stack([rising, falling], dim=1)
+    assert aggregated(rewards, torch.ones(2), "normalize_then_sum").tolist() == [0, 0, 0]
+    # Nearly so: 1 - .95 of the z-scores is left, whose std of .05 is below the floor.
+    found = aggregated(rewards, torch.tensor([1.0, 0.95]), "normalize_then_sum", std_floor=0.2)
+    assert found.tolist() == pytest.approx([n * 1.5**0.5 * 0.05 / 0.2 for n in (-1, 0, 1)], abs=1e-5)
 
 
 # ------------------------------------------------------------------------------------ sizes of advantages
@@ -198,34 +251,32 @@ def test_power_2_gives_each_scale_its_plain_form():
     rewards = [torch.tensor([[1.0], [3.0]]), torch.tensor([[2.0], [8.0]])]
     found = {scale: batch_advantages(rewards, torch.ones(1), scale_rewards=scale, power=2.0) for scale in SCALES}
     everybody = torch.tensor([1.0, 3, 2, 8]).std(correction=0)
-    for i, (values, deviations) in enumerate([([1, 3], [-1, 1]), ([2, 8], [-3, 3])]):
+    for i, deviations in enumerate([[-1, 1], [-3, 3]]):
         for scale, divisor in {"group": deviations[1], "batch": everybody, "none": 1.0}.items():
-            scores, advantages = found[scale][i]
-            assert scores.tolist() == values
-            torch.testing.assert_close(advantages, torch.tensor(deviations) / divisor)
+            torch.testing.assert_close(found[scale][i], torch.tensor(deviations) / divisor)
 
 
 def test_floor_and_filter_tame_small_groups_alone():
     rewards = [torch.tensor([[0.0], [0.02]]), torch.tensor([[0.0], [2.0]])]  # stds .01 and 1
-    plain = [a for _, a in batch_advantages(rewards, torch.ones(1))]
-    floored = [a for _, a in batch_advantages(rewards, torch.ones(1), std_floor=0.1)]
+    plain = batch_advantages(rewards, torch.ones(1))
+    floored = batch_advantages(rewards, torch.ones(1), std_floor=0.1)
     torch.testing.assert_close(floored[0], 0.1 * plain[0])
     assert torch.equal(floored[1], plain[1])
-    filtered = [a for _, a in batch_advantages(rewards, torch.ones(1), min_std=0.1)]
+    filtered = batch_advantages(rewards, torch.ones(1), min_std=0.1)
     assert not filtered[0].any() and torch.equal(filtered[1], plain[1])
 
 
 def test_the_default_is_the_quasi_norm_of_z_scores_to_the_bit():
     rewards = randn(5, 8, 1)
-    for values, (_, advantages) in zip(rewards, batch_advantages(list(rewards), torch.ones(1)), strict=True):
+    for values, advantages in zip(rewards, batch_advantages(list(rewards), torch.ones(1)), strict=True):
         assert torch.equal(advantages, quasi_norm(group_advantages(values[:, 0])))
 
 
 @pytest.mark.parametrize("power", [0.8, 2.0])
 def test_missing_scores_make_no_advantage_larger(power):
     rewards = torch.tensor([[0.0], [NAN], [1.0], [NAN], [5.0]])
-    ((_, advantages),) = batch_advantages([rewards], torch.ones(1), power=power)
-    ((_, expected),) = batch_advantages([rewards[[0, 2, 4]]], torch.ones(1), power=power)
+    (advantages,) = batch_advantages([rewards], torch.ones(1), power=power)
+    (expected,) = batch_advantages([rewards[[0, 2, 4]]], torch.ones(1), power=power)
     torch.testing.assert_close(advantages[[0, 2, 4]], expected)
 
 
@@ -237,7 +288,7 @@ def test_every_scale_forgets_shifts_and_each_its_own_units(groups, shift, factor
     rewards = [torch.tensor(values).unsqueeze(1) for values in groups]
 
     def advantages(values):
-        return torch.cat([a for _, a in batch_advantages(values, torch.ones(1), scale_rewards=scale)])
+        return torch.cat(batch_advantages(values, torch.ones(1), scale_rewards=scale))
 
     expected = advantages(rewards)
     torch.testing.assert_close(advantages([r + shift for r in rewards]), expected, rtol=1e-3, atol=1e-3)
@@ -256,11 +307,40 @@ def test_a_permutation_of_a_group_permutes_its_advantages(rewards, rng, scale, h
     other = torch.tensor([[0.0], [5.0]])
 
     def advantages(values):
-        return batch_advantages([values, other], torch.ones(1), scale_rewards=scale)[0][1]
+        return batch_advantages([values, other], torch.ones(1), scale_rewards=scale)[0]
 
     found = advantages(values)
     torch.testing.assert_close(advantages(values[order]), found[order], rtol=1e-4, atol=1e-4)
     assert not hole or found[0] == 0
+
+
+@st.composite
+def groups_with_holes(draw):
+    """Rewards `[group, rewards]`, of which any may be missing, and their weights, of which any may be 0."""
+    size, number = draw(st.integers(1, 6)), draw(st.integers(1, 3))
+    row = st.lists(st.integers(-8, 8).map(lambda n: n / 4) | st.just(NAN), min_size=number, max_size=number)
+    weights = draw(st.lists(st.sampled_from([0.0, 0.5, 1.0]), min_size=number, max_size=number))
+    return torch.tensor(draw(st.lists(row, min_size=size, max_size=size))), torch.tensor(weights)
+
+
+@given(groups_with_holes(), st.sampled_from(WAYS), st.sampled_from(SCALES), st.sampled_from([0.0, 0.5]))
+@settings(deadline=None, max_examples=100)
+def test_whatever_is_missing_the_present_are_compared_as_if_alone(group, how, scale, std_floor):
+    """Who misses a reward that counts and that others have is out, and no one else in the batch notices."""
+    rewards, weights = group
+    applies = [j for j in range(len(weights)) if weights[j] and not rewards[:, j].isnan().all()]
+    out = rewards[:, applies].isnan().any(1) if applies else torch.ones(len(rewards), dtype=torch.bool)
+    assert torch.equal(total_scores(rewards, weights).isnan(), out)
+
+    def advantages(values):
+        other = torch.tensor([[0.0], [5.0]]).expand(2, len(weights))
+        return batch_advantages([values, other], weights, how, scale, std_floor)
+
+    present = torch.full_like(rewards, NAN) if out.all() else rewards[~out]
+    (found, beside), (alone, beside_alone) = advantages(rewards), advantages(present)
+    assert not found[out].any()
+    assert out.all() or torch.allclose(found[~out], alone, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(beside, beside_alone, rtol=1e-4, atol=1e-5)
 
 
 # ------------------------------------------------------------------------------------ policy
@@ -295,6 +375,26 @@ def test_tokens_of_weight_0_are_invisible():
     expected = surrogate_log_probs(candidates[:, :, ::2], predicted[:, ::2], weights[:, ::2], 0.3)
     torch.testing.assert_close(surrogate_log_probs(candidates, predicted, weights, 0.3), expected)
     torch.testing.assert_close(surrogate_log_probs(candidates, predicted, 10 * weights, 0.3), expected)
+
+
+@given(st.floats(0, 4), st.integers(0, 99), st.sampled_from([0.01, 1.0]))
+@settings(deadline=None, max_examples=25)
+def test_a_mask_of_ones_is_the_objective_without_a_region(keep_weight, seed, temperature):
+    """In each policy, whatever the weight outside; and so is any mask whose outside weighs as much."""
+    candidates, predicted = randn(2, 3, 6, 4, seed=seed), randn(2, 6, 4, seed=seed + 1)
+    std, old, sure = torch.full((2, 6, 1), 0.5), predicted + 0.1, torch.tensor([0.9, 0.2])
+    errors = (candidates - predicted.unsqueeze(1)).square().mean((-1, -2))
+    density = torch.distributions.Normal(predicted, std).log_prob(candidates[:, 0])
+    away = [(old + sign * (predicted - old) - candidates[:, 0]).square().mean((-1, -2)) for sign in (1, -1)]
+    mask = torch.rand(2, 6, generator=torch.Generator().manual_seed(seed))
+    for weights in (region_weights(torch.ones(2, 6), keep_weight), region_weights(mask, 1.0)):
+        found = surrogate_log_probs(candidates, predicted, weights, temperature)
+        torch.testing.assert_close(found, (-errors / temperature).log_softmax(-1), rtol=1e-4, atol=1e-5)
+        constant = math.log(0.5 * (2 * math.pi) ** 0.5)
+        found = gaussian_log_prob(candidates[:, 0], predicted, std, weights)
+        torch.testing.assert_close(found, density.mean((-1, -2)) + constant, rtol=1e-4, atol=1e-5)
+        found = nft_loss(predicted, old, candidates[:, 0], sure, weights, 1.0)
+        torch.testing.assert_close(found, sure * away[0] + (1 - sure) * away[1], rtol=1e-4, atol=1e-5)
 
 
 def test_log_ratio_of_the_same_policy_is_exactly_0():

@@ -12,10 +12,11 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWi
 
 import rcgrpo.pipeline as pipeline_module
 from rcgrpo import RegionDecoupledFluxKontextPipeline
+from rcgrpo.attention import AttentionOptions
 from rcgrpo.editors import FluxKontextEditor
 from rcgrpo.regions import to_tokens
 from rcgrpo.rollout import rollout
-from tiny_kontext import TINY_CALL, build_tiny_kontext, encode_one_by_one
+from tiny_kontext import TINY_CALL, build_tiny_kontext, encode_one_by_one, in_own_memory
 
 PROMPTS = ["make it red", "add a small boat"]
 
@@ -442,12 +443,34 @@ def test_attention_is_that_of_the_instruction_that_t5_reads(pipe, monkeypatch):
     read = []
     weights = pipeline_module.instruction_token_weights
     monkeypatch.setattr(
-        pipeline_module, "instruction_token_weights", lambda p, texts, n: read.append(texts) or weights(p, texts, n)
+        pipeline_module, "instruction_token_weights", lambda p, texts, *a: read.append(texts) or weights(p, texts, *a)
     )
     call = {"mask_image": MASKS[0], "num_images_per_prompt": 2, "output_attention": True, **TINY_CALL}
     pipe(SOURCES[0], PROMPTS[0], **call)
     pipe(SOURCES[0], PROMPTS[0], prompt_2="sunny", **call)
     assert read == [[PROMPTS[0]] * 2, ["sunny"] * 2]
+
+
+def test_attention_of_some_words_blocks_and_steps(pipe):
+    call = {"mask_image": MASKS, "num_images_per_prompt": 2, "output_attention": True, **TINY_CALL}
+    prompts = ["a red hat", "no hat"]
+
+    def maps(**options):
+        return pipe(SOURCES, prompts, generator=generator(), **call, **options).attention_maps
+
+    whole = maps()
+    seen = [maps(attention_options=AttentionOptions(blocks=[block])) for block in range(4)]
+    torch.testing.assert_close(torch.stack(seen).mean(0), whole)
+    seen = [maps(attention_options=AttentionOptions(steps_range=(i / 3, (i + 1) / 3))) for i in range(3)]
+    torch.testing.assert_close(torch.stack(seen).mean(0), whole)
+    assert not torch.allclose(seen[0], seen[2], atol=1e-4)
+    # all words of each prompt are all of its tokens
+    torch.testing.assert_close(maps(attention_words=[["red", "a", "hat"], ["no hat"]]), whole)
+    alone = pipe(SOURCES[0], prompts[0], attention_words="hat", **{**call, "mask_image": MASKS[0]})
+    torch.testing.assert_close(alone.attention_maps.sum((1, 2)), torch.ones(2))
+    back = maps(attention_options=AttentionOptions(direction="image_to_text"), attention_words=[["hat"], ["hat"]])
+    torch.testing.assert_close(back.sum((1, 2)), torch.ones(4))
+    assert not torch.allclose(back, whole, atol=1e-3)
 
 
 def test_attention_is_that_of_the_same_rollout():
@@ -519,6 +542,11 @@ def test_measuring_attention_changes_no_picture(pipe):
             {"mask_image": MASKS[0], "output_attention": True, "true_cfg_scale": 2.0, "negative_prompt": "blue"},
             "output_attention: cannot be combined",
         ),
+        ({"mask_image": MASKS[0], "attention_words": "hat"}, "expected output_attention=True"),
+        (
+            {"mask_image": MASKS[0], "output_attention": True, "attention_words": [["a"], ["b"]]},
+            r"attention_words: got \[\['a'\], \['b'\]\], expected words of each of the 1 prompts",
+        ),
     ],
 )
 def test_wrong_arguments_are_refused_with_their_name(pipe, kwargs, message):
@@ -544,8 +572,7 @@ def test_a_saved_pipeline_opens_everywhere_and_paints_the_same(stock, pipe, tmp_
         (FluxKontextPipeline, "ours", FluxKontextPipeline),
         (DiffusionPipeline, "ours", FluxKontextPipeline),
     ]:
-        opened = opener.from_pretrained(tmp_path / folder)
-        opened.set_progress_bar_config(disable=True)
+        opened = in_own_memory(quiet(opener.from_pretrained(tmp_path / folder)))
         assert type(opened) is kind
         assert torch.equal(latents_of(opened, SOURCES[0], PROMPTS[0], generator=generator()), expected)
 

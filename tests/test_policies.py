@@ -266,7 +266,7 @@ def linear_rollout(theta, noise, level=0.0):
         )
         trajectory.append(mean + spread * keyed_noise(tuple(mean.shape), "kick", step, float(theta)))
     rewards = trajectory[-1][:, 0, 0]
-    ((_, advantages),) = batch_advantages([rewards.unsqueeze(1)], torch.ones(1), power=2.0)
+    (advantages,) = batch_advantages([rewards.unsqueeze(1)], torch.ones(1), power=2.0)
     kicks = strength if level else None
     return group_of(torch.stack(trajectory), advantages, kick_strength=kicks, noise_level=level), rewards
 

@@ -1,4 +1,5 @@
 import math
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -76,6 +77,24 @@ def test_soft_masks_keep_their_values():
 def test_what_is_no_mask_is_refused(mask, message):
     with pytest.raises(ValueError, match=message):
         mask_to_tensor(mask)
+
+
+@given(
+    st.integers(1, 40),
+    st.integers(1, 40),
+    st.sampled_from(["bool", "uint8", "float32", "picture", "tensor"]),
+    st.none() | st.tuples(st.integers(0, 1599), st.floats(0.01, 1)),
+)
+@settings(deadline=None, max_examples=50)
+def test_a_mask_of_zeros_is_refused_and_one_pixel_is_enough(height, width, kind, pixel):
+    """In every encoding; soft values count in those that have them."""
+    values = np.zeros((height, width), np.float32)
+    if pixel is not None:
+        values.flat[pixel[0] % values.size] = pixel[1] if kind in ("float32", "tensor") else 1
+    how = {"picture": lambda v: Image.fromarray((255 * v).astype(np.uint8)), "tensor": torch.from_numpy}
+    mask = mask_to_tensor(how.get(kind, lambda v: v.astype(kind))(values))
+    with nullcontext() if pixel else pytest.raises(ValueError, match="got an empty mask"):
+        check_mask(mask, (height, width))
 
 
 def test_an_empty_mask_is_refused():

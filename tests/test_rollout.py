@@ -3,15 +3,18 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from rcgrpo import RCGRPOConfig
+from rcgrpo.attention import AttentionOptions
 from rcgrpo.data.edits import Edit
 from rcgrpo.editors import FluxKontextEditor
 from rcgrpo.objective import euler_step, sde_std, sde_step, surrogate_log_probs
 from rcgrpo.policies import make_policy
 from rcgrpo.regions import to_tokens
-from rcgrpo.rollout import Exploration, Group, make_groups, rollout
+from rcgrpo.rollout import Exploration, Group, make_groups, rollout, words_of
 from rcgrpo.transitions import gather
 from tiny_kontext import build_tiny_kontext
 
@@ -148,9 +151,13 @@ def test_each_option_changes_its_part_of_the_noise_and_nothing_else(option, insi
         assert bool(changed[member, 10:].any()) == (outside and member in members)
 
 
-def test_global_exploration_is_a_region_of_ones():
-    everywhere = replace(PLAIN, kind="global").noise(REGION, 16, 4, ("seed", 0))
-    assert torch.equal(everywhere, PLAIN.noise(torch.ones(64), 16, 4, ("seed", 0)))
+@given(st.floats(0, 1), st.floats(0, 1), st.booleans(), st.sampled_from([0.0, 0.5]), st.integers(0, 2**64 - 1))
+@settings(deadline=None, max_examples=25)
+def test_global_exploration_is_a_region_of_ones(edit_strength, keep_strength, antithetic, share, bits):
+    exploration = Exploration(edit_strength, keep_strength, antithetic, independent_share=share)
+    region = torch.tensor([float(bits >> token & 1) for token in range(64)])
+    everywhere = replace(exploration, kind="global").noise(region, 16, 4, ("seed", 0))
+    assert torch.equal(everywhere, exploration.noise(torch.ones(64), 16, 4, ("seed", 0)))
 
 
 def test_a_soft_mask_softens_the_perturbation():
@@ -318,6 +325,47 @@ def test_mask_growth_widens_exploration_but_not_the_mask_that_rewards_see(editor
     assert plain.region.sum() == 9 and grown.region.sum() == 25
     assert np.asarray(grown.mask).sum() == np.asarray(plain.mask).sum() == 255 * 100
     assert (np.asarray(grown.mask) == edit.mask.numpy() * 255).all()
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun"])
+def test_attention_of_some_blocks_steps_and_words(solver):
+    """Blocks and steps add up to the whole, weighted by how many model calls a step has."""
+    editor = editor_of()
+    editor = FluxKontextEditor(editor.pipeline, 32, STEPS, max_sequence_length=48, solver=solver)
+    edits = [replace(edit_of(row), columns={"what": what}) for row, what in ((0, "red"), (1, ["make", "red"]))]
+
+    def mass(**options):
+        groups = grouped(editor, edits, attention="mass", options=AttentionOptions(**options))
+        return torch.stack([group.attention.mass for group in groups])
+
+    whole = mass()
+    assert torch.equal(whole, torch.stack([g.attention.mass for g in grouped(editor, edits, attention="mass")]))
+    blocks = [mass(blocks=[block]) for block in range(4)]
+    torch.testing.assert_close(torch.stack(blocks).mean(0), whole)
+    calls = torch.tensor([2.0, 2.0, 1.0] if solver == "heun" else [1.0] * 3)
+    steps = torch.stack([mass(steps_range=(i / 3, (i + 1) / 3)) for i in range(3)])
+    torch.testing.assert_close((steps * (calls / calls.sum()).view(3, 1, 1)).sum(0), whole)
+    assert (steps[0] - steps[2]).abs().max() > 1e-4
+    words = mass(words_column="what")
+    assert not torch.allclose(words, whole, atol=1e-4)
+    edits = [replace(edit, columns={"what": "make it red"}) for edit in edits]
+    torch.testing.assert_close(mass(words_column="what"), whole)
+    assert not torch.allclose(mass(direction="image_to_text"), whole, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (None, "got None, expected words"),
+        ([], r"got \[\], expected words"),
+        (["red", 3], r"got \['red', 3\], expected words"),
+        ("boat", r"got \['boat'\], expected words of 'make it red'"),
+    ],
+)
+def test_words_that_an_instruction_does_not_have(value, message):
+    edit = replace(edit_of(0), columns={"what": value})
+    with pytest.raises(ValueError, match=f"train row 0, column 'what': {message}"):
+        words_of(edit, "what")
 
 
 def test_attention_is_measured_on_the_covered_share(editor):

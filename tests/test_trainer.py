@@ -24,7 +24,8 @@ from rcgrpo import RCGRPOConfig, RCGRPOTrainer, compbench_mini
 from rcgrpo.evaluation import roll_out_held_out
 from rcgrpo.objective import quasi_norm
 from rcgrpo.rewards import RequiredRewardError, RewardError
-from tiny_kontext import TINY_CALL, build_tiny_kontext
+from rcgrpo.transitions import gather
+from tiny_kontext import TINY_CALL, build_tiny_kontext, in_own_memory
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 LAYERS = ["to_q", "to_v", "to_k", "to_out.0"]
@@ -292,6 +293,122 @@ def test_a_second_turn_starts_from_the_best_of_the_first(tmp_path, data):
     rows[1]["turns"].append({"instruction": "add a ball"})
     with pytest.raises(ValueError, match=r"train row 1, turn 3, column 'turns': got \['instruction'\], expected"):
         make(tmp_path, rows, turns_column="turns")
+    with pytest.raises(ValueError, match="turns_column: got 'turn', expected a column of train_dataset, which has "):
+        make(tmp_path, rows, turns_column="turn")
+
+
+def squares(*corners):
+    """A mask for each corner, 8 x 8 of 32 x 32 pixels."""
+    masks = np.zeros((len(corners), 32, 32), np.uint8)
+    for mask, (top, left) in zip(masks, corners, strict=True):
+        mask[top : top + 8, left : left + 8] = 255
+    return [Image.fromarray(mask) for mask in masks]
+
+
+def test_a_turn_explores_its_own_regions_at_the_size_of_the_run(tmp_path, data):
+    """Data of 32 pixels, edited at 48: 12 x 12 tokens of 4 pixels."""
+    left, right, below = squares((0, 0), (0, 24), (24, 0))
+    turns = [{"instruction": "two", "mask": below}, {"instruction": "three", "mask": below, "parts": [left, right]}]
+    row = {**dict(data[0]), "mask": left, "parts": [left, below], "turns": turns}
+    options = {"max_steps": 1, "mask_growth": 0.0, "resolution": 48, "per_device_train_batch_size": 1}
+    options |= {"turns_column": "turns", "regions_column": "parts"}
+    trainer = make(tmp_path, [row], **options)
+    trainer.train()
+    (groups,) = trainer._buffer
+    corners = [[(0, 0), (9, 0)], [(9, 0)], [(0, 0), (0, 9)]]
+    for group, expected in zip(groups, corners, strict=True):
+        regions = group.regions.unflatten(-1, (12, 12))
+        assert [tuple(region.nonzero()[0].tolist()) for region in regions] == expected
+        assert (regions.sum((-1, -2)) == 9).all()
+        assert torch.equal((group.trajectory[0, 0] != group.trajectory[0, 1]).all(-1), group.region > 0)
+    # what would fail in the middle of the run is refused before it
+    dot = np.zeros((32, 32), np.uint8)
+    dot[30, 30] = 255  # which half the size leaves out
+    for change, size, message in [
+        ({"parts": []}, 48, "got no region"),
+        ({"parts": [left, dot]}, 48, "region_strengths: got 1 of them, expected 2 for (train|eval) row 0, turn 2"),
+        ({"mask": Image.fromarray(dot)}, 16, "turn 2, column 'turns': got an empty mask"),
+    ]:
+        bad = [{**row, "parts": [left], "turns": [{**turns[0], **change}]}]
+        with pytest.raises(ValueError, match=message):
+            make(tmp_path, bad, **(options | {"resolution": size, "region_strengths": [0.5]}))
+        good = [{**row, "parts": [left], "turns": None}]
+        trainer = make(tmp_path, good, **(options | {"resolution": size, "region_strengths": [0.5]}))
+        trainer.make_groups = None  # nothing is rolled out
+        with pytest.raises(ValueError, match=message):
+            trainer.evaluate(bad)
+
+
+def at_once(tmp_path, data, reward, **options):
+    """A trainer on one row with two instructions, for corners that share no token."""
+    first, second = squares((0, 0), (16, 16))
+    turns = [{"instruction": "Remove the dog.", "mask": second, "caption": "dog"}]
+    row = {**dict(data[0]), "instruction": "Add a cube.", "mask": first, "caption": "cube", "turns": turns}
+    shape = {"max_steps": 1, "mask_growth": 0.0, "per_device_train_batch_size": 1, "eval_dataset": [row]}
+    return make(tmp_path, [row], reward, turns_column="turns", turns_at_once=True, **(shape | options))
+
+
+def test_turns_at_once_are_one_edit_for_noise_rewards_and_evaluation(tmp_path, data):
+    seen = []
+
+    def telling(images, prompts, masks, regions, caption, **columns):
+        seen.append((prompts[0], [np.asarray(mask) for mask in (masks[0], *regions[0])], caption[0]))
+        return brightness(images)
+
+    trainer = at_once(tmp_path, data, telling, region_advantages=True, reward_regions=["region_2"], eval_steps=1)
+    trainer.train()
+    trainer.evaluate()
+    ((group,),) = trainer._buffer
+    first, second = (np.asarray(mask) for mask in squares((0, 0), (16, 16)))
+    for prompt, (mask, *regions), caption in seen:  # start-up, training, evaluation
+        assert (prompt, caption) == ("Add a cube and remove the dog", "cube")
+        assert np.array_equal(mask, first | second) and np.array_equal(regions, [first, second])
+    assert len(seen) == 3 and group.regions.sum(-1).tolist() == [4, 4] and group.advantages.shape == (1, 4)
+    assert last(trainer, "grad_norm")[0] > 0
+    rows = [{**trainer.train_dataset.rows[0], "turns": [{"instruction": "two"}]}]
+    with pytest.raises(ValueError, match=r"train row 0, turn 2, column 'turns': got \['instruction'\], expected"):
+        make(tmp_path, rows, turns_column="turns", turns_at_once=True)
+    with pytest.raises(ValueError, match="region_strengths: got 1 of them, expected 2 for train row 0"):
+        at_once(tmp_path, data, brightness, region_strengths=[0.5])
+
+
+@pytest.mark.parametrize("policy", [{}, {"distance_space": "clean"}, {"policy": "nft"}, FLOW_GRPO])
+def test_regions_of_turns_at_once_do_not_disturb_each_other(tmp_path, data, policy):
+    """The other's strength leaves a region's noise alone, the other's reward its gradient, to the last bit."""
+    rewards = [by_number, redness]
+    objective = {"region_advantages": True, "reward_regions": ["region_1", "region_2"], "num_policy_steps": 1, **policy}
+    trainer, other = (at_once(tmp_path, data, rewards, region_strengths=[0.4, s], **objective) for s in (0.4, 0.9))
+    (group,), (louder,) = rolled_out(trainer, data), rolled_out(other, data)
+    first, second = group.regions > 0
+    changed = (group.trajectory[0] != louder.trajectory[0]).any(-1)
+    assert not changed[:, first].any() and changed[:, second].all()
+    if group.kick_strength is not None:
+        assert torch.equal(group.kick_strength[..., first], louder.kick_strength[..., first])
+
+    def gradient(row):
+        group.advantages = torch.tensor([[1.5, -0.5, -0.5, -0.5], row])
+        found = gather([group], [(0, 0, 1)], trainer.policy, {})
+        velocity = (0.5 * found.latents).requires_grad_()
+        trainer.policy.loss(velocity.detach(), found)  # the old policy
+        loss, _ = trainer.policy.loss(velocity, found)
+        return torch.autograd.grad(loss.sum(), velocity)[0][0]
+
+    one, two = gradient([0.7, 0.1, -0.4, -0.4]), gradient([-0.3, 0.9, -0.3, -0.3])
+    assert torch.equal(one[first], two[first]) and one[first].abs().max() > 0
+    assert not torch.equal(one[second], two[second]) and not one[~(first | second)].any()
+
+
+def test_the_log_follows_the_latents_step_by_step(tmp_path, data):
+    """And one edit's numbers are those of its group."""
+    trainer = make(tmp_path, data, max_steps=1, per_device_train_batch_size=1)
+    trainer.train()
+    ((group,),) = trainer._buffer
+    row, variances = trainer.state.log_history[0], group.trajectory.var(1).mean(-1)
+    for side, tokens in (("inside", group.region > 0), ("outside", group.region == 0)):
+        names = [name for name in row if name.startswith(f"diagnostics/latent_var_{side}/")]
+        assert names == [f"diagnostics/latent_var_{side}/step_{step}" for step in (1, 2, 3)]
+        assert [row[name] for name in names] == pytest.approx(variances[1:, tokens].mean(-1).tolist(), rel=1e-5)
+        assert row[names[-1]] == pytest.approx(row[f"diagnostics/latent_var_{side}"], rel=1e-5)
 
 
 def test_further_turns_take_nothing_from_other_edits(tmp_path, data):
@@ -306,6 +423,50 @@ def test_further_turns_take_nothing_from_other_edits(tmp_path, data):
         trainer.train()
         updates.append(weights(trainer))
     assert distance(*updates, start) < 1e-4
+
+
+@pytest.fixture(scope="module")
+def moved(data, tmp_path_factory):
+    """A trainer one update after its base, two transitions, and what base and adapter say there."""
+    trainer = make(tmp_path_factory.mktemp("moved"), data, by_number, max_steps=1, beta=0.5)
+    trainer.train()
+    found = gather(trainer._buffer[0], [(0, 0, 0), (1, 1, 1)], trainer.policy, {})
+    inputs = (found.latents, found.timestep, found.conditions)
+    with torch.no_grad():
+        base, now = (trainer.editor.velocity(m, *inputs) for m in (build_tiny_kontext().transformer, trainer.model))
+    return trainer, found, base, now
+
+
+def loss_with(trainer, transitions, **options):
+    for name, value in ({"beta": 0.0, "beta_keep": 1.0, "keep_hinge_weight": 0.0} | options).items():
+        setattr(trainer.args, name, value)
+    return float(trainer.compute_loss(trainer.model, transitions))
+
+
+def test_the_kl_is_to_the_base_and_stronger_outside(moved):
+    """The base is another model's, so an adapter that stayed on for the reference would be found out."""
+    trainer, found, base, now = moved
+    assert last(trainer, "kl") == [0.0], "exactly, before the first update"
+    squared, region = (now - base).square().mean(-1), found.region
+    inside, outside = ((squared * side).sum(-1).mean() / 64 for side in (region, 1 - region))
+    assert inside > 1e-8 and outside > 1e-8
+    plain = loss_with(trainer, found)
+    for beta, beta_keep in ((10.0, 1.0), (10.0, 3.0), (20.0, 0.0)):
+        expected = float(beta * (inside + beta_keep * outside))
+        assert loss_with(trainer, found, beta=beta, beta_keep=beta_keep) - plain == pytest.approx(expected, rel=1e-3)
+
+
+def test_the_hinge_begins_beyond_its_margin(moved):
+    trainer, found, _, now = moved
+    clean = found.latents - found.sigma.view(2, 1, 1) * now
+    squared, keep = (clean - found.conditions.image_latents).square().mean(-1), 1 - found.region
+    margin = float(squared.median())
+    plain = loss_with(trainer, found)
+    for weight, allowed in ((2.0, 0.0), (2.0, margin), (4.0, margin), (1.0, 1e6)):
+        expected = weight * ((squared - allowed).clamp(min=0) * keep).sum(-1) / keep.sum(-1)
+        given = loss_with(trainer, found, keep_hinge_weight=weight, keep_hinge_margin=allowed) - plain
+        assert given == pytest.approx(float(expected.mean()), rel=1e-4, abs=1e-7)
+    assert 0 < margin < 1e6
 
 
 # ------------------------------------------------------------------------------------------ cached conditions
@@ -470,7 +631,7 @@ def test_full_fine_tuning_saves_resumes_and_keeps_the_best(tmp_path, data, held_
     assert same(weights(resumed), weights(whole)) and len(weights(whole)) > 50
     stock = FluxKontextPipeline(**build_tiny_kontext().components)
     stock.transformer = type(stock.transformer).from_pretrained(tmp_path / "checkpoint-2" / "transformer")
-    assert np.array_equal(draw(stock), draw(whole.pipeline))
+    assert np.array_equal(draw(in_own_memory(stock)), draw(whole.pipeline))
 
     best = make(tmp_path / "best", data, best_after_one, held_out, metric_for_best_model="eval_reward", **options)
     best.train()
@@ -545,6 +706,77 @@ def test_aggregation(tmp_path, data, how):
     assert np.allclose(group.advantages.numpy(), z_scores(total), atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, 1.0),
+        ({"advantage_std_floor": 0.1}, 0.1),
+        ({"min_reward_std": 0.02}, 0.0),
+        ({"advantage_std_floor": 0.1, "multi_objective_aggregation": "normalize_then_sum"}, 0.1),
+        ({"scale_rewards": "none"}, 0.01),
+    ],
+)
+def test_small_spreads_are_scaled_as_asked(tmp_path, data, options, expected):
+    def close(images, **columns):
+        return [0.5 + 0.02 * (i % 2) for i in range(len(images))]  # a spread of .01
+
+    (group,) = rolled_out(make(tmp_path, data, close, advantage_power=2.0, **options), data)
+    assert group.advantages.tolist() == pytest.approx([-expected, expected] * 2, rel=1e-4)
+
+
+def sized(size, **columns):
+    return [float(s * (i % 4)) for i, s in enumerate(size)]
+
+
+def pairs(size, **columns):
+    return [float(i % 2) if s > 2 else None for i, s in enumerate(size)]
+
+
+def sized_rows(data):
+    """Four edits whose rewards spread by 1, 2, 3 and 4 times as much, the second with a turn of 5."""
+    rows = [{**dict(data[i]), "size": i + 1, "turns": None} for i in range(4)]
+    rows[1]["turns"] = [{"instruction": "add a red ball", "mask": rows[1]["mask"], "size": 5}]
+    return rows
+
+
+BATCH = {"per_device_train_batch_size": 4, "turns_column": "turns", "shuffle_dataset": False, "max_steps": 1}
+BATCH |= {"advantage_power": 2.0}
+BY_BATCH = {"scale_rewards": "batch"}, {"multi_objective_aggregation": "normalize_then_sum"}
+
+
+def batch_advantages_of(trainer):
+    """By the size of the edit's rewards."""
+    return {g.edit.columns["size"]: g.advantages.tolist() for groups in trainer._buffer for g in groups}
+
+
+def by_hand(options):
+    rising, paired = np.arange(4.0), np.array([0.0, 1.0, 0.0, 1.0])
+    if options == BY_BATCH[0]:  # of the sums of both rewards
+        scores = {size: size * rising + paired * (size > 2) for size in range(1, 6)}
+        std = np.concatenate(list(scores.values())).std()
+        return {size: (values - values.mean()) / std for size, values in scores.items()}
+    one, other = ((values - values.mean()) / values.std() for values in (rising, paired))
+    sums = {size: one + other * (size > 2) for size in range(1, 6)}
+    std = np.concatenate(list(sums.values())).std()
+    return {size: values / std for size, values in sums.items()}
+
+
+@pytest.mark.parametrize("options", BY_BATCH)
+def test_the_batch_is_all_that_an_update_sees(tmp_path, data, options):
+    """However its edits are accumulated, and with their further turns."""
+    results = []
+    for size, steps in ((4, 1), (2, 2), (1, 4)):
+        shape = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps}
+        trainer = make(tmp_path, sized_rows(data), [sized, pairs], **(BATCH | options | shape))
+        start = weights(trainer)
+        trainer.train()
+        results.append(weights(trainer))
+        found, expected = batch_advantages_of(trainer), by_hand(options)
+        assert found.keys() == expected.keys()
+        assert all(found[n] == pytest.approx(expected[n], abs=1e-5) for n in found)
+    assert all(distance(other, results[0], start) < 1e-5 for other in results[1:])
+
+
 @pytest.mark.parametrize("nothing", [None, float("nan")])
 def test_candidates_without_a_score_leave_the_statistics(tmp_path, data, caplog, nothing):
     def partial(images, **columns):
@@ -584,9 +816,29 @@ def test_a_reward_that_raises_is_named_and_the_run_goes_on(tmp_path, data, caplo
     trainer.train()
     assert trainer.state.global_step == 2 and last(trainer, "grad_norm")[1] > 0
     assert last(trainer, "rewards/failures") == [8.0, 8.0]
+    # what is left to compare by is no score: with the next batch's it would be averaged with sums of two rewards
+    assert len(last(trainer, "rewards/brightness/mean")) == 2 and last(trainer, "reward") == []
     messages = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert any("'broken'" in m and "train row" in m and "no such server" in m for m in messages)
     assert trainer.failures.counts == {"brightness": 0, "broken": 16}
+
+
+@pytest.mark.parametrize(("nothing", "expected"), [(float("nan"), 3.0), (None, (3 + 1 + 3) / 3)])
+def test_what_failed_is_not_averaged_with_other_sums(tmp_path, data, held_out, nothing, expected):
+    """One of three held-out edits, of one candidate each, whose second reward fails or does not apply."""
+    bad = held_out[1]["instruction"]
+    assert [row["instruction"] for row in held_out].count(bad) == 1
+
+    def steady(images, **columns):
+        return [1.0] * len(images)
+
+    def partial(prompts, **columns):
+        return [nothing if prompt == bad else 2.0 for prompt in prompts]
+
+    found = make(tmp_path, data, [steady, partial], held_out).evaluate()
+    assert found["eval_reward"] == pytest.approx(expected)
+    assert found["eval_rewards/steady/mean"] == 1 and found["eval_rewards/partial/mean"] == 2
+    assert found["eval_rewards/failures"] == (nothing is not None)
 
 
 def test_rewards_can_log(tmp_path, data):
@@ -614,6 +866,53 @@ def test_attention_reward_changes_the_training(tmp_path, data):
     density = other["rewards/attention_concentration/mean"]
     assert other["reward"] == pytest.approx(log["reward"] + 0.5 * density, rel=1e-5)
     assert other["attention/density"] == pytest.approx(density, rel=1e-6)
+
+
+def test_only_the_chosen_attention_is_recorded_and_paid(tmp_path, data):
+    """What the reward sees is what a rollout with the same options and noise reads."""
+    data = data.map(lambda row: {"words": row["instruction"].split()[0]})
+    chosen = {"attention_blocks": [1, 2], "attention_steps_range": [0.3, 1.0], "attention_words_column": "words"}
+    seen = []
+
+    def watching(attention_density, **columns):
+        seen.append(list(attention_density))
+        return attention_density
+
+    def densities(**options):
+        trainer = make(tmp_path, data, [watching, "attention_contrast"], max_steps=1, **options)
+        assert trainer.args.attention_options.reads(3) == range(1 if options else 0, 3)
+        seen.clear()
+        trainer.train()
+        return seen[0], trainer.state.log_history[0]
+
+    (plain, _), (some, log) = densities(), densities(attention_direction="image_to_text", **chosen)
+    assert not np.allclose(plain, some, atol=1e-3)
+    assert log["attention/density"] == pytest.approx(np.mean(some), rel=1e-6)
+    assert log["rewards/attention_contrast/mean"] == pytest.approx(log["attention/contrast"], rel=1e-6)
+
+
+def test_attention_is_recorded_of_a_compiled_model(tmp_path, data):
+    logs = []
+    for compiled in ({}, {"torch_compile": True, "torch_compile_backend": "eager"}):
+        trainer = make(tmp_path, data, log_attention=True, **compiled)
+        trainer.train()
+        logs.append(last(trainer, "attention/density"))
+    assert logs[1] == pytest.approx(logs[0], rel=1e-3) and logs[0][0] != logs[0][1]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"attention_blocks": [0]}, "attention_.*expected the defaults without log_attention=True or one of"),
+        ({"attention_blocks": [4], "log_attention": True}, r"blocks: got \[4\], expected block numbers in 0..3"),
+        ({"attention_words_column": "other", "log_attention": True}, "train row 0, column 'other': got .*words of"),
+        ({"attention_words_column": "last", "log_attention": True}, "expected words of .* within its first 16 tokens"),
+    ],
+)
+def test_attention_that_cannot_be_recorded_is_refused(tmp_path, data, options, message):
+    data = data.map(lambda row: {"other": "nowhere", "last": row["instruction"].split()[-1]})
+    with pytest.raises(ValueError, match=message):
+        make(tmp_path, data, **options)
 
 
 class Flaky:
@@ -1010,6 +1309,32 @@ def test_two_processes_train_what_one_does(tmp_path, reference):
     assert distance(first, single, start) < 1e-5
     assert len(log) == 2 and 0 < log[0]["reward"] < 1
     assert len(list(tmp_path.glob("conditions/image-*/*.safetensors"))) == 8  # two updates of four edits
+
+
+BATCH_WORKER = """
+import sys
+from pathlib import Path
+import torch
+import test_trainer as t
+from rcgrpo import compbench_mini
+folder, rows = Path(sys.argv[1]), t.sized_rows(compbench_mini("train", 12, 32))
+shape = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "gradient_checkpointing": False}
+for i, options in enumerate(t.BY_BATCH):
+    trainer = t.make(folder, rows, [t.sized, t.pairs], **(t.BATCH | options | shape))
+    trainer.train()
+    torch.save(t.batch_advantages_of(trainer), folder / f"{i}rank{trainer.args.process_index}.pt")
+"""
+
+
+def test_the_batch_spans_the_processes(tmp_path):
+    """One of which has a further turn."""
+    status, errors = on_two_processes(tmp_path, BATCH_WORKER)
+    assert status == 0, errors[-3000:]
+    for i, options in enumerate(BY_BATCH):
+        each = [torch.load(tmp_path / f"{i}rank{rank}.pt") for rank in (0, 1)]
+        found, expected = each[0] | each[1], by_hand(options)
+        assert sorted(map(len, each)) == [2, 3] and found.keys() == expected.keys()
+        assert all(found[n] == pytest.approx(expected[n], abs=1e-5) for n in found)
 
 
 FAILING_WORKER = """

@@ -1,6 +1,7 @@
-"""`turns.py`: the next instruction on what the turn before gave."""
+"""`turns.py`: several instructions, on what the one before gave or at once."""
 
 import io
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,10 +10,13 @@ import torch
 from PIL import Image
 
 from rcgrpo.data.edits import Edit
-from rcgrpo.turns import best_candidate, next_edit
+from rcgrpo.rollout import Exploration
+from rcgrpo.turns import best_candidate, join_instructions, join_turns, next_edit
 
 HALF = np.zeros((8, 8), np.uint8)
 HALF[:, :4] = 255
+LABELS = np.zeros((8, 8), np.uint8)
+LABELS[:2], LABELS[4:] = 1, 2
 
 
 def encoded(array):
@@ -40,6 +44,39 @@ def test_the_next_turn_edits_the_result_at_its_size(mask):
     expected[:, :8] = 1
     assert torch.equal(edit.mask, expected)
     assert (edit.columns["caption"], edit.columns["task"], edit.columns["turn"]) == ("second", "add", 2)
+
+
+OWN = [LABELS, Image.fromarray(LABELS), encoded(LABELS), [LABELS == 1, encoded(255 * (LABELS == 2).astype(np.uint8))]]
+
+
+@pytest.mark.parametrize("own", OWN)
+def test_a_turn_has_the_regions_that_it_brings_or_its_mask_alone(own):
+    """Whatever the turn before had, and at the size of the result."""
+    exploration, result = Exploration(regions_column="labels"), Image.new("RGB", (16, 32))
+    first = edit_of(turn_of("two"), turn_of("three", labels=own), turn_of("four", labels=None), labels=1 + LABELS)
+    seen, edit = [], first
+    for number in (2, 3, 4):
+        edit = next_edit(edit, result, "turns", number, "labels")
+        seen.append(exploration.masks(edit))
+    half = torch.zeros(1, 32, 16)
+    half[:, :, :8] = 1
+    both = torch.zeros(2, 32, 16)
+    both[0, :8] = both[1, 16:] = 1
+    assert torch.equal(seen[0], half) and torch.equal(seen[1], both) and torch.equal(seen[2], half)
+    assert torch.equal(edit.mask, half[0]), "rewards see the turn's mask"
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (np.zeros((8, 8), int), "got no region"),
+        ([HALF, HALF[:4]], r"got height × width \(4, 8\), expected the first region's \(8, 8\)"),
+        (b"nothing", "got 7 bytes, expected a picture"),
+    ],
+)
+def test_regions_of_a_turn_that_cannot_be_read_are_named(labels, message):
+    with pytest.raises(ValueError, match=f"train row 7, turn 2, column 'turns': {message}"):
+        next_edit(edit_of(turn_of(labels=labels)), Image.new("RGB", (8, 8)), "turns", 2, "labels")
 
 
 def test_turns_end():
@@ -72,3 +109,56 @@ def test_the_best_candidate_goes_on():
 def test_a_turn_that_cannot_be_played_is_named(turn, message):
     with pytest.raises(ValueError, match=f"train row 7, turn 2, column 'turns': {message}"):
         next_edit(edit_of(turn), Image.new("RGB", (8, 8)), "turns", 2)
+
+
+def test_turns_that_are_no_list_are_refused():
+    for turns in ({"instruction": ["two"], "mask": [HALF]}, "two"):
+        with pytest.raises(ValueError, match=r"train row 7, column 'turns': got (dict|str), expected a list of turns"):
+            next_edit(edit_of(turns=turns), Image.new("RGB", (8, 8)), "turns", 2)
+
+
+# ------------------------------------------------------------------------------------ at once
+
+
+@pytest.mark.parametrize(
+    ("parts", "sentence"),
+    [
+        (["Add a cube."], "Add a cube."),
+        (["add a cube", "remove the dog"], "add a cube and remove the dog"),
+        (["Add a cube.", " Remove the dog. ", "Paint it red."], "Add a cube, remove the dog and paint it red"),
+        (["Add it...", "IKEA's lamp is to go.", "I want it red!"], "Add it, IKEA's lamp is to go and I want it red!"),
+    ],
+)
+def test_instructions_become_one_sentence(parts, sentence):
+    assert join_instructions(parts) == sentence
+
+
+def test_joined_turns_are_one_edit_with_a_region_each():
+    corner = np.zeros((16, 16), np.uint8)
+    corner[8:, 8:] = 255
+    alone = edit_of(turn_of("Two.", mask=corner, caption="second"), turn_of("three", mask=encoded(HALF)))
+    mask = torch.zeros(8, 8)
+    mask[0] = 0.2
+    edit = join_turns(replace(alone, mask=mask), "turns")
+    expected = torch.zeros(3, 8, 8)
+    expected[0], expected[1, 4:, 4:], expected[2, :, :4] = mask, 1, 1
+    assert torch.equal(Exploration(regions_column="regions").masks(edit), expected)
+    assert torch.equal(edit.mask, expected.amax(0))
+    assert (edit.row, edit.label, edit.source, edit.prompt) == (7, "train row 7", alone.source, "one, two and three")
+    assert {**edit.columns, "regions": None} == {**alone.columns, "regions": None}, "the row's columns stay"
+    single = join_turns(edit_of(turns=None), "turns")
+    assert single.prompt == "one" and Exploration(regions_column="regions").masks(single).shape == (1, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (edit_of(turn_of(), "two"), "train row 7, turn 3, column 'turns': got str, expected a mapping"),
+        (edit_of(turn_of("...")), "train row 7, turn 2, column 'turns': got '...', expected an instruction"),
+        (edit_of(turn_of(mask=0 * HALF)), "train row 7, turn 2, column 'turns': got an empty mask"),
+        (edit_of(turn_of(), regions=[]), "train row 7: got a column 'regions', expected none.*rename it"),
+    ],
+)
+def test_turns_that_cannot_be_joined_are_named(edit, message):
+    with pytest.raises(ValueError, match=message):
+        join_turns(edit, "turns")

@@ -130,3 +130,16 @@ def encode_one_by_one(pipe: FluxKontextPipeline) -> FluxKontextPipeline:
     pipe.vae.enable_slicing()
     pipe.encode_prompt = each
     return pipe
+
+
+def in_own_memory(pipeline: FluxKontextPipeline) -> FluxKontextPipeline:
+    """The pipeline with every weight copied to memory that torch aligned.
+
+    What `from_pretrained` opens may start anywhere in a file's memory, and some CPUs round matrix products of such
+    weights otherwise in the last bit. The weights themselves are the same bits.
+    """
+    for component in pipeline.components.values():
+        if isinstance(component, torch.nn.Module):
+            for weight in (*component.parameters(), *component.buffers()):
+                weight.data = weight.data.clone()
+    return pipeline

@@ -169,8 +169,8 @@ def section(work: Path, key: str) -> Any:
         notes.append(f"**{missing} of {len(files)} cells have not finished.**")
     if lost := sum("note" in result for result in finished.values()):
         notes.append(
-            f"Of {lost} cells no more than means is left: where more seeds came later, a row with one of them has no "
-            "interval over edits, and its `*` speaks of seeds alone."
+            f"Of {lost} cells only means were kept, not the values of single edits: where more seeds came later, a row "
+            "with one of them has no interval over edits, and its `*` speaks of seeds alone."
         )
     command = reproduce(key, kept["settings"], kept["cells"])
     return Section(key, table, summarise(table, finished), command, notes)
@@ -178,6 +178,13 @@ def section(work: Path, key: str) -> Any:
 
 def published_in(docs: Path) -> Path:
     return docs / "study" / "record"
+
+
+def took(record: Path) -> str:
+    """What all published cells took, each counted once however many tables have it."""
+    results = [json.loads(path.read_text()) for path in record.glob("cells/*/result.json")]
+    hours = sum(result["seconds"]["total"] for result in results) / 3600
+    return f"All of it, {len(results)} cells, took {hours:.1f} hours of one core."
 
 
 def publish(args: argparse.Namespace) -> int:
@@ -196,7 +203,7 @@ def publish(args: argparse.Namespace) -> int:
         if earlier.exists():
             fill_in(found.summary, json.loads(earlier.read_text()))
     conclusions = read_conclusions(Path(__file__).with_name("conclusions.md"))
-    path = write_study(args.docs, sections, args.machine, conclusions)
+    path = write_study(args.docs, sections, args.machine, conclusions, took(record))
     print(f"Written to {path}: tables {', '.join(found.key for found in sections)}")
     return 0
 

@@ -92,12 +92,15 @@ def write_page(folder: Path, section: Section) -> str:
     return page
 
 
-def write_study(docs: Path, sections: Sequence[Section], machine: str, conclusions: Mapping[str, str]) -> Path:
+def write_study(
+    docs: Path, sections: Sequence[Section], machine: str, conclusions: Mapping[str, str], total: str = ""
+) -> Path:
     """Write `study.md` with every table, and `study/KEY.json` and `.png`, into the documentation's folder.
 
     Args:
         machine: what it ran on, in words.
         conclusions: markdown by the table's letter.
+        total: what all of it took, a sentence.
     """
     texts = []
     for section in sections:
@@ -107,7 +110,8 @@ def write_study(docs: Path, sections: Sequence[Section], machine: str, conclusio
         "What a reviewer of RC-GRPO-Editing would ask, measured with [the study's harness]"
         "(../benchmarks/study/README.md) on Kontext-tiny and CompBench-mini's held-out edits. "
         f"Machine: {machine}. Every trained row spends the same compute; a *unit* is one sample through the "
-        "transformer, a backward counts as two. The numbers of every seed are in [`study/`](study).\n\n"
+        "transformer, a backward counts as two. The numbers of every seed are in [`study/`](study), those of single "
+        f"edits in [`study/record/`](study/record). {total}\n\n"
         "Edit score: the reward `region_edit`, the region against the wanted object and the ground truth; LP-T and "
         "LP-I are its two parts; reward: `compbench_mini`, the root of edit times background ([definitions](data.md)). "
         "PSNR and SSIM as CompBench has them: the region black in both pictures, over the whole frame. Held-out "
@@ -199,7 +203,8 @@ def plot(path: Path, table: Table, summary: Mapping[str, Any]) -> bool:
         handles, names = figure.axes[0].get_legend_handles_labels()
         figure.legend(handles, names, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     elif table.baseline is not None:
-        figure.suptitle(f"Paired difference to {table.baseline}", x=0.01, ha="left", fontsize=9, color=FAINT)
+        title = f"Paired difference to {table.baseline}; hollow: one seed, interval over edits"
+        figure.suptitle(title, x=0.01, ha="left", fontsize=9, color=FAINT)
     with write_atomically(path) as part:
         figure.savefig(part, facecolor="white")
     return True

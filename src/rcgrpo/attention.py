@@ -3,19 +3,20 @@
 FLUX attends jointly over [text | noisy image | reference]. What is asked is how a text token's attention is shared out
 among the noisy-image tokens, and there the softmax's total cancels: attending once more, with the instruction's
 queries, over the noisy-image keys alone gives the same shares. Attention is linear in its values, so with the region as
-value its share comes out directly. Padding does not ask, so memory is linear in the picture's tokens.
+value its share comes out directly. Padding does not ask, so memory is linear in the picture's tokens. The other way
+round, each noisy-image token is asked what share of its attention on the text falls on the instruction.
 
 The recorder listens with forward hooks to the normalised queries and keys inside each attention module and to the
-rotary embedding. It replaces no processor, so a user's attention back-end, fused projections, LoRA layers and compiled
-kernels stay as they are and the model's output keeps every bit. It records only under `torch.no_grad()`: during
-training with gradient checkpointing, layers run twice.
+rotary embedding. It replaces no processor, so a user's attention back-end, fused projections and LoRA layers stay as
+they are and the model's output keeps every bit. It records only under `torch.no_grad()`: during training with gradient
+checkpointing, layers run twice. A compiled transformer runs uncompiled meanwhile: compiled code calls no new hooks.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -90,6 +91,34 @@ class Concentration:
         return Concentration(self.mass[index], self.density[index], self.contrast[index])
 
 
+Direction = Literal["text_to_image", "image_to_text"]
+
+
+@dataclass(frozen=True)
+class AttentionOptions:
+    """Which part of the attention is read.
+
+    Args:
+        blocks: numbers of blocks, through the double and then the single ones; all by default.
+        steps_range: share of the ODE's steps, from and to, each in [0, 1].
+        words_column: the edits' column with the words of the instruction to read (a string, or a list of them); all of
+            the instruction by default.
+        direction: `"text_to_image"`, how the instruction's tokens share out their attention among the noisy-image
+            tokens; or `"image_to_text"`, the share of each noisy-image token's attention on the text that falls on the
+            instruction's tokens, made to sum to 1 over the image.
+    """
+
+    blocks: Sequence[int] | None = None
+    steps_range: tuple[float, float] = (0.0, 1.0)
+    words_column: str | None = None
+    direction: Direction = "text_to_image"
+
+    def reads(self, steps: int) -> range:
+        """Those of so many steps that are read, which may be none."""
+        first, last = (round(share * steps) for share in self.steps_range)
+        return range(first, last)
+
+
 class AttentionRecorder:
     """Records attention of instruction tokens on noisy-image tokens while a FLUX transformer runs without gradient.
 
@@ -100,11 +129,20 @@ class AttentionRecorder:
 
     Args:
         transformer: a `FluxTransformer2DModel`; LoRA layers inside are fine.
-        blocks: which blocks to read, numbered through the double and then the single ones; all by default.
+        blocks, direction: as in `AttentionOptions`.
+
+    Raises:
+        ValueError: blocks that the transformer does not have.
     """
 
-    def __init__(self, transformer: nn.Module, blocks: Sequence[int] | None = None) -> None:
+    def __init__(
+        self,
+        transformer: nn.Module,
+        blocks: Sequence[int] | None = None,
+        direction: Direction = "text_to_image",
+    ) -> None:
         modules = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
+        self._asks_text = direction == "text_to_image"
         chosen = range(len(modules)) if blocks is None else blocks
         if not chosen or any(not 0 <= block < len(modules) for block in chosen):
             raise ValueError(f"blocks: got {list(chosen)}, expected block numbers in 0..{len(modules) - 1}")
@@ -114,15 +152,24 @@ class AttentionRecorder:
         self._readings = 0
 
     @contextmanager
-    def record(self, region: Tensor, text_weights: Tensor, maps: bool = False) -> Iterator["AttentionRecorder"]:
-        """Record every forward inside the context; the context starts a new record.
+    def record(
+        self,
+        region: Tensor,
+        text_weights: Tensor,
+        maps: bool = False,
+        steps: range | None = None,
+        order: int = 1,
+    ) -> Iterator["AttentionRecorder"]:
+        """Record forwards inside the context; the context starts a new record.
 
         Args:
             region: `[batch, image tokens]` in [0, 1], the covered share of each token.
             text_weights: `[batch, text tokens]` ≥ 0, 0 for padding; rows need not be normalised.
             maps: keep the whole map over image tokens (for pictures) instead of the region's mass alone.
+            steps: which steps to read, counted from the first forward in here; all by default.
+            order: forwards of a step.
         """
-        self._region, self._maps = region, maps
+        self._region, self._maps, self._steps, self._order = region, maps, steps, order
         weights = text_weights / text_weights.sum(-1, keepdim=True).clamp(min=1e-12)
         self._text_length = weights.shape[1]
         # Padding asks nothing, and most of a text is padding. One row stays where there is nothing else.
@@ -130,16 +177,19 @@ class AttentionRecorder:
         self._rows = asking if len(asking) else torch.zeros(1, dtype=torch.long, device=weights.device)
         self._row_weights = weights[:, self._rows]
         self._values = torch.eye(region.shape[1]).expand(len(region), -1, -1) if maps else region.unsqueeze(-1)
-        self._sum, self._readings = None, 0
+        self._text = weights.unsqueeze(-1)
+        self._sum, self._readings, self._forwards = None, 0, 0
         handles = [self._pos_embed.register_forward_hook(self._see_rotary)]
         for attention in self._attentions:
             seen: dict[str, Tensor] = {}
-            # A double block's text has norms of its own.
-            own = getattr(attention, "norm_added_q", None) is not None
-            for name in ("norm_added_q" if own else "norm_q", "norm_k"):
-                handles.append(getattr(attention, name).register_forward_hook(self._make_hook(seen, name)))
+            query, key = "norm_q", "norm_k"
+            if getattr(attention, "norm_added_q", None) is not None:  # a double block's text has norms of its own
+                query, key = ("norm_added_q", key) if self._asks_text else (query, "norm_added_k")
+            for part, name in (("query", query), ("key", key)):
+                handles.append(getattr(attention, name).register_forward_hook(self._make_hook(seen, part)))
         try:
-            yield self
+            with torch.compiler.set_stance("force_eager"):
+                yield self
         finally:
             for handle in handles:
                 handle.remove()
@@ -147,31 +197,42 @@ class AttentionRecorder:
     def _see_rotary(self, module: nn.Module, args: Any, output: tuple[Tensor, Tensor]) -> None:
         cos, sin = output  # each value twice, once for each feature of a pair
         self._turns = torch.complex(cos[:, ::2].float(), sin[:, ::2].float())
+        self._forwards += self._listens
 
-    def _make_hook(self, seen: dict[str, Tensor], name: str) -> Any:
+    @property
+    def _listens(self) -> bool:
+        return _LISTENING.get() and not torch.is_grad_enabled()
+
+    def _make_hook(self, seen: dict[str, Tensor], part: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-            if torch.is_grad_enabled() or not _LISTENING.get():
+            step = (self._forwards - 1) // self._order
+            if not self._listens or (self._steps is not None and step not in self._steps):
                 return
-            seen[name] = output
+            seen[part] = output
             if len(seen) == 2:
-                self._read(seen)
+                self._read(seen["query"], seen["key"])
                 seen.clear()
 
         return hook
 
-    def _read(self, seen: dict[str, Tensor]) -> None:
+    def _read(self, query: Tensor, key: Tensor) -> None:
+        """One block's queries and keys: of one kind of tokens in a double block, of all of them in a single one."""
         start, tokens = self._text_length, self._region.shape[1]
-        if "norm_added_q" in seen:
-            query, key = seen["norm_added_q"], seen["norm_k"][:, :tokens]
-        else:
-            query, key = seen["norm_q"], seen["norm_k"][:, start : start + tokens]
         if self._values.device != key.device:
-            moved = (tensor.to(key.device) for tensor in (self._rows, self._row_weights, self._values))
-            self._rows, self._row_weights, self._values = moved
-        query = rotate(query[:, self._rows], self._turns[self._rows])
-        key = rotate(key, self._turns[start : start + tokens])
-        shares = attention_shares(query, key, self._values)
-        reading = torch.einsum("brg,br->bg", shares, self._row_weights)
+            moved = (tensor.to(key.device) for tensor in (self._rows, self._row_weights, self._values, self._text))
+            self._rows, self._row_weights, self._values, self._text = moved
+        image, joint = slice(start, start + tokens), key.shape[1] == len(self._turns)
+        if self._asks_text:
+            query = rotate(query[:, self._rows], self._turns[self._rows])
+            key = rotate(key[:, image] if joint else key[:, :tokens], self._turns[image])
+            shares = attention_shares(query, key, self._values)
+            reading = torch.einsum("brg,br->bg", shares, self._row_weights)
+        else:
+            query = rotate(query[:, image] if joint else query[:, :tokens], self._turns[image])
+            key = rotate(key[:, :start], self._turns[:start])
+            shares = attention_shares(query, key, self._text)
+            shares = shares / shares.sum(1, keepdim=True).clamp(min=1e-12)
+            reading = torch.einsum("bpg,bpo->bg", self._values, shares)
         self._sum = reading if self._sum is None else self._sum + reading
         self._readings += 1
 
@@ -181,7 +242,7 @@ class AttentionRecorder:
         return (self._sum / self._readings).cpu()
 
     def concentration(self) -> Concentration:
-        """Means over blocks, steps, heads and instruction tokens, for each sample of the batch."""
+        """Means over what was read: blocks, steps, heads and instruction tokens; for each sample of the batch."""
         region = self._region.cpu()
         mass = (self._mean() * region).sum(-1) if self._maps else self._mean().squeeze(-1)
         return Concentration.from_mass(mass, region)

@@ -11,6 +11,8 @@ from packaging.version import Version
 from transformers.utils import is_torch_bf16_gpu_available
 from trl.trainer.base_config import _BaseConfig
 
+from .attention import AttentionOptions
+
 HAS_ACTIVATION_CHECKPOINTING = Version(transformers.__version__) >= Version("5.23.0")
 
 
@@ -54,6 +56,13 @@ class RCGRPOConfig(_BaseConfig):
         metadata={
             "help": "Column with further turns of an edit: a list of mappings with 'instruction', 'mask' and columns "
             "that change. Each starts from the best candidate of the turn before."
+        },
+    )
+    turns_at_once: bool = field(
+        default=False,
+        metadata={
+            "help": "Make one edit of a row and its turns_column: the instructions joined by 'and', and a region for "
+            "each mask (region_1 is the row's own), as with regions_column. Columns of the turns stay unread."
         },
     )
     mask_growth: float = field(
@@ -128,7 +137,7 @@ class RCGRPOConfig(_BaseConfig):
     )
     region_strengths: list[float] | None = field(
         default=None,
-        metadata={"help": "Perturbation inside each region of regions_column, instead of one edit_strength for all."},
+        metadata={"help": "Perturbation inside each region of regions_column or turns_at_once, not one edit_strength."},
     )
     independent_share: float = field(
         default=0.0, metadata={"help": "Share of a group that starts from noise of its own everywhere, in [0, 1]."}
@@ -146,6 +155,23 @@ class RCGRPOConfig(_BaseConfig):
     )
     log_attention: bool = field(
         default=False, metadata={"help": "Record attention for the log even when no reward uses it."}
+    )
+    attention_blocks: list[int] | None = field(
+        default=None,
+        metadata={"help": "Blocks to record, numbered through the double and then the single ones; all by default."},
+    )
+    attention_steps_range: list[float] = field(
+        default_factory=lambda: [0.0, 1.0], metadata={"help": "Share of a rollout's steps to record, from and to."}
+    )
+    attention_words_column: str | None = field(
+        default=None,
+        metadata={
+            "help": "Column with the words of each instruction to record (a string or a list); all of it by default."
+        },
+    )
+    attention_direction: str = field(
+        default="text_to_image",
+        metadata={"help": "text_to_image: where the instruction looks; image_to_text: what looks at the instruction."},
     )
     max_reward_failures: int = field(
         default=3,
@@ -200,8 +226,8 @@ class RCGRPOConfig(_BaseConfig):
     reward_regions: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Region of each reward function: edit, keep, or region_1, region_2, ... of regions_column. The "
-            "attention reward belongs to edit."
+            "help": "Region of each reward function: edit, keep, or region_1, region_2, ... of regions_column or "
+            "turns_at_once. The attention reward belongs to edit."
         },
     )
     region_advantage_weights: list[float] | None = field(
@@ -223,8 +249,8 @@ class RCGRPOConfig(_BaseConfig):
     scale_rewards: str = field(
         default="group",
         metadata={
-            "help": "Divide rewards by the spread within their 'group', by that of the 'batch' (the edits scored "
-            "together on one process), or by 'none'."
+            "help": "Divide rewards by the spread within their 'group', by that of the 'batch' (all edits of an "
+            "update, on every process, which are scored before it begins), or by 'none'."
         },
     )
     advantage_std_floor: float = field(
@@ -234,7 +260,11 @@ class RCGRPOConfig(_BaseConfig):
         default=1e-6, metadata={"help": "Drop groups whose rewards spread less than this, and count them."}
     )
     multi_objective_aggregation: str = field(
-        default="sum_then_normalize", metadata={"help": "sum_then_normalize, or normalize_then_sum (GDPO)."}
+        default="sum_then_normalize",
+        metadata={
+            "help": "sum_then_normalize, or normalize_then_sum (GDPO): each reward within its group, then their sum by "
+            "its spread over all edits of an update."
+        },
     )
 
     # Changed defaults of the base classes
@@ -302,6 +332,7 @@ class RCGRPOConfig(_BaseConfig):
             "policy": ("neighbor", "flow_grpo", "nft"),
             "solver": (None, "euler", "heun", "dpmpp_2m", "unipc"),
             "distance_space": ("latents", "clean"),
+            "attention_direction": ("text_to_image", "image_to_text"),
             "scale_rewards": ("group", "batch", "none"),
             "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
         }
@@ -316,6 +347,10 @@ class RCGRPOConfig(_BaseConfig):
                 f"at most the {len(self.policy_step_indices)} steps that policy_steps_range={self.policy_steps_range} "
                 f"leaves of num_inference_steps={self.num_inference_steps}",
             )
+        for steps in (self.num_inference_steps, self.num_inference_steps_eval or self.num_inference_steps):
+            shares = self.attention_steps_range
+            if len(shares) != 2 or not 0 <= shares[0] <= shares[1] <= 1 or not self.attention_options.reads(steps):
+                refuse("attention_steps_range", f"two shares in order that hold at least one of {steps} steps")
         self._check_together(refuse)
         if self.num_iterations > 1 and self.save_strategy == "steps" and self.save_steps % self.num_iterations:
             refuse("save_steps", f"a multiple of num_iterations ({self.num_iterations}), so that a resume is exact")
@@ -332,9 +367,12 @@ class RCGRPOConfig(_BaseConfig):
             refuse("true_cfg_scale", "1 (off) or more")
         if self.conditions_cache_dir is not None and not self.cache_conditions:
             refuse("conditions_cache_dir", "none without cache_conditions=True, which fills it")
+        if self.turns_at_once and self.regions_column is not None:
+            refuse("turns_at_once", "False with regions_column: each turn's mask is a region then; unset one of them")
+        several = self.turns_at_once or self.regions_column is not None
         if self.region_strengths is not None:
-            if self.regions_column is None:
-                refuse("region_strengths", "none without regions_column, which says where these regions are")
+            if not several:
+                refuse("region_strengths", "none without regions_column or turns_at_once, which say where regions are")
             if self.exploration == "global":
                 refuse("region_strengths", "none with exploration=global, which has one strength")
             if not self.region_strengths or any(not 0 <= strength <= 1 for strength in self.region_strengths):
@@ -379,10 +417,10 @@ class RCGRPOConfig(_BaseConfig):
             if getattr(self, name) is not None and not self.region_advantages:
                 refuse(name, "none without region_advantages=True")
         if self.region_advantages:
-            pattern = r"edit|keep" if self.regions_column is None else r"edit|keep|region_[1-9]\d*"
+            pattern = r"edit|keep|region_[1-9]\d*" if several else r"edit|keep"
             if not self.reward_regions or any(not re.fullmatch(pattern, name) for name in self.reward_regions):
-                several = "" if self.regions_column is None else ", or region_1, region_2, ..."
-                refuse("reward_regions", f"edit or keep{several} for each reward, because region_advantages=True")
+                others = ", or region_1, region_2, ..." if several else ""
+                refuse("reward_regions", f"edit or keep{others} for each reward, because region_advantages=True")
             named = self.named_regions
             if self.region_advantage_weights is not None and (
                 len(self.region_advantage_weights) != len(named)
@@ -402,6 +440,7 @@ class RCGRPOConfig(_BaseConfig):
             "negative_prompt": ("true_cfg_scale above 1", self.true_cfg_scale > 1),
             "beta_keep": ("beta", self.beta > 0),
             "keep_hinge_margin": ("keep_hinge_weight", self.keep_hinge_weight > 0),
+            "turns_at_once": ("turns_column", self.turns_column is not None),
         }
 
     @property
@@ -411,6 +450,16 @@ class RCGRPOConfig(_BaseConfig):
             return []
         attention = ["edit"] if self.attention_reward_weight else []
         return list(dict.fromkeys([*(self.reward_regions or []), *attention]))
+
+    @property
+    def attention_options(self) -> AttentionOptions:
+        """Which part of the attention is recorded."""
+        return AttentionOptions(
+            self.attention_blocks,
+            tuple(self.attention_steps_range),  # type: ignore[arg-type]
+            self.attention_words_column,
+            self.attention_direction,  # type: ignore[arg-type]
+        )
 
     @property
     def policy_step_indices(self) -> list[int]:

@@ -19,6 +19,7 @@ from torch import Tensor
 from torchmetrics.functional.image import image_gradients
 from torchmetrics.functional.regression import spearman_corrcoef
 
+from .objective import total_scores
 from .rewards import background_keep
 from .rewards.pictures import image_tensor
 from .rollout import Group
@@ -281,11 +282,28 @@ def group_diagnostics(
     return {f"diagnostics/{name}": value for name, value in numbers.items()}
 
 
+def variance_by_step(group: Group) -> dict[str, float]:
+    """Latent variance inside and outside the region after each step of the ODE: where the region's noise leaks.
+
+    Returns:
+        `diagnostics/latent_var_inside/step_k` and `diagnostics/latent_var_outside/step_k`, with k from 1 to the number
+        of steps; NaN on a side that has no tokens.
+    """
+    latents = group.trajectory[1:]
+    found = latent_variance(latents, group.region.to(latents.device))
+    return {
+        f"diagnostics/latent_var_{side}/step_{step}": value
+        for side, values in found._asdict().items()
+        for step, value in enumerate(values.tolist(), start=1)
+    }
+
+
 def reward_parts(group: Group, names: Sequence[str], weights: Tensor, regions: Sequence[str] = ()) -> dict[str, Tensor]:
     """A scored group's `parts` for `group_diagnostics`, as far as they can be known without another reward call.
 
-    The keep part is always `background_keep`. The edit part is the weighted sum of the rewards that belong to `"edit"`
-    or, where rewards have no regions, `region_edit`'s; it is left out where there is none.
+    The keep part is always `background_keep`. The edit part is the score (`objective.total_scores`) of the rewards that
+    belong to `"edit"`, `"region_1"`, ... or, where rewards have no regions, of `region_edit`; it is left out where there
+    is none.
 
     Args:
         group: with `rewards` `[G, rewards]`.
@@ -295,7 +313,7 @@ def reward_parts(group: Group, names: Sequence[str], weights: Tensor, regions: S
     count = len(group.images)
     kept = background_keep(group.images, [group.source] * count, [group.mask] * count)
     parts = {"keep": torch.tensor([NAN if value is None else value for value in kept])}
-    belongs = [region == "edit" for region in regions] or [name == "region_edit" for name in names]
+    belongs = [region != "keep" for region in regions] or [name == "region_edit" for name in names]
     if any(belongs):
-        parts["edit"] = (group.rewards.cpu() * weights.cpu())[:, belongs].sum(1)  # type: ignore[union-attr]
+        parts["edit"] = total_scores(group.rewards.cpu()[:, belongs], weights.cpu()[belongs])  # type: ignore[union-attr]
     return parts

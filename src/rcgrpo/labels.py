@@ -18,14 +18,14 @@ MAX_REGIONS = 32
 """More labels than this are a mistake: most likely a mask of 0 and 255 was given for a labelled one."""
 
 
-def split_regions(value: Any, size: tuple[int, int], where: str = "regions") -> Tensor:
+def split_regions(value: Any, size: tuple[int, int] | None = None, where: str = "regions") -> Tensor:
     """One mask for each region, fp32 `[regions, height, width]` in [0, 1].
 
     Args:
         value: labels 0 (keep) and 1..K, as a palette or greyscale picture (the pixel's *number*, not its colour) or an
             integer array or tensor `[height, width]`; or a list of K masks as `mask_to_tensor` takes them. A label that
             does not occur, or an empty mask in the list, is a region that this picture does not have.
-        size: the source picture's (height, width).
+        size: the source picture's (height, width); by default that of the first region.
         where: what messages call the value.
 
     Raises:
@@ -34,11 +34,12 @@ def split_regions(value: Any, size: tuple[int, int], where: str = "regions") -> 
     masks = _masks_of_labels(value, where) if not isinstance(value, Sequence) else [mask_to_tensor(m) for m in value]
     if not masks or not any(bool((mask > 0).any()) for mask in masks):
         raise ValueError(f"{where}: got no region, expected at least one pixel with a label of 1 or more")
+    expected = tuple(masks[0].shape if size is None else size)
     for mask in masks:
-        if tuple(mask.shape) != tuple(size):
+        if tuple(mask.shape) != expected:
+            whose = "first region's" if size is None else "source picture's"
             raise ValueError(
-                f"{where}: got height × width {tuple(mask.shape)}, expected the source picture's {tuple(size)}; resize "
-                "it (nearest)"
+                f"{where}: got height × width {tuple(mask.shape)}, expected the {whose} {expected}; resize it (nearest)"
             )
     return torch.stack(masks)
 

@@ -86,34 +86,45 @@ def quasi_norm(advantages: Tensor, power: float = 0.8, size: int | None = None) 
     return torch.where(norm > 0, size**0.5 * advantages / torch.where(norm > 0, norm, 1.0), 0.0)
 
 
-def aggregate_rewards(
-    rewards: Tensor,
-    weights: Tensor,
-    how: Literal["sum_then_normalize", "normalize_then_sum"],
-    std_floor: float = 0.0,
-) -> tuple[Tensor, Tensor]:
-    """Several rewards to one score and one advantage per candidate, with TRL's names for the two ways.
+def total_scores(rewards: Tensor, weights: Tensor, failed: Tensor | Literal[False] = False) -> Tensor:
+    """Several rewards to one score per candidate: the weighted sum of those that it has.
+
+    A reward counts for a candidate only where its whole group can be compared: one that scored some candidates of a
+    group and not others takes the others out of the group; one that scored nobody does not apply. A reward of weight 0
+    neither counts nor takes anybody out.
 
     Args:
         rewards: `[..., group, rewards]`, NaN = no score.
         weights: `[rewards]`.
-        how: `"sum_then_normalize"`: weighted sum, then group advantages; `"normalize_then_sum"` (GDPO): advantages of
-            each reward, then their weighted sum, normalised again.
+        failed: `[..., group, rewards]`, which of the NaNs are failures. These take their candidate out also where the
+            reward scored nobody, so that scores of different groups are sums of the same rewards.
 
     Returns:
-        `(scores, advantages)`, each `[..., group]`. A candidate's score is the weighted sum of the rewards that it
-        has, NaN if it has none. A reward counts for a candidate only where its whole group can be compared: one that
-        scored some candidates of a group and not others takes the others out of the group, unless its weight is 0.
+        `[..., group]`, NaN for candidates that are out, or that no reward with a weight scored.
     """
-    applicable = ~rewards.isnan().all(-2, keepdim=True) & (weights != 0)
-    missing = (rewards.isnan() & applicable).any(-1) | rewards.isnan().all(-1)
-    scores = torch.where(missing, torch.nan, (rewards * weights).nansum(-1))
-    if how == "sum_then_normalize":
-        return scores, group_advantages(scores, std_floor)
-    comparable = rewards.masked_fill(missing.unsqueeze(-1), torch.nan)
-    each = group_advantages(comparable.transpose(-1, -2), std_floor).transpose(-1, -2)
-    total = torch.where(missing, torch.nan, (each * weights).sum(-1))
-    return scores, group_advantages(total)
+    counts, missing = weights != 0, rewards.isnan()
+    expected = counts & (~missing.all(-2, keepdim=True) | failed)
+    out = (missing & expected).any(-1) | (missing | ~counts).all(-1)
+    return torch.where(out, torch.nan, (rewards * weights).nansum(-1))
+
+
+def total_advantages(rewards: Tensor, weights: Tensor, std_floor: float = 0.0) -> Tensor:
+    """The weighted sum of each reward's advantages within its group (GDPO).
+
+    Args:
+        rewards, weights: as in `total_scores`; the same candidates are out.
+        std_floor: as in `group_advantages`.
+
+    Returns:
+        `[..., group]`, NaN for candidates that are out; 0 throughout a group where the rewards cancel.
+    """
+    out = total_scores(rewards, weights).isnan()
+    comparable = rewards.masked_fill(out.unsqueeze(-1), torch.nan)
+    each = weights * group_advantages(comparable.transpose(-1, -2), std_floor).transpose(-1, -2)
+    total = each.sum(-1)
+    # What cancels leaves rounding noise, which must not be divided up to unit size.
+    cancelled = total.abs().amax(-1, keepdim=True) <= 1e-6 * each.abs().sum(-1).amax(-1, keepdim=True)
+    return torch.where(out, torch.nan, torch.where(cancelled, 0.0, total))
 
 
 def batch_advantages(
@@ -124,30 +135,37 @@ def batch_advantages(
     std_floor: float = 0.0,
     min_std: float = 0.0,
     power: float = 0.8,
-) -> list[tuple[Tensor, Tensor]]:
-    """Scores and final advantages A' of the groups that were scored together (algorithm section 5).
+) -> list[Tensor]:
+    """Final advantages A' of the groups of one batch (algorithm section 5), with TRL's names for the options.
 
     Args:
         rewards: `[group, rewards]` for each group, NaN = no score.
-        weights, how, std_floor: as in `aggregate_rewards`.
+        weights: `[rewards]`.
+        how: `"sum_then_normalize"`: advantages of the scores; `"normalize_then_sum"` (GDPO): of `total_advantages`,
+            divided by the spread that these would have in the whole batch without a floor. So a floor tames a group
+            by as much as the other way does, and one reward gives the same both ways where no group is flat.
         scale_rewards: as in `advantage_size`; with `"normalize_then_sum"` only `"group"` means anything.
+        std_floor: smallest standard deviation to divide by.
         min_std: groups whose scores spread less than this get advantages of 0.
         power: of the quasi-norm.
 
     Returns:
-        `(scores, advantages)`, each `[group]`, for each group.
+        `[group]` for each group, 0 for candidates that are out.
     """
-    each = [aggregate_rewards(values, weights, how, std_floor) for values in rewards]
-    batch_std = spread(torch.cat([scores for scores, _ in each]))
+    scores = [total_scores(values, weights) for values in rewards]
+    compared, batch = scores, scores
+    if how == "normalize_then_sum":
+        compared = [total_advantages(values, weights, std_floor) for values in rewards]
+        batch, scale_rewards = [total_advantages(values, weights) for values in rewards], "batch"
+    batch_std = spread(torch.cat(batch))
     results = []
-    for scores, advantages in each:
-        if not spread(scores) >= min_std:  # NaN, where nobody was scored, is flat too
-            results.append((scores, torch.zeros_like(advantages)))
+    for own, values in zip(scores, compared, strict=True):
+        if not spread(own) >= min_std:  # NaN, where nobody was scored, is flat too
+            results.append(torch.zeros_like(own))
             continue
-        one_size = how == "normalize_then_sum"
-        size = 1.0 if one_size else advantage_size(scores, scale_rewards, std_floor, batch_std)
-        scored = int((~scores.isnan()).sum())
-        results.append((scores, quasi_norm(advantages, power, scored) * size))
+        scored = int((~own.isnan()).sum())
+        size = advantage_size(values, scale_rewards, std_floor, batch_std)
+        results.append(quasi_norm(group_advantages(values, std_floor), power, scored) * size)
     return results
 
 

@@ -18,7 +18,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
 
-from .attention import AttentionRecorder, Concentration
+from .attention import AttentionOptions, AttentionRecorder, Concentration
 from .editors.flux_kontext import fit_size, instruction_token_weights
 from .noise import perturb, region_strength
 from .regions import check_mask, mask_to_tensor, to_tokens
@@ -56,6 +56,13 @@ def _as_list(masks: Any) -> list[Any]:
     return list(masks) if batched else [masks]
 
 
+def _words(words: str | list[Any]) -> list[list[str]]:
+    """The words of each prompt."""
+    if isinstance(words, str):
+        return [[words]]
+    return words if isinstance(words[0], list) else [words]
+
+
 class RegionDecoupledFluxKontextPipeline(FluxKontextPipeline):
     """FLUX.1-Kontext with region-decoupled initial noise (RC-GRPO-Editing, arXiv 2604.09386).
 
@@ -80,6 +87,8 @@ class RegionDecoupledFluxKontextPipeline(FluxKontextPipeline):
         edit_strength: float = 0.5,
         keep_strength: float = 0.0,
         output_attention: bool = False,
+        attention_options: AttentionOptions | None = None,
+        attention_words: str | list[str] | list[list[str]] | None = None,
         **kwargs: Any,
     ) -> Any:
         """Edit pictures; everything that diffusers' `FluxKontextPipeline` accepts is accepted, and means the same.
@@ -97,6 +106,10 @@ class RegionDecoupledFluxKontextPipeline(FluxKontextPipeline):
             keep_strength: in [0, 1]; 0 keeps the background's noise bit by bit.
             output_attention: also measure how much of the instruction's attention falls on the region (needs
                 `mask_image`). A compiled transformer runs uncompiled in such a call.
+            attention_options: which blocks, steps and direction to measure; all blocks and steps, from the instruction
+                to the image, by default.
+            attention_words: words of the instruction to measure, such as "the hat": a string or a list for one prompt,
+                a list of lists for several; all of it by default.
 
         Returns:
             `RegionDecoupledPipelineOutput` with a mask, or its three fields as a tuple if `return_dict=False`; without
@@ -105,8 +118,12 @@ class RegionDecoupledFluxKontextPipeline(FluxKontextPipeline):
         Raises:
             ValueError: a mask that is empty or of another size than its source, strengths outside [0, 1], images,
                 masks, generators or `latents` that are not one for each prompt, `output_attention` without a mask or
-                with true CFG.
+                with true CFG, attention's options without it, words that a prompt does not have.
         """
+        if not output_attention and (attention_options or attention_words):
+            raise ValueError(
+                "attention_options, attention_words: expected output_attention=True with them, which reads them"
+            )
         if mask_image is None:
             if output_attention:
                 raise ValueError("output_attention: got True without mask_image, expected a region to measure on")
@@ -139,17 +156,24 @@ class RegionDecoupledFluxKontextPipeline(FluxKontextPipeline):
             prompts = _repeat_each(prompts, group)
         images = _repeat_each(images, group)
 
-        recorder = AttentionRecorder(self.transformer) if output_attention else None
+        options = attention_options or AttentionOptions()
+        recorder = AttentionRecorder(self.transformer, options.blocks, options.direction) if output_attention else None
         with ExitStack() as recording:
             if recorder is not None:
                 texts = kwargs.get("prompt_2") or prompts  # the second prompt is T5's
+                if attention_words is not None and len(_words(attention_words)) * group != len(texts or []):
+                    raise ValueError(
+                        f"attention_words: got {attention_words!r}, expected words of each of the {len(masks)} prompts"
+                    )
                 if texts is None:
                     weights = torch.ones(len(regions), kwargs["prompt_embeds"].shape[1])
                 else:
-                    weights = instruction_token_weights(self, texts, kwargs.get("max_sequence_length", 512))
-                covered = torch.stack([to_tokens(mask, grid, "mean") for mask in masks])
-                recording.enter_context(recorder.record(covered.repeat_interleave(group, dim=0), weights, maps=True))
-                recording.enter_context(torch.compiler.set_stance("force_eager"))  # compiled code calls no new hooks
+                    words = None if attention_words is None else _repeat_each(_words(attention_words), group)
+                    weights = instruction_token_weights(self, texts, kwargs.get("max_sequence_length", 512), words)
+                covered = torch.stack([to_tokens(mask, grid, "mean") for mask in masks]).repeat_interleave(group, dim=0)
+                count = len(kwargs["sigmas"]) if kwargs.get("sigmas") else kwargs.get("num_inference_steps", 28)
+                order = getattr(self.scheduler, "order", 1)
+                recording.enter_context(recorder.record(covered, weights, True, options.reads(count), order))
             output = super().__call__(images, prompts, latents=latents, return_dict=False, **kwargs)[0]
         attention = maps = None
         if recorder is not None:

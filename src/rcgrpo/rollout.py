@@ -15,9 +15,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from .attention import AttentionRecorder, Concentration
+from .attention import AttentionOptions, AttentionRecorder, Concentration
 from .data.edits import Edit
 from .editors import Conditions, FluxKontextEditor, Schedule
+from .editors.flux_kontext import find_words
 from .labels import split_regions
 from .noise import (
     group_deltas,
@@ -104,6 +105,7 @@ def rollout(
     batch_size: int | None = None,
     maps: bool = False,
     kicks: Kicks | None = None,
+    options: AttentionOptions | None = None,
 ) -> tuple[Tensor, Concentration | None, Tensor | None]:
     """Integrate a batch of candidates in micro-batches, recording attention on the way when a region is given.
 
@@ -114,12 +116,17 @@ def rollout(
         batch_size: candidates at a time, which bounds memory; all by default.
         maps: also return attention maps over image tokens, `[batch, tokens]`.
         kicks: noise to inject on the way, of the same batch.
+        options: which part of the attention to record; all of it by default. The words are the conditions' to choose.
 
     Returns:
         The trajectory `[steps + 1, batch, tokens, channels]`, the attention concentration and the maps, the latter two
         `None` when not asked for.
     """
-    recorder = None if region is None else AttentionRecorder(editor.pipeline.transformer)
+    options = options or AttentionOptions()
+    recorder = None
+    if region is not None:
+        recorder = AttentionRecorder(editor.pipeline.transformer, options.blocks, options.direction)
+        read = options.reads(editor.num_inference_steps)
     trajectories, readings, attention_maps = [], [], []
     for start in range(0, len(noise), batch_size or len(noise)):
         part = slice(start, start + (batch_size or len(noise)))
@@ -128,7 +135,7 @@ def rollout(
         recording = (
             nullcontext()
             if recorder is None or region is None
-            else recorder.record(region[part], conditions.text_weights[part], maps)
+            else recorder.record(region[part], conditions.text_weights[part], maps, read, schedule.order)
         )
         with recording:
             injected = None if kicks is None else kicks[part]
@@ -272,6 +279,21 @@ class Group:
         return mask.resize(self.images[0].size, Image.Resampling.NEAREST)
 
 
+def words_of(edit: Edit, column: str) -> list[str]:
+    """The words of an edit's instruction that its column names.
+
+    Raises:
+        ValueError: no word, something else, or words that the instruction does not have.
+    """
+    value = edit.columns.get(column)
+    words = [value] if isinstance(value, str) else value
+    if not isinstance(words, Sequence) or not words or not all(isinstance(w, str) and w.strip() for w in words):
+        raise ValueError(f"{edit.label}, column {column!r}: got {value!r}, expected words of the instruction")
+    if missing := [word for word in words if not find_words(edit.prompt, [word])]:
+        raise ValueError(f"{edit.label}, column {column!r}: got {missing}, expected words of {edit.prompt!r}")
+    return list(words)
+
+
 def make_groups(
     editor: FluxKontextEditor,
     model: nn.Module,
@@ -282,6 +304,7 @@ def make_groups(
     attention: Literal["none", "mass", "maps"] = "none",
     batch_size: int | None = None,
     cache_sources: bool = True,
+    options: AttentionOptions | None = None,
 ) -> list[Group]:
     """Roll out a group of candidates for each edit.
 
@@ -292,7 +315,9 @@ def make_groups(
         attention: what to record of it: nothing, its mass on the region, or whole maps for pictures.
         batch_size: candidates at a time, which bounds memory; all of one size by default.
         cache_sources: whether the editor's cache may keep the sources' latents.
+        options: which part of the attention to record; all of it by default.
     """
+    column = None if options is None else options.words_column
     groups: list[Group | None] = [None] * len(edits)
     sizes = [editor.size_for(edit.source) for edit in edits]
     for size in dict.fromkeys(sizes):
@@ -303,7 +328,8 @@ def make_groups(
         regions = [to_tokens(mask, grid, "max") for mask in masks]
         covered = torch.stack([to_tokens(mask.amax(0), grid, "mean") for mask in masks])
         sources, prompts = [edit.source for edit in members], [edit.prompt for edit in members]
-        conditions = editor.encode(sources, prompts, cache_sources)
+        words = None if column is None else [words_of(edit, column) for edit in members]
+        conditions = editor.encode(sources, prompts, cache_sources, words)
         noise = [
             exploration.noise(region, editor.channels, num_generations, (*key, edit.row))
             for edit, region in zip(members, regions, strict=True)
@@ -322,6 +348,7 @@ def make_groups(
             batch_size,
             attention == "maps",
             Kicks.concatenate(kicks) if kicks else None,
+            options,
         )
         schedule = editor.schedule(*size)
         parts = trajectory[-1].split(batch_size or trajectory.shape[1])

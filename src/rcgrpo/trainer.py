@@ -17,27 +17,31 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from accelerate.utils import gather_object
 from peft import PeftConfig
+from PIL import Image
 from torch import Tensor, nn
 from transformers import TrainerCallback
 from trl.trainer.utils import RepeatSampler
 
-from .attention import Concentration
+from .attention import AttentionOptions, AttentionRecorder, Concentration
 from .config import RCGRPOConfig
 from .data.edits import Edit, EditRows
-from .diagnostics import group_diagnostics, reward_parts
+from .diagnostics import group_diagnostics, reward_parts, variance_by_step
 from .editors import ConditionCache, FluxKontextEditor
+from .editors.flux_kontext import instruction_token_weights
 from .hub import check_lora_config
 from .metrics import masked_psnr
 from .models import load_pipeline, trained_model
-from .objective import batch_advantages, keep_hinge, predict_clean, spread, velocity_kl
+from .objective import batch_advantages, keep_hinge, predict_clean, spread, total_scores, velocity_kl
 from .policies import make_policy
 from .regions import region_weights
 from .rewards import (
+    ATTENTION_REWARDS,
     FailureWatch,
     PendingScores,
     Reward,
@@ -47,12 +51,16 @@ from .rewards import (
     fault_counts,
     resolve_rewards,
 )
-from .rollout import Exploration, Group, make_groups
+from .rollout import Exploration, Group, make_groups, words_of
 from .saving import SavingTrainer
 from .transitions import Transitions, Where, choose, gather, micro_batches
-from .turns import best_candidate, next_edit
+from .turns import REGIONS, best_candidate, join_turns, next_edit
 
 logger = logging.getLogger(__name__)
+
+
+def _candidate_labels(groups: Sequence[Group]) -> list[str]:
+    return [f"{group.edit.label}, candidate {i}" for group in groups for i in range(len(group.images))]
 
 
 class CycleSampler(RepeatSampler):
@@ -73,8 +81,8 @@ class RCGRPOTrainer(SavingTrainer):
         reward_funcs: a reward, or a list of them: callables `f(prompts, images, source_images, masks, **columns) ->
             list[float | None]` (sync or async), names of registered rewards, or dotted paths. See `rcgrpo.rewards`.
         args: the configuration.
-        train_dataset: rows with a source picture, an instruction, a mask (1 = edit) and the columns that the rewards
-            read; a `datasets.Dataset` or a sequence of dictionaries.
+        train_dataset: rows with a source picture, an instruction, a mask (1 = edit; in pictures 255) and the columns
+            that the rewards read; a `datasets.Dataset` or a sequence of dictionaries.
         eval_dataset: held-out rows of the same kind.
         peft_config: LoRA on the transformer. Without it the whole transformer is trained.
         callbacks, optimizers: as in `transformers.Trainer`.
@@ -102,6 +110,7 @@ class RCGRPOTrainer(SavingTrainer):
     ) -> None:
         args = args if args is not None else RCGRPOConfig("rcgrpo-output")
         self.rewards, self.reward_weights = self._resolve_rewards(reward_funcs, args)
+        self._records_attention = args.log_attention or any(r.name in ATTENTION_REWARDS for r in self.rewards)
         self.reward_regions = self._regions_of_rewards(self.rewards, args)
         self.exploration = Exploration(
             args.edit_strength,
@@ -110,7 +119,7 @@ class RCGRPOTrainer(SavingTrainer):
             args.mask_growth,
             args.exploration,  # type: ignore[arg-type]
             args.independent_share,
-            args.regions_column,
+            REGIONS if args.turns_at_once else args.regions_column,
             args.region_strengths,
             args.sde_noise_level if args.policy == "flow_grpo" else 0.0,
             args.policy_step_indices,
@@ -143,6 +152,13 @@ class RCGRPOTrainer(SavingTrainer):
             args.negative_prompt,
             ConditionCache(args.conditions_cache_dir) if args.cache_conditions else None,
         )
+        if self._records_attention:
+            AttentionRecorder(self.pipeline.transformer, args.attention_blocks)  # refuses blocks that are not there
+        elif args.attention_options != AttentionOptions():
+            raise ValueError(
+                f"attention_...: got {args.attention_options}, expected the defaults without log_attention=True or one "
+                f"of the rewards {', '.join(ATTENTION_REWARDS)}, because no attention is recorded"
+            )
         self.policy = make_policy(args, args.named_regions)
         super().__init__(
             model=trained_model(self.pipeline, peft_config, args.seed),
@@ -168,6 +184,8 @@ class RCGRPOTrainer(SavingTrainer):
                 f"train_dataset: got {len(train_rows)} rows, expected at least one update's {cycle} edits "
                 "(per_device_train_batch_size · gradient_accumulation_steps · processes); lower one of these"
             )
+        for rows in (train_rows, eval_rows):
+            self._check_played(rows)
         self.editor.place(self.accelerator.device)
         self._eval_editor = self.editor.with_steps(args.num_inference_steps_eval or args.num_inference_steps)
         self.failures = FailureWatch(self.rewards, args.max_reward_failures)
@@ -224,17 +242,15 @@ class RCGRPOTrainer(SavingTrainer):
             )
         required = sorted({column for reward in self.rewards for column in reward.columns})
         columns = (args.image_column, args.prompt_column, args.mask_column)
-        rows = EditRows(dataset, name, *columns, required, args.regions_column)
-
-        def read_further(edit: Edit) -> None:
-            """Regions and turns that cannot be read are known before the first rollout."""
-            self.exploration.masks(edit)
-            turn, following = 2, edit if args.turns_column else None
-            while following is not None and args.turns_column:
-                following = next_edit(following, edit.source, args.turns_column, turn)
-                turn += 1
-
-        full = rows.check(args.check_rows, read_further)
+        at_once = args.turns_column if args.turns_at_once else None
+        join = None if at_once is None else partial(join_turns, column=at_once)
+        rows = EditRows(dataset, name, *columns, required, args.regions_column, join)
+        if args.turns_column is not None and args.turns_column not in rows.edit(0).columns:
+            raise ValueError(
+                f"turns_column: got {args.turns_column!r}, expected a column of {name}_dataset, which has "
+                f"{', '.join(rows.edit(0).columns)}; rows without further turns have None there"
+            )
+        full = rows.check(args.check_rows, lambda edit: self._check_edit(edit, args))
         if full:
             logger.warning(
                 "%s_dataset: %d of the checked rows have a mask that covers the whole picture; for them nothing is "
@@ -243,6 +259,41 @@ class RCGRPOTrainer(SavingTrainer):
                 full,
             )
         return rows
+
+    def _next_edit(self, edit: Edit, result: Image.Image, number: int) -> Edit | None:
+        """The next turn, or None if there is none or all were one edit from the start."""
+        args = self.args
+        if args.turns_column is None or args.turns_at_once:
+            return None
+        return next_edit(edit, result, args.turns_column, number, args.regions_column)
+
+    def _check_edit(self, edit: Edit, args: RCGRPOConfig) -> None:
+        """Regions and words that cannot be read are known before the first rollout."""
+        if args.attention_words_column is not None:
+            words_of(edit, args.attention_words_column)
+        self.exploration.masks(edit)
+
+    def _check_played(self, rows: EditRows | None) -> None:
+        """Turns and words that cannot be read are known before the first rollout.
+
+        Turns are read at the size at which they will be played, which only the editor knows: there a mask may vanish.
+        Words may be cut off by `max_sequence_length`, which takes its tokenizer.
+        """
+        args = self.args
+
+        def play(edit: Edit, following: int = 2) -> None:
+            self._check_edit(edit, args)
+            if args.attention_words_column is not None:
+                words = words_of(edit, args.attention_words_column)
+                instruction_token_weights(self.pipeline, [edit.prompt], args.max_sequence_length, [words])
+            height, width = self.editor.size_for(edit.source)
+            turn = self._next_edit(edit, Image.new("RGB", (width, height)), following)
+            if turn is not None:
+                play(turn, following + 1)
+
+        in_turns = args.turns_column is not None and not args.turns_at_once
+        if rows is not None and (in_turns or args.attention_words_column is not None):
+            rows.check(args.check_rows, play)
 
     def _probe_rewards(self, rows: EditRows) -> None:
         """Call each reward once on unedited sources, so that a wrong length is known before hours are spent."""
@@ -262,10 +313,6 @@ class RCGRPOTrainer(SavingTrainer):
         image, one, unused = edit.source.resize((width, height)), torch.ones(1), None
         attention = Concentration(one, one, one) if self._records_attention else None
         return Group(edit, unused, unused, one, one, [image], attention, None)  # type: ignore[arg-type]
-
-    @property
-    def _records_attention(self) -> bool:
-        return self.args.log_attention or any(reward.name == "attention_concentration" for reward in self.rewards)
 
     def _send_telemetry(self) -> None:
         """TRL's telemetry is not for other packages to send."""
@@ -316,6 +363,7 @@ class RCGRPOTrainer(SavingTrainer):
             "maps" if maps else "mass" if self._records_attention else "none",
             args.rollout_batch_size,
             cache_sources,
+            args.attention_options,
         )
         self.model.train(training)
         return groups
@@ -324,7 +372,7 @@ class RCGRPOTrainer(SavingTrainer):
 
     def _submit(self, groups: Sequence[Group], labels: list[str] | None = None) -> PendingScores:
         """Begin to score every candidate of the groups, in one call of each reward, beside whatever comes next."""
-        labels = labels or [f"{g.edit.label}, candidate {i}" for g in groups for i in range(len(g.images))]
+        labels = labels or _candidate_labels(groups)
         per_candidate = [(group, i) for group in groups for i in range(len(group.images))]
         sources, masks = {id(g): g.source for g in groups}, {id(g): g.mask for g in groups}
         names = set.intersection(*(set(g.edit.columns) for g in groups))
@@ -367,10 +415,17 @@ class RCGRPOTrainer(SavingTrainer):
 
     def score_groups(self, groups: Sequence[Group]) -> ScoredBatch:
         """Fill in rewards, scores and advantages of freshly rolled-out groups; warn of candidates without a score."""
-        return self._take_scores(groups, self._submit(groups))
+        scored = self._take_scores(groups, self._submit(groups))
+        self._compare(groups)
+        return scored
+
+    def _rows(self) -> list[list[bool]]:
+        """Which rewards belong to each region that has some, with region advantages."""
+        return [[region == name for region in self.reward_regions] for name in self.args.named_regions]
 
     def _take_scores(self, groups: Sequence[Group], pending: PendingScores) -> ScoredBatch:
-        args, metrics = self.args, self._metrics[self._mode()]
+        """Fill in rewards and scores."""
+        metrics = self._metrics[self._mode()]
         self._extra_columns = {}
         asked = time.perf_counter()
         scored = pending.result()
@@ -380,32 +435,42 @@ class RCGRPOTrainer(SavingTrainer):
             logger.warning("reward %r failed on %s: %s", failure.reward, failure.sample_label, failure.reason)
         if len(scored.failures) > 5:
             logger.warning("... and %d more reward failures in this batch", len(scored.failures) - 5)
-        values = scored.values.split([len(g.images) for g in groups])
-        # With region advantages each region's rewards are compared among themselves; the scores are everybody's.
-        rows = [[region == name for region in self.reward_regions] for name in args.named_regions]
-        results = [
-            batch_advantages(
-                [rewards[:, chosen] for rewards in values],
-                self.reward_weights[chosen],
-                args.multi_objective_aggregation,  # type: ignore[arg-type]
-                args.scale_rewards,  # type: ignore[arg-type]
-                args.advantage_std_floor,
-                args.min_reward_std,
-                args.advantage_power,
-            )
-            for chosen in [[True] * len(self.rewards), *rows]
-        ]
-        for i, (group, rewards) in enumerate(zip(groups, values, strict=True)):
-            group.rewards = rewards
-            group.scores, group.advantages = results[0][i]
+        lost = {(failure.sample_label, failure.reward) for failure in scored.failures}
+        labels = _candidate_labels(groups)
+        failures = torch.tensor([[(label, name) in lost for name in scored.names] for label in labels])
+        sizes, weights, rows = [len(group.images) for group in groups], self.reward_weights, self._rows()
+        for group, rewards, failed in zip(groups, scored.values.split(sizes), failures.split(sizes), strict=True):
+            group.rewards, group.scores = rewards, total_scores(rewards, weights, failed)
             if rows:
-                each = zip(*(result[i] for result in results[1:]), strict=True)
-                group.region_scores, group.advantages = (torch.stack(tensors) for tensors in each)
+                each = [total_scores(rewards[:, chosen], weights[chosen], failed[:, chosen]) for chosen in rows]
+                group.region_scores = torch.stack(each)
         return scored
 
-    def _log_groups(self, groups: Sequence[Group], scored: ScoredBatch) -> None:
+    def _compare(self, groups: Sequence[Group], others: Sequence[Tensor] = ()) -> None:
+        """Fill in the advantages of scored groups.
+
+        Args:
+            others: rewards of the groups that other processes have, which belong to the batch too.
+        """
+        args, rows = self.args, self._rows()
+        # With region advantages each region's rewards are compared among themselves.
+        results = [
+            batch_advantages(
+                [rewards[:, chosen] for rewards in (*(group.rewards for group in groups), *others)],  # type: ignore[index]
+                self.reward_weights[chosen],
+                how=args.multi_objective_aggregation,  # type: ignore[arg-type]
+                scale_rewards=args.scale_rewards,  # type: ignore[arg-type]
+                std_floor=args.advantage_std_floor,
+                min_std=args.min_reward_std,
+                power=args.advantage_power,
+            )
+            for chosen in rows or [[True] * len(self.rewards)]
+        ]
+        for i, group in enumerate(groups):
+            group.advantages = torch.stack([result[i] for result in results]) if rows else results[0][i]
+
+    def _log_groups(self, groups: Sequence[Group]) -> None:
         metrics = self._metrics[self._mode()]
-        metrics["rewards/failures"].append(float(len(scored.failures)))
         names = [reward.name for reward in self.rewards]
         for group in groups:
             count, scores, rewards = len(group.images), group.scores, group.rewards
@@ -421,7 +486,7 @@ class RCGRPOTrainer(SavingTrainer):
                 metrics["groups/scored_candidates"].append(float((~scores.isnan()).sum()))  # type: ignore[union-attr]
                 parts = reward_parts(group, names, self.reward_weights, self.reward_regions)
                 numbers = group_diagnostics(group, group.advantages, parts, self.args.named_regions)  # type: ignore[arg-type]
-                for name, value in numbers.items():
+                for name, value in (numbers | variance_by_step(group)).items():
                     metrics[name].append(value)
             for j, region in enumerate(self.args.named_regions):
                 own, advantages = group.region_scores[j], group.advantages[j]  # type: ignore[index]
@@ -446,15 +511,14 @@ class RCGRPOTrainer(SavingTrainer):
     def _finish(
         self, groups: list[Group], pending: PendingScores, num_generations: int, key: tuple[Any, ...]
     ) -> list[Group]:
-        """The groups, scored and logged, and then those of the turns that follow on them."""
+        """The groups, scored, and then those of the turns that follow on them."""
         played: list[Group] = []
-        column = self.args.turns_column
         for turn in itertools.count(2):
             scored = self._take_scores(groups, pending)
-            self._log_groups(groups, scored)
+            self._metrics[self._mode()]["rewards/failures"].append(float(len(scored.failures)))
             self.failures.update(scored)
             played += groups
-            following = [next_edit(g.edit, best_candidate(g), column, turn) for g in groups] if column else []
+            following = [self._next_edit(g.edit, best_candidate(g), turn) for g in groups]
             edits = [edit for edit in following if edit is not None]
             if not edits:
                 break
@@ -470,20 +534,35 @@ class RCGRPOTrainer(SavingTrainer):
 
     def _prepare_inputs(self, inputs: list[tuple[int, dict[str, Any]]]) -> list[Group]:  # type: ignore[override]
         """Roll out and score a micro-batch of edits the first time, hand it back in later iterations."""
-        position = self._step % self.args.gradient_accumulation_steps
-        cycle, iteration = divmod(self.state.global_step, self.args.num_iterations)
+        args = self.args
+        position = self._step % args.gradient_accumulation_steps
+        cycle, iteration = divmod(self.state.global_step, args.num_iterations)
         if position == iteration == 0:
             self._buffer, self._old = [], []
         if position == len(self._buffer):  # a new cycle, or one that a resume entered in its middle
-            size, key = self.args.num_generations, (self.args.seed, cycle)
+            size, key = args.num_generations, (args.seed, cycle)
+            # Where the batch's spread counts, all of it is scored first; else an update runs beside the judges' work.
+            whole = args.scale_rewards == "batch" or args.multi_objective_aggregation == "normalize_then_sum"
             with failing_together(self.accelerator):
                 if not self._ahead:  # the whole window is rolled out while the judges work; weights stay as they are
                     for batch in self._window[position:] or [inputs]:
                         edits = [self.train_dataset.edit(index, row) for index, row in batch]
                         self._ahead.append(self._begin(edits, size, key))
-                self._buffer.append(self._finish(*self._ahead.popleft(), size, key))
-            self._old.append({})
+                for _ in range(len(self._ahead) if whole else 1):
+                    self._buffer.append(self._finish(*self._ahead.popleft(), size, key))
+                    self._old.append({})
+            groups = [group for played in self._buffer[position:] for group in played]
+            others = self._rewards_elsewhere(groups) if whole else []
+            with failing_together(self.accelerator):
+                self._compare(groups, others)
+                self._log_groups(groups)
         return self._buffer[position]
+
+    def _rewards_elsewhere(self, groups: Sequence[Group]) -> list[Tensor]:
+        """Rewards of the groups that the other processes scored, while this one scored these."""
+        ranks: list[list[Tensor]] = gather_object([[group.rewards for group in groups]])
+        del ranks[self.accelerator.process_index]
+        return list(itertools.chain(*ranks))
 
     def compute_loss(  # type: ignore[override]
         self, model: nn.Module, inputs: Transitions, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -558,7 +637,9 @@ class RCGRPOTrainer(SavingTrainer):
         size, key = self.args.num_generations_eval, (self.args.seed, "eval")
         with failing_together(self.accelerator):
             edits = [self._eval_rows().edit(index, row) for index, row in inputs]
-            self._finish(*self._begin(edits, size, key), size, key)
+            groups = self._finish(*self._begin(edits, size, key), size, key)
+            self._compare(groups)
+            self._log_groups(groups)
         return None, None, None
 
     def _eval_rows(self) -> EditRows:
@@ -572,6 +653,7 @@ class RCGRPOTrainer(SavingTrainer):
         self._eval_prefix = f"{metric_key_prefix}_"
         if eval_dataset is not None and not isinstance(eval_dataset, EditRows | str):
             eval_dataset = self._make_rows(eval_dataset, "eval", self.args)
+            self._check_played(eval_dataset)
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         return {**metrics, **self._last_eval_metrics}
 

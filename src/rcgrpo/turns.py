@@ -1,21 +1,29 @@
-"""Edits in several turns: the next instruction and region, applied to what the turn before gave.
+"""Several instructions, each with a region of its own: one after the other, or all at once.
 
-Each turn is an edit and a group like any other, so everything holds for it: noise is shared outside its own region, its
-rewards compare its own candidates, and what earlier turns did is part of the source that it has to keep. Gotcha: the
-row's columns speak of the first turn; a turn brings its own for rewards that read them.
+One after the other, each turn is an edit and a group like any other, applied to what the turn before gave: noise is
+shared outside its own region, its rewards compare its own candidates, and what earlier turns did is part of the source
+that it has to keep. At once they are one edit with one instruction and several regions.
+
+Gotchas: the row's columns speak of the first turn; a turn brings its own for rewards that read them. Joined turns have
+one set of columns, the row's.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 
-from .data.edits import Edit, decode_picture
+from .data.edits import Edit, decode_picture, open_picture
+from .labels import split_regions
 from .regions import check_mask, mask_to_tensor
 from .rollout import Group
+
+REGIONS = "regions"
+"""The column that `join_turns` fills with the regions of a joined edit."""
 
 
 def best_candidate(group: Group) -> Image.Image:
@@ -25,7 +33,9 @@ def best_candidate(group: Group) -> Image.Image:
     return group.images[int(group.scores.nan_to_num(-float("inf")).argmax())]
 
 
-def next_edit(edit: Edit, result: Image.Image, column: str, number: int) -> Edit | None:
+def next_edit(
+    edit: Edit, result: Image.Image, column: str, number: int, regions_column: str | None = None
+) -> Edit | None:
     """The edit of turn `number` (2, 3, ...), or None if there is none.
 
     Args:
@@ -34,32 +44,98 @@ def next_edit(edit: Edit, result: Image.Image, column: str, number: int) -> Edit
         result: what the turn before gave: the source of this one.
         column: the edit's column with the turns.
         number: of the turn; the first is the row's own.
+        regions_column: the column with several regions, if there is one, see `labels.split_regions`. A turn may bring
+            its own, at any size; without them its mask is its one region, whatever the turn before had.
 
     Raises:
-        ValueError: a turn without instruction or with a mask that cannot be used.
+        ValueError: a turn without instruction, or with a mask or regions that cannot be used.
     """
-    turns = edit.columns.get(column) or []
+    turns = _turns_of(edit, column)
     if len(turns) < number - 1:
         return None
     label = f"{edit.label.partition(', turn ')[0]}, turn {number}"
-    turn = turns[number - 2]
-    if not isinstance(turn, Mapping) or not {"instruction", "mask"} <= turn.keys():
-        given = sorted(turn) if isinstance(turn, Mapping) else type(turn).__name__
-        raise ValueError(f"{label}, column {column!r}: got {given}, expected a mapping with 'instruction' and 'mask'")
-    prompt = turn["instruction"]
-    if not isinstance(prompt, str) or not prompt.strip():
-        raise ValueError(f"{label}, column {column!r}: got {prompt!r}, expected an instruction")
-    mask = _mask_of_size(turn["mask"], result.size, f"{label}, column {column!r}")
+    turn, where = turns[number - 2], f"{label}, column {column!r}"
+    prompt, mask = _read_pair(turn, result.size, where)
     others = {key: value for key, value in turn.items() if key not in ("instruction", "mask")}
+    if regions_column is not None:
+        own = others.get(regions_column)
+        others[regions_column] = [_picture(mask)] if own is None else _regions_of_size(own, result.size, where)
     columns = {**edit.columns, **others, "turn": number}
     return replace(edit, label=label, source=result.convert("RGB"), prompt=prompt, mask=mask, columns=columns)
 
 
-def _mask_of_size(value: Any, size: tuple[int, int], where: str) -> Tensor:
-    """The mask at the result's size, which is the resolution of the run and not that of the data."""
-    ready = isinstance(value, Tensor | np.ndarray | Image.Image)
-    mask = mask_to_tensor(value if ready else decode_picture(value, where))
-    picture = Image.fromarray((mask * 255).round().byte().numpy()).resize(size, Image.Resampling.NEAREST)
-    resized = mask_to_tensor(picture)
-    check_mask(resized, where=where)
-    return resized
+def join_turns(edit: Edit, column: str) -> Edit:
+    """The edit and its further turns as one, whose region is the union of theirs.
+
+    Its columns are the row's: what else a turn brings stays where it is, in `column`. The masks stand in a new column,
+    `"regions"`, in the order of the instructions and as pictures of the source's size, 255 = edit.
+
+    Args:
+        edit: its `column` holds a list of further turns, as for `next_edit`, or nothing.
+        column: the edit's column with the turns.
+
+    Raises:
+        ValueError: a turn without instruction or with a mask that cannot be used; a row with a column `"regions"`.
+    """
+    if REGIONS in edit.columns:
+        raise ValueError(
+            f"{edit.label}: got a column {REGIONS!r}, expected none, as turns_at_once puts the turns' masks there; "
+            "rename it"
+        )
+    pairs = [
+        _read_pair(turn, edit.source.size, f"{edit.label}, turn {number}, column {column!r}")
+        for number, turn in enumerate(_turns_of(edit, column), start=2)
+    ]
+    prompts, masks = zip((edit.prompt, edit.mask), *pairs, strict=True)
+    columns = {**edit.columns, REGIONS: [_picture(mask) for mask in masks]}
+    return replace(edit, prompt=join_instructions(prompts), mask=torch.stack(masks).amax(0), columns=columns)
+
+
+def join_instructions(parts: Sequence[str]) -> str:
+    """One sentence of several: "add a cube, remove the dog and paint the door red".
+
+    Full stops at their ends go, and from the second on a capital letter that only begins the sentence. A single one
+    stays as it is.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    first, *others = (part.strip().rstrip(". ") for part in parts)
+    clauses = [first, *(part[0].lower() + part[1:] if part[1:2].islower() else part for part in others)]
+    return f"{', '.join(clauses[:-1])} and {clauses[-1]}"
+
+
+def _turns_of(edit: Edit, column: str) -> Sequence[Any]:
+    turns = edit.columns.get(column)
+    if turns is None:
+        return []
+    if not isinstance(turns, Sequence) or isinstance(turns, str):
+        raise ValueError(f"{edit.label}, column {column!r}: got {type(turns).__name__}, expected a list of turns")
+    return turns
+
+
+def _read_pair(turn: Any, size: tuple[int, int], where: str) -> tuple[str, Tensor]:
+    """A turn's instruction, and its mask at this (width, height)."""
+    if not isinstance(turn, Mapping) or not {"instruction", "mask"} <= turn.keys():
+        given = sorted(turn) if isinstance(turn, Mapping) else type(turn).__name__
+        raise ValueError(f"{where}: got {given}, expected a mapping with 'instruction' and 'mask'")
+    prompt = turn["instruction"]
+    if not isinstance(prompt, str) or not prompt.strip(". \n"):
+        raise ValueError(f"{where}: got {prompt!r}, expected an instruction")
+    mask = mask_to_tensor(_picture(mask_to_tensor(_opened(turn["mask"], where))).resize(size, Image.Resampling.NEAREST))
+    check_mask(mask, where=where)
+    return prompt, mask
+
+
+def _regions_of_size(value: Any, size: tuple[int, int], where: str) -> list[Image.Image]:
+    """A mask for each of a turn's own regions, at the result's size."""
+    several = isinstance(value, Sequence) and not isinstance(value, str | bytes)
+    opened = [_opened(mask, where) for mask in value] if several else _opened(value, where, open_picture)
+    return [_picture(mask).resize(size, Image.Resampling.NEAREST) for mask in split_regions(opened, where=where)]
+
+
+def _opened(value: Any, where: str, how: Callable[[Any, str], Image.Image] = decode_picture) -> Any:
+    return value if isinstance(value, Tensor | np.ndarray | Image.Image) else how(value, where)
+
+
+def _picture(mask: Tensor) -> Image.Image:
+    return Image.fromarray((mask * 255).round().byte().numpy())

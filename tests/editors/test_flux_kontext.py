@@ -5,7 +5,14 @@ from PIL import Image
 
 from rcgrpo.attention import AttentionRecorder
 from rcgrpo.editors import Conditions, FluxKontextEditor
-from rcgrpo.editors.flux_kontext import SOLVERS, Schedule, fit_size, instruction_token_weights, make_solver
+from rcgrpo.editors.flux_kontext import (
+    SOLVERS,
+    Schedule,
+    find_words,
+    fit_size,
+    instruction_token_weights,
+    make_solver,
+)
 from rcgrpo.rollout import integrate, rollout
 from tiny_kontext import TINY_CALL, build_tiny_kontext, encode_one_by_one
 
@@ -203,6 +210,29 @@ def test_instruction_weights_leave_out_padding_and_the_end(pipeline):
     assert weights.tolist() == [[1] * 4 + [0] * 6, [1] * 7 + [0] * 3]
     # cut off, the instruction still ends in the end-of-sequence token
     assert instruction_token_weights(pipeline, ["a boat"], 4).tolist() == [[1, 1, 1, 0]]
+
+
+def test_given_words_are_found_by_where_their_tokens_stand(pipeline):
+    prompts = ["a hat, a red hat", "that Hat hath"]
+    weights = instruction_token_weights(pipeline, prompts, 20, [["hat"], ["hat"]])
+    spelt = [pipeline.tokenizer_2.convert_ids_to_tokens(pipeline.tokenizer_2(p).input_ids) for p in prompts]
+    chosen = ["".join(t for t, w in zip(s, row, strict=False) if w) for s, row in zip(spelt, weights, strict=True)]
+    # whole words, wherever they stand and however they are written; the mark at a word's start may be either's
+    assert [text.replace("▁", "") for text in chosen] == ["hathat", "Hat"]
+    both = instruction_token_weights(pipeline, prompts[:1], 20, [["red", "a hat"]])
+    assert both.sum() == instruction_token_weights(pipeline, prompts[:1], 20, [["red"]]).sum() + 6
+    assert find_words("C++ (or c++)", ["c++"]) == [(0, 3), (8, 11)]
+    with pytest.raises(ValueError, match=r"words: got \['boat'\], expected words of 'a hat, a red hat' within"):
+        instruction_token_weights(pipeline, prompts, 20, [["boat"], ["hat"]])
+    with pytest.raises(ValueError, match="within its first 4 tokens"):  # cut off
+        instruction_token_weights(pipeline, prompts[:1], 4, [["red"]])
+
+
+def test_given_words_need_a_tokenizer_that_knows_where_they_stand(pipeline, monkeypatch):
+    monkeypatch.setattr(type(pipeline.tokenizer_2), "is_fast", False)
+    assert instruction_token_weights(pipeline, ["a hat"], 9).sum() == 6
+    with pytest.raises(ValueError, match="expected a fast tokenizer"):
+        instruction_token_weights(pipeline, ["a hat"], 9, [["hat"]])
 
 
 def test_velocity_depends_on_source_and_instruction(pipeline):

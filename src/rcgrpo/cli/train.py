@@ -221,7 +221,7 @@ def run(arguments: Sequence[str]) -> None:
         report = ("metrics.json", "reward_curves.png", "samples/contact_sheet.png") if edits else ()
         written = ["LoRA", "model card", *(name for name in report if (folder / name).exists())]
         print(f"Written to {folder}: {', '.join(written)}")
-        print(f'Use it: FluxKontextPipeline.from_pretrained(...).load_lora_weights("{folder}")')
+        print(f'Use it: pipe = FluxKontextPipeline.from_pretrained(...); pipe.load_lora_weights("{folder}")')
 
 
 def _announce(trainer: "RCGRPOTrainer", script: ScriptArguments) -> None:

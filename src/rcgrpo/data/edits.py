@@ -124,6 +124,7 @@ class EditRows(Dataset):
         image_column, prompt_column, mask_column: CompBench's names by default.
         required_columns: that rewards read.
         labels_column: whose pictures' values are names, and not to be scaled to 8 bits.
+        finish: what becomes of each decoded edit; nothing by default.
 
     Raises:
         ValueError: a column is missing, or there are no rows.
@@ -139,6 +140,7 @@ class EditRows(Dataset):
         mask_column: str = "mask",
         required_columns: Sequence[str] = (),
         labels_column: str | None = None,
+        finish: Callable[[Edit], Edit] | None = None,
     ) -> None:
         if not hasattr(rows, "__len__") or not hasattr(rows, "__getitem__"):
             raise TypeError(
@@ -158,7 +160,7 @@ class EditRows(Dataset):
                 rows = rows.cast_column(key, datasets.Image(decode=False))
         self.rows, self.name = rows, name
         self.image_column, self.prompt_column, self.mask_column = image_column, prompt_column, mask_column
-        self.labels_column = labels_column
+        self.labels_column, self.finish = labels_column, finish
         self.pictures |= {image_column, mask_column}
         present = rows.column_names if isinstance(rows, datasets.Dataset) else list(rows[0])
         fields = {"image_column": image_column, "prompt_column": prompt_column, "mask_column": mask_column}
@@ -208,7 +210,8 @@ class EditRows(Dataset):
             raise ValueError(f"{label}, column {self.prompt_column!r}: got {prompt!r}, expected an instruction")
         mask = mask_to_tensor(columns.pop(self.mask_column))
         check_mask(mask, (source.height, source.width), f"{label}, column {self.mask_column!r}")
-        return Edit(index, label, source, prompt, mask, columns)
+        edit = Edit(index, label, source, prompt, mask, columns)
+        return edit if self.finish is None else self.finish(edit)
 
     def check(self, limit: int, further: Callable[[Edit], None] = lambda edit: None) -> int:
         """Decode up to `limit` rows, spread over the set, so that a bad one is found before training.

@@ -7,6 +7,7 @@ diffusers does, or a rollout differs from the pipeline in the last bits.
 """
 
 import copy
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -138,17 +139,54 @@ def fit_size(height: int, width: int, max_area: int, multiple: int) -> tuple[int
     return new_height // multiple * multiple, new_width // multiple * multiple
 
 
-def instruction_token_weights(pipeline: FluxKontextPipeline, prompts: Sequence[str], length: int) -> Tensor:
-    """1 for the T5 tokens of the instruction itself, 0 for padding and special tokens, `[batch, length]`."""
+def find_words(text: str, words: Sequence[str]) -> list[tuple[int, int]]:
+    """Where these words stand in a text, first and last character + 1; whole words, in upper or lower case."""
+    pattern = "|".join(re.escape(word.strip()) for word in words)
+    return [match.span() for match in re.finditer(rf"(?<!\w)(?:{pattern})(?!\w)", text, re.IGNORECASE)]
+
+
+def instruction_token_weights(
+    pipeline: FluxKontextPipeline,
+    prompts: Sequence[str],
+    length: int,
+    words: Sequence[Sequence[str]] | None = None,
+) -> Tensor:
+    """1 for the T5 tokens of the instruction itself, 0 for padding and special tokens, `[batch, length]`.
+
+    Args:
+        length: tokens of a padded instruction.
+        words: of each instruction; only their tokens count. All of them by default.
+
+    Raises:
+        ValueError: words that the instruction, cut to its length, does not have; a tokenizer that does not know where
+            its tokens stand.
+    """
+    if words is not None and not pipeline.tokenizer_2.is_fast:
+        raise ValueError(
+            f"words: got {list(words)} with {type(pipeline.tokenizer_2).__name__}, expected a fast tokenizer, which "
+            "knows where its tokens stand; load the pipeline's tokenizer_2 as T5TokenizerFast"
+        )
     encoded = pipeline.tokenizer_2(
         list(prompts),
         padding="max_length",
         max_length=length,
         truncation=True,
         return_special_tokens_mask=True,
+        return_offsets_mapping=words is not None,
         return_tensors="pt",
     )
-    return ((1 - encoded.special_tokens_mask) * encoded.attention_mask).float()
+    weights = ((1 - encoded.special_tokens_mask) * encoded.attention_mask).float()
+    for i, (prompt, chosen) in enumerate(zip(prompts, words or [], strict=words is not None)):
+        begins, ends = encoded.offset_mapping[i].unbind(-1)
+        named = torch.zeros(length, dtype=torch.bool)
+        for first, last in find_words(prompt, chosen):
+            named |= (begins < last) & (ends > first)
+        weights[i] *= named
+        if not weights[i].any():
+            raise ValueError(
+                f"words: got {list(chosen)}, expected words of {prompt!r} within its first {length} tokens"
+            )
+    return weights
 
 
 def can_move(part: nn.Module) -> bool:
@@ -252,7 +290,13 @@ class FluxKontextEditor:
         return self._device or self.pipeline._execution_device
 
     @torch.no_grad()
-    def encode(self, images: Sequence[Image.Image], prompts: Sequence[str], cache_images: bool = True) -> Conditions:
+    def encode(
+        self,
+        images: Sequence[Image.Image],
+        prompts: Sequence[str],
+        cache_images: bool = True,
+        words: Sequence[Sequence[str]] | None = None,
+    ) -> Conditions:
         """Encode sources of one common size (see `size_for`) and their instructions.
 
         Each is encoded by itself: its numbers are the same bits in every batch, from the cache or not. The stock
@@ -261,9 +305,10 @@ class FluxKontextEditor:
         Args:
             images, prompts: one of each for every edit.
             cache_images: whether a cache may keep the latents; not for pictures that nobody will bring again.
+            words: of each instruction, whose attention is to be recorded; all of it by default.
 
         Raises:
-            ValueError: pictures that would be edited at different sizes.
+            ValueError: pictures that would be edited at different sizes, words that are not in their instruction.
         """
         sizes = {self.size_for(image) for image in images}
         if len(sizes) > 1:
@@ -285,7 +330,7 @@ class FluxKontextEditor:
         return Conditions(
             batch("prompt_embeds"),
             batch("pooled_prompt_embeds"),
-            instruction_token_weights(self.pipeline, prompts, self.max_sequence_length),
+            instruction_token_weights(self.pipeline, prompts, self.max_sequence_length, words),
             torch.cat([self._encode_image(image, height, width, dtype, cache_images) for image in images]),
             height,
             width,

@@ -6,7 +6,10 @@ first call that needs them. The server is in `rcgrpo.rewards.server`.
 """
 
 from .builtin import (
+    ATTENTION_REWARDS,
     attention_concentration,
+    attention_contrast,
+    attention_mass,
     background_keep,
     background_psnr,
     background_ssim,
@@ -39,6 +42,7 @@ from .scoring import RewardFailure, ScoredBatch, score
 from .scoring_queue import PendingScores, ScoringQueue
 
 __all__ = [
+    "ATTENTION_REWARDS",
     "EDIT_PROMPTS",
     "BackgroundDINO",
     "BackgroundLPIPS",
@@ -64,6 +68,8 @@ __all__ = [
     "UnifiedRewardEditReward",
     "agree_on_failure",
     "attention_concentration",
+    "attention_contrast",
+    "attention_mass",
     "available_rewards",
     "background_keep",
     "background_l1",

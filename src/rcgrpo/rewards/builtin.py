@@ -133,12 +133,32 @@ def attention_concentration(attention_density: list[float] | None = None, **colu
     Raises:
         RewardError: attention was not recorded.
     """
-    if attention_density is None:
+    return _recorded("attention_concentration", "attention_density", attention_density)
+
+
+@register_reward("attention_mass", value_range=(0.0, 1.0))
+def attention_mass(attention_mass: list[float] | None = None, **columns: Any) -> list[float]:
+    """As `attention_concentration`, the share of the attention that falls on the region, whatever the region's size."""
+    return _recorded("attention_mass", "attention_mass", attention_mass)
+
+
+@register_reward("attention_contrast", value_range=(0.0, 1.0))
+def attention_contrast(attention_contrast: list[float] | None = None, **columns: Any) -> list[float]:
+    """As `attention_concentration`, `inside / (inside + outside)` of the mean attention there: uniform = 0.5."""
+    return _recorded("attention_contrast", "attention_contrast", attention_contrast)
+
+
+ATTENTION_REWARDS = ("attention_concentration", "attention_mass", "attention_contrast")
+"""Rewards for which the trainer records attention."""
+
+
+def _recorded(reward: str, column: str, values: list[float] | None) -> list[float]:
+    if values is None:
         raise RewardError(
-            "attention_concentration: there is no `attention_density`; the trainer records it when this reward is used"
-            ", so name it in `reward_funcs`, or record attention during your own rollout and pass the list in `context`"
+            f"{reward}: there is no `{column}`; the trainer records it when this reward is used, so name it in "
+            "`reward_funcs`, or record attention during your own rollout and pass the list in `context`"
         )
-    return attention_density
+    return values
 
 
 def _outside_mse(image: Image.Image, source: Image.Image, mask: Image.Image) -> float | None:
