@@ -302,8 +302,7 @@ def reward_parts(group: Group, names: Sequence[str], weights: Tensor, regions: S
     """A scored group's `parts` for `group_diagnostics`, as far as they can be known without another reward call.
 
     The keep part is always `background_keep`. The edit part is the score (`objective.total_scores`) of the rewards that
-    belong to `"edit"`, `"region_1"`, ... or, where rewards have no regions, of `region_edit`; it is left out where there
-    is none.
+    belong to `"edit"` or `"region_k"` or, where they have no regions, of `region_edit`; left out where there is none.
 
     Args:
         group: with `rewards` `[G, rewards]`.
