@@ -33,7 +33,7 @@ from benchmarks.study.harness import (
     units_per_edit,
     updates_for,
 )
-from benchmarks.study.pages import Section, difference, plot, read_conclusions, shown, write_page
+from benchmarks.study.pages import Section, difference, plot, read_conclusions, shown, write_page, write_study
 from benchmarks.study.record import keep, recall, remember, restore, result_file
 from benchmarks.study.summary import fill_in, of_cell, over_seeds, summarise, test_against, with_rates
 from benchmarks.study.tables import TABLES, Table, Variant
@@ -563,6 +563,17 @@ def test_conclusions_belong_to_their_table(tmp_path):
     assert read_conclusions(tmp_path / "conclusions.md") == {}
     (tmp_path / "conclusions.md").write_text("ignored\n\n## a\n\nOne.\n\nTwo.\n## b. Variance\nThree.\n")
     assert read_conclusions(tmp_path / "conclusions.md") == {"a": "One.\n\nTwo.", "b": "Three."}
+
+
+def test_a_summary_stands_before_the_tables(tmp_path):
+    sections = [Section("x", TABLE, summarise(TABLE, made()), "the command")]
+    write_study(tmp_path, sections, "a laptop", {"summary": "What was found.", "x": "Why."}, "It took a day.")
+    text = (tmp_path / "study.md").read_text()
+    order = ["# The study", "## In short", "What was found.", "## How to read it", "It took a day.", "## x. ", "Why."]
+    assert [text.count(part) for part in order] == [1] * len(order)
+    assert [text.index(part) for part in order] == sorted(text.index(part) for part in order)
+    write_study(tmp_path, sections, "a laptop", {})
+    assert "## In short" not in (tmp_path / "study.md").read_text()
 
 
 # Rows

@@ -17,7 +17,10 @@ from rcgrpo.report import pad_table, write_atomically
 from .harness import finite
 from .tables import BASE, COSTS, RATES, Table
 
-COLOURS = ("#2563eb", "#ea580c", "#059669", "#9333ea", "#57606a", "#f59e0b", "#0891b2", "#be123c")
+COLOURS = (
+    *("#2563eb", "#ea580c", "#059669", "#9333ea", "#57606a", "#f59e0b", "#0891b2", "#be123c"),
+    *("#a16207", "#65a30d", "#db2777", "#1e3a8a"),
+)
 INK, FAINT, HAIR = "#1f2328", "#57606a", "#c9ced6"
 LEGEND = (
     "Means ± half of the 95 % interval over seeds (Student's t); one seed has none. Differences are paired, over the "
@@ -99,7 +102,7 @@ def write_study(
 
     Args:
         machine: what it ran on, in words.
-        conclusions: markdown by the table's letter.
+        conclusions: markdown by the table's letter; `summary` stands before all tables.
         total: what all of it took, a sentence.
     """
     texts = []
@@ -119,7 +122,10 @@ def write_study(
     )
     path = docs / "study.md"
     with write_atomically(path) as part:
-        part.write_text("\n".join(["# The study", "", *map(wrap, intro.splitlines()), "", wrap(LEGEND), "", *texts]))
+        opening = [*map(wrap, intro.splitlines()), "", wrap(LEGEND), ""]
+        if "summary" in conclusions:
+            opening = ["## In short", "", conclusions["summary"], "", "## How to read it", "", *opening]
+        part.write_text("\n".join(["# The study", "", *opening, *texts]))
     return path
 
 
@@ -246,7 +252,8 @@ def draw_dots(axes: Any, table: Table, rows: Sequence[Mapping[str, Any]], arms: 
 def draw_plane(path: Path, table: Table, rows: Sequence[Mapping[str, Any]]) -> bool:
     """Every variant's changes from the base, one metric against the other: the mean large, its seeds small around it.
 
-    Seeds differ in the edits they see, hence together: variants are told apart by the paired differences, not here.
+    An arrow goes from a variant without region noise to its twin with it, both in one colour. Seeds differ in the edits
+    they see, hence together: variants are told apart by the paired differences, not here.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -261,27 +268,35 @@ def draw_plane(path: Path, table: Table, rows: Sequence[Mapping[str, Any]]) -> b
         after = zip(row["seeds"], row["by_seed"][metric], strict=True)
         return [value - before[seed] for seed, value in after if seed in before]
 
-    everywhere = {variant.name for variant in table.variants if variant.config.get("exploration") == "global"}
-    figure = Figure(figsize=(9, 4.8), dpi=150, layout="constrained")
+    variants = {variant.name: variant for variant in table.variants}
+    everywhere = {name for name, variant in variants.items() if variant.config.get("exploration") == "global"}
+    families = list(dict.fromkeys(variants[row["variant"]].twin or row["variant"] for row in shown_rows))
+    centres: dict[str, tuple[float, float]] = {}
+    figure = Figure(figsize=(9.6, 5.4), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = quiet(figure.add_subplot())
     axes.axhline(0, color=HAIR, linewidth=1, zorder=0)
     axes.axvline(0, color=HAIR, linewidth=1, zorder=0)
-    for i, row in enumerate(shown_rows):
+    for row in shown_rows:
+        variant = variants[row["variant"]]
         across, up = (changes(row, metric) for metric in table.plane)
-        centre = sum(across) / len(across), sum(up) / len(up)
-        colour = COLOURS[i % len(COLOURS)]
+        centre = centres[row["variant"]] = sum(across) / len(across), sum(up) / len(up)
+        colour = COLOURS[families.index(variant.twin or variant.name) % len(COLOURS)]
         fill = "white" if row["variant"] in everywhere else colour
         for point in zip(across, up, strict=True):
-            axes.plot(*zip(centre, point, strict=True), color=colour, linewidth=0.6, alpha=0.35, zorder=1)
-        axes.plot(across, up, "o", color=colour, markerfacecolor=fill, markersize=3, alpha=0.5, zorder=2)
-        name = f"{row['variant']} ({len(across)})"
-        marker = "o" if i < len(COLOURS) else "s"
-        axes.plot(*centre, marker, color=colour, markerfacecolor=fill, markersize=9, zorder=3, label=name)
+            axes.plot(*zip(centre, point, strict=True), color=colour, linewidth=0.5, alpha=0.25, zorder=1)
+        axes.plot(across, up, "o", color=colour, markerfacecolor=fill, markersize=2.5, alpha=0.4, zorder=2)
+        name, marker = f"{row['variant']} ({len(across)})", "s" if "num_inference_steps" in variant.config else "o"
+        axes.plot(*centre, marker, color=colour, markerfacecolor=fill, markersize=9, zorder=4, label=name)
+    for name, centre in centres.items():
+        if (start_of := centres.get(variants[name].twin or "")) is not None:
+            colour = COLOURS[families.index(variants[name].twin or "") % len(COLOURS)]
+            arrow = {"arrowstyle": "-|>", "color": colour, "shrinkA": 5, "shrinkB": 6, "lw": 1.6}
+            axes.annotate("", centre, start_of, arrowprops=arrow, zorder=3)
     titles = [f"{table.metrics[metric]}: change from the base" for metric in table.plane]
     axes.set_xlabel(titles[0], fontsize=9, color=INK)
     axes.set_ylabel(titles[1], fontsize=9, color=INK)
-    title = "variant (seeds); hollow: without region noise"
+    title = "variant (seeds); hollow: without region noise,\narrow: what region noise does; squares: 3 steps"
     figure.legend(loc="outside right upper", frameon=False, fontsize=8, title=title, title_fontsize=8)
     with write_atomically(path) as part:
         figure.savefig(part, facecolor="white")
