@@ -154,6 +154,26 @@ def test_options_choose_steps_by_their_share():
     assert not AttentionOptions(steps_range=(0.4, 0.45)).reads(3)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"direction": "text-to-image"},
+            "direction: got 'text-to-image', expected one of text_to_image, image_to_text",
+        ),
+        ({"steps_range": (0.5, 0.2)}, r"steps_range: got \(0.5, 0.2\), expected two shares"),
+        ({"steps_range": (0.5,)}, "expected two shares"),
+        ({"steps_range": (0, 2)}, "expected two shares"),
+    ],
+)
+def test_options_that_cannot_be_read_are_refused(transformer, options, message):
+    with pytest.raises(ValueError, match=message):
+        AttentionOptions(**options)
+    if "direction" in options:
+        with pytest.raises(ValueError, match=message):
+            AttentionRecorder(transformer, **options)
+
+
 @pytest.mark.parametrize("prepare", [as_built, fused, with_adapter, wrapped_by_peft, checkpointing, another_backend])
 def test_record_equals_the_dense_matrix_and_leaves_every_bit_of_the_output(transformer, prepare, monkeypatch):
     model = prepare(transformer)

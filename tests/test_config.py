@@ -181,8 +181,26 @@ def test_trl_spellings_of_scale_rewards(tmp_path):
         ),
         (
             {"region_advantages": True, "reward_regions": ["edit", "keep"], "region_advantage_weights": [1.0]},
-            "region_advantage_weights: got .*, expected 2 numbers of 0 or more, for edit, keep",
+            "region_advantage_weights: got .*, expected 2 numbers of 0 or more, not all 0, for edit, keep",
         ),
+        (
+            {"region_advantages": True, "reward_regions": ["edit", "keep"], "region_advantage_weights": [0.0, 0.0]},
+            r"region_advantage_weights: got \[0.0, 0.0\], expected 2 numbers of 0 or more, not all 0, for edit, keep",
+        ),
+        ({"reward_weights": [0.0, 0.0]}, r"reward_weights: got \[0.0, 0.0\], expected at least one other than 0"),
+        (
+            {
+                "policy": "flow_grpo",
+                "regions_column": "labels",
+                "region_strengths": [0.5, 0.0],
+                "region_advantages": True,
+                "reward_regions": ["region_2"],
+            },
+            r"region_strengths: got \[0.5, 0.0\], expected more than 0 for region_2 with policy=flow_grpo",
+        ),
+        ({"max_sequence_length": 0}, "max_sequence_length: got 0, expected at least 1"),
+        ({"temperature": float("inf")}, "temperature: got inf, expected a number above 0"),
+        ({"beta": float("inf")}, "beta: got inf, expected 0 or more"),
         ({"remove_unused_columns": True}, "remove_unused_columns: got True, expected False: the rewards read"),
     ],
 )

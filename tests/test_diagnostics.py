@@ -333,6 +333,14 @@ def test_group_diagnostics_of_a_group(editor):
     assert math.isnan(found["diagnostics/keep_spearman"])
     assert found["diagnostics/effective_group_size"] == 1
     assert "diagnostics/edit_spearman" not in group_diagnostics(group, advantages)
+    # regions by number are parts of the edit, and the background's row is none of theirs
+    rows = torch.stack([advantages, -3 * advantages, torch.zeros(4)])
+    found = group_diagnostics(group, rows, {"edit": scores, "keep": scores}, ["region_1", "keep", "region_2"])
+    assert found["diagnostics/edit_spearman"] == pytest.approx(1, abs=1e-5)
+    assert found["diagnostics/keep_spearman"] == pytest.approx(-1, abs=1e-5)
+    # without a row of its own a part meets what all rows add up to
+    found = group_diagnostics(group, advantages.unsqueeze(0), {"keep": scores}, ["edit"])
+    assert found["diagnostics/keep_spearman"] == pytest.approx(1, abs=1e-5)
 
 
 def test_latent_variance_after_each_step_by_hand():

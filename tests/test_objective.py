@@ -266,6 +266,20 @@ def test_floor_and_filter_tame_small_groups_alone():
     assert not filtered[0].any() and torch.equal(filtered[1], plain[1])
 
 
+def test_the_filter_sees_each_reward_where_each_is_normalised():
+    """These two cancel in the sum, not in the sum of their advantages."""
+    rewards, weights = torch.tensor([[0.0, 2.0], [1.0, 0.0], [0.0, 2.0], [1.0, 0.0]]), torch.tensor([2.0, 1.0])
+    rewards[:, 1] += torch.tensor([0.0, 0.0, 1e-9, 0.0])
+    steady = torch.tensor([[5.0, 1.0], [5.0, 1.0], [5.0, 1.0], [5.0, 1.001]])
+    given = {"how": "normalize_then_sum", "min_std": 1e-2}
+    summed, flat = batch_advantages([rewards, steady], weights, min_std=1e-2)
+    assert not summed.any() and not flat.any()
+    uneven = rewards * torch.tensor([1.0, 0.5])  # other units: the sum no longer cancels, the advantages are the same
+    (here, gone), (there, _) = (batch_advantages([r, steady], weights, **given) for r in (rewards, uneven))
+    assert here.any() and not gone.any()
+    torch.testing.assert_close(here, there)
+
+
 def test_the_default_is_the_quasi_norm_of_z_scores_to_the_bit():
     rewards = randn(5, 8, 1)
     for values, advantages in zip(rewards, batch_advantages(list(rewards), torch.ones(1)), strict=True):

@@ -468,6 +468,10 @@ def test_attention_of_some_words_blocks_and_steps(pipe):
     torch.testing.assert_close(maps(attention_words=[["red", "a", "hat"], ["no hat"]]), whole)
     alone = pipe(SOURCES[0], prompts[0], attention_words="hat", **{**call, "mask_image": MASKS[0]})
     torch.testing.assert_close(alone.attention_maps.sum((1, 2)), torch.ones(2))
+    # sigmas say how many steps there are, whatever holds them
+    early, sigmas = AttentionOptions(steps_range=(0, 0.5)), [1.0, 0.5]
+    given = [maps(sigmas=values, attention_options=early) for values in (sigmas, np.array(sigmas))]
+    assert torch.equal(*given) and not torch.equal(given[0], maps(sigmas=sigmas))
     back = maps(attention_options=AttentionOptions(direction="image_to_text"), attention_words=[["hat"], ["hat"]])
     torch.testing.assert_close(back.sum((1, 2)), torch.ones(4))
     assert not torch.allclose(back, whole, atol=1e-3)
@@ -546,6 +550,25 @@ def test_measuring_attention_changes_no_picture(pipe):
         (
             {"mask_image": MASKS[0], "output_attention": True, "attention_words": [["a"], ["b"]]},
             r"attention_words: got \[\['a'\], \['b'\]\], expected words of each of the 1 prompts",
+        ),
+        *(
+            (
+                {"mask_image": MASKS[0], "output_attention": True, "attention_words": words},
+                r"attention_words: got .*, expected words of each prompt",
+            )
+            for words in ([], "", [[]])
+        ),
+        (
+            {
+                "mask_image": MASKS[0],
+                "output_attention": True,
+                "attention_options": AttentionOptions((0,), (0.4, 0.45)),
+            },
+            r"attention_options.steps_range: got \(0.4, 0.45\), expected shares that hold at least one of the 3 steps",
+        ),
+        (
+            {"mask_image": MASKS[0], "output_attention": True, "attention_options": AttentionOptions(words_column="w")},
+            "attention_options.words_column: got 'w', expected none.*as attention_words",
         ),
     ],
 )

@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+from dataclasses import fields, replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -21,9 +22,11 @@ from transformers import TrainerCallback
 
 import rcgrpo.policies
 from rcgrpo import RCGRPOConfig, RCGRPOTrainer, compbench_mini
+from rcgrpo.attention import AttentionOptions
 from rcgrpo.evaluation import roll_out_held_out
 from rcgrpo.objective import quasi_norm
 from rcgrpo.rewards import RequiredRewardError, RewardError
+from rcgrpo.rollout import make_groups
 from rcgrpo.transitions import gather
 from tiny_kontext import TINY_CALL, build_tiny_kontext, in_own_memory
 
@@ -242,7 +245,7 @@ def test_the_log_tells_regions_apart(tmp_path, data):
     }
 
 
-def test_several_regions_reach_noise_and_objective(tmp_path, data):
+def test_several_regions_reach_noise_and_objective(tmp_path, data, caplog):
     def labels(row):
         mask = np.asarray(row["mask"].convert("L")) > 127
         left = np.arange(mask.shape[1]) < np.argwhere(mask)[:, 1].mean()
@@ -260,6 +263,9 @@ def test_several_regions_reach_noise_and_objective(tmp_path, data):
     assert last(trainer, "grad_norm")[0] > 0
     with pytest.raises(ValueError, match="train row 0, column 'labels': got nothing"):
         make(tmp_path, data, **regions)
+    assert "reward_regions" not in caplog.text
+    make(tmp_path, rows, **{**regions, **objective, "reward_regions": ["region_3"], "region_strengths": None})
+    assert "none of the checked rows of train_dataset has region_3, so rewards there teach nothing" in caplog.text
     one = data.map(lambda row: {"labels": row["mask"].convert("1").convert("L").point(bool)}, features=rows.features)
     with pytest.raises(ValueError, match="region_strengths: got 1 of them, expected 2 for eval row 0"):
         make(tmp_path, one, eval_dataset=rows, regions_column="labels", region_strengths=[0.5])
@@ -438,7 +444,8 @@ def moved(data, tmp_path_factory):
 
 
 def loss_with(trainer, transitions, **options):
-    for name, value in ({"beta": 0.0, "beta_keep": 1.0, "keep_hinge_weight": 0.0} | options).items():
+    off = {"beta": 0.0, "beta_keep": 1.0, "keep_hinge_weight": 0.0, "keep_hinge_margin": 0.0}
+    for name, value in (off | options).items():
         setattr(trainer.args, name, value)
     return float(trainer.compute_loss(trainer.model, transitions))
 
@@ -467,6 +474,19 @@ def test_the_hinge_begins_beyond_its_margin(moved):
         given = loss_with(trainer, found, keep_hinge_weight=weight, keep_hinge_margin=allowed) - plain
         assert given == pytest.approx(float(expected.mean()), rel=1e-4, abs=1e-7)
     assert 0 < margin < 1e6
+
+
+def test_dropped_groups_are_held_to_nothing(moved):
+    """Section 8: the anchors to base and source are off where a group teaches nothing."""
+    trainer, found, _, _ = moved
+    given = {"beta": 10.0, "keep_hinge_weight": 2.0}
+    dropped = replace(found, advantages=found.advantages.clone())
+    dropped.advantages[1] = 0
+    alone = [loss_with(trainer, found, **{name: given[name]}) - loss_with(trainer, found) for name in given]
+    left = [loss_with(trainer, dropped, **{name: given[name]}) - loss_with(trainer, dropped) for name in given]
+    assert all(0 < less < more for less, more in zip(left, alone, strict=True))
+    dropped.advantages.zero_()
+    assert loss_with(trainer, dropped, **given) == 0
 
 
 # ------------------------------------------------------------------------------------------ cached conditions
@@ -879,11 +899,24 @@ def test_only_the_chosen_attention_is_recorded_and_paid(tmp_path, data):
         return attention_density
 
     def densities(**options):
-        trainer = make(tmp_path, data, [watching, "attention_contrast"], max_steps=1, **options)
+        trainer = make(tmp_path, data, [watching, "attention_contrast"], max_steps=1, learning_rate=0.0, **options)
         assert trainer.args.attention_options.reads(3) == range(1 if options else 0, 3)
         seen.clear()
         trainer.train()
+        edits, read = [group.edit for group in trainer._buffer[0]], trainer.args.attention_options
+        key = trainer._buffer[0][0].key[:-1]
+        rolled = (trainer.editor, trainer.model, edits, 4, trainer.exploration, key)
+        expected = [make_groups(*rolled, "mass", options=o) for o in (read, *one_changed(read))]
+        readings = [torch.cat([group.attention.density for group in groups]).tolist() for groups in expected]
+        assert seen[0] == pytest.approx(readings[0], rel=1e-5)
+        for other in readings[1:]:
+            assert not np.allclose(seen[0], other, atol=1e-4), "each option matters"
         return seen[0], trainer.state.log_history[0]
+
+    def one_changed(read):
+        if read == AttentionOptions():
+            return []
+        return [replace(read, **{f.name: f.default}) for f in fields(AttentionOptions)]
 
     (plain, _), (some, log) = densities(), densities(attention_direction="image_to_text", **chosen)
     assert not np.allclose(plain, some, atol=1e-3)

@@ -66,6 +66,30 @@ def test_a_turn_has_the_regions_that_it_brings_or_its_mask_alone(own):
     assert torch.equal(edit.mask, half[0]), "rewards see the turn's mask"
 
 
+@pytest.mark.parametrize("regions", [False, True])
+def test_masks_of_turns_have_the_first_sources_shape_at_any_size(regions):
+    def tall(height, width):
+        mask = np.full((height, width), 255, np.uint8)
+        return turn_of("next", mask, labels=[mask]) if regions else turn_of("next", mask)
+
+    wide = replace(edit_of(), source=Image.new("RGB", (30, 17)), mask=torch.ones(17, 30))
+    result, column = Image.new("RGB", (32, 16)), "labels" if regions else None  # an editor's sizes are multiples
+    turns = [tall(17, 30), tall(34, 60), tall(9, 15), tall(16, 32)]
+    edit = replace(wide, columns={"turns": turns})
+    for number in (2, 3, 4):
+        edit = next_edit(edit, result, "turns", number, column)
+        assert edit.mask.shape == (16, 32) and edit.first_size == (30, 17)
+    bad = [tall(30, 17), tall(17, 17), tall(16, 40)]
+    if regions:
+        bad = [{**turn, "mask": np.full((17, 30), 255, np.uint8)} for turn in bad]
+    for turn in bad:
+        with pytest.raises(ValueError, match=r"turn 2, .*got a mask of height × width .*first source, \(17, 30\)"):
+            next_edit(replace(wide, columns={"turns": [turn]}), result, "turns", 2, column)
+    if not regions:
+        with pytest.raises(ValueError, match="resizing would distort it"):
+            join_turns(replace(wide, columns={"turns": bad[:1]}), "turns")
+
+
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
@@ -90,10 +114,17 @@ def test_turns_end():
 
 
 def test_the_best_candidate_goes_on():
-    images = ["a", "b", "c"]
-    for scores, expected in [([0.1, 0.3, 0.2], "b"), ([float("nan"), -5.0, -9.0], "b"), ([float("nan")] * 3, "a")]:
-        assert best_candidate(SimpleNamespace(images=images, scores=torch.tensor(scores))) == expected
-    assert best_candidate(SimpleNamespace(images=images, scores=None)) == "a"
+    nan, weights = float("nan"), torch.tensor([2.0, 1.0])
+
+    def best(scores, rewards):
+        group = SimpleNamespace(images=["a", "b", "c"], scores=torch.tensor(scores), rewards=torch.tensor(rewards))
+        return best_candidate(group, weights)
+
+    rewards = [[1.0, 9.0], [3.0, 0.0], [2.0, 0.0]]
+    assert best([0.1, 0.3, 0.2], rewards) == "b" and best([nan, -5.0, -9.0], rewards) == "b"
+    # a reward failed on all of them: the other one decides
+    assert best([nan] * 3, [[nan, 1.0], [nan, 0.0], [nan, 2.0]]) == "c"
+    assert best([nan] * 3, [[nan, nan]] * 3) == "a"
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -94,6 +94,12 @@ class Concentration:
 Direction = Literal["text_to_image", "image_to_text"]
 
 
+def check_direction(direction: str) -> None:
+    """Refuse what is no `Direction`."""
+    if direction not in get_args(Direction):
+        raise ValueError(f"direction: got {direction!r}, expected one of {', '.join(get_args(Direction))}")
+
+
 @dataclass(frozen=True)
 class AttentionOptions:
     """Which part of the attention is read.
@@ -106,12 +112,21 @@ class AttentionOptions:
         direction: `"text_to_image"`, how the instruction's tokens share out their attention among the noisy-image
             tokens; or `"image_to_text"`, the share of each noisy-image token's attention on the text that falls on the
             instruction's tokens, made to sum to 1 over the image.
+
+    Raises:
+        ValueError: another direction, or no two shares in order.
     """
 
     blocks: Sequence[int] | None = None
     steps_range: tuple[float, float] = (0.0, 1.0)
     words_column: str | None = None
     direction: Direction = "text_to_image"
+
+    def __post_init__(self) -> None:
+        check_direction(self.direction)
+        shares = tuple(self.steps_range)
+        if len(shares) != 2 or not 0 <= shares[0] <= shares[1] <= 1:
+            raise ValueError(f"steps_range: got {shares}, expected two shares of the steps in order, such as (0, 0.5)")
 
     def reads(self, steps: int) -> range:
         """Those of so many steps that are read, which may be none."""
@@ -132,7 +147,7 @@ class AttentionRecorder:
         blocks, direction: as in `AttentionOptions`.
 
     Raises:
-        ValueError: blocks that the transformer does not have.
+        ValueError: blocks that the transformer does not have, or another direction.
     """
 
     def __init__(
@@ -142,6 +157,7 @@ class AttentionRecorder:
         direction: Direction = "text_to_image",
     ) -> None:
         modules = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
+        check_direction(direction)
         self._asks_text = direction == "text_to_image"
         chosen = range(len(modules)) if blocks is None else blocks
         if not chosen or any(not 0 <= block < len(modules) for block in chosen):

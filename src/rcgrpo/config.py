@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from math import isfinite
+from math import inf, isfinite
 from typing import Any, ClassVar
 
 import transformers
@@ -309,7 +309,7 @@ class RCGRPOConfig(_BaseConfig):
         if not 1 <= self.num_anchors <= self.num_generations:
             refuse("num_anchors", f"1 to num_generations ({self.num_generations})")
         counts = ("num_generations_eval", "num_inference_steps", "num_policy_steps", "num_iterations", "resolution")
-        for name in (*counts, "max_reward_failures"):
+        for name in (*counts, "max_reward_failures", "max_sequence_length"):
             if getattr(self, name) < 1:
                 refuse(name, "at least 1")
         bounds = {"rollout_batch_size": "no bound", "train_micro_batch_size": "no bound"}
@@ -321,11 +321,11 @@ class RCGRPOConfig(_BaseConfig):
                 refuse(name, "a number in [0, 1]")
         weights = ("keep_weight", "beta", "beta_keep", "attention_reward_weight", "min_reward_std", "check_rows")
         for name in (*weights, "keep_hinge_weight", "keep_hinge_margin"):
-            if not getattr(self, name) >= 0:  # NaN is neither
+            if not 0 <= getattr(self, name) < inf:  # NaN is neither
                 refuse(name, "0 or more")
         positive = ("temperature", "epsilon", "advantage_power", "advantage_std_floor", "sde_noise_level", "nft_beta")
         for name in (*positive, "nft_advantage_clip"):
-            if not getattr(self, name) > 0:
+            if not 0 < getattr(self, name) < inf:
                 refuse(name, "a number above 0")
         choices = {
             "exploration": ("region", "global"),
@@ -387,6 +387,13 @@ class RCGRPOConfig(_BaseConfig):
                     "keep_strength",
                     "more than 0 with policy=flow_grpo and a reward on keep: steps without noise have no density",
                 )
+            for number, strength in enumerate(self.region_strengths or [], start=1):
+                if not strength and f"region_{number}" in self.named_regions:
+                    refuse(
+                        "region_strengths",
+                        f"more than 0 for region_{number} with policy=flow_grpo and a reward there: steps without "
+                        "noise have no density",
+                    )
         if self.sde_window is not None:
             if self.policy != "flow_grpo":
                 refuse("sde_window", f"none with policy={self.policy}, which has no stochastic steps")
@@ -409,8 +416,11 @@ class RCGRPOConfig(_BaseConfig):
         for name, (condition, holds) in self._conditions().items():
             if not holds and getattr(self, name) != self.__dataclass_fields__[name].default:
                 refuse(name, f"its default, {self.__dataclass_fields__[name].default!r}, without {condition}")
-        if self.reward_weights is not None and not all(map(isfinite, self.reward_weights)):
-            refuse("reward_weights", "finite numbers")
+        if self.reward_weights is not None:
+            if not all(map(isfinite, self.reward_weights)):
+                refuse("reward_weights", "finite numbers")
+            if not any(self.reward_weights) and not self.attention_reward_weight:
+                refuse("reward_weights", "at least one other than 0: rewards of weight 0 are only logged")
         if self.scale_rewards != "group" and self.multi_objective_aggregation != "sum_then_normalize":
             refuse("scale_rewards", "group with normalize_then_sum, which has normalised each reward before")
         for name in ("reward_regions", "region_advantage_weights"):
@@ -424,9 +434,12 @@ class RCGRPOConfig(_BaseConfig):
             named = self.named_regions
             if self.region_advantage_weights is not None and (
                 len(self.region_advantage_weights) != len(named)
-                or any(not weight >= 0 for weight in self.region_advantage_weights)
+                or any(not 0 <= weight < inf for weight in self.region_advantage_weights)
+                or not any(self.region_advantage_weights)
             ):
-                refuse("region_advantage_weights", f"{len(named)} numbers of 0 or more, for {', '.join(named)}")
+                refuse(
+                    "region_advantage_weights", f"{len(named)} numbers of 0 or more, not all 0, for {', '.join(named)}"
+                )
 
     def _conditions(self) -> dict[str, tuple[str, bool]]:
         """Fields that mean nothing unless something else is set: what that is, and whether it is."""

@@ -256,7 +256,8 @@ def group_diagnostics(
         advantages: `[G]`, or `[rows, G]` with region advantages.
         parts: `"edit"` and `"keep"`, as far as they are known: `[G]` scores that see the region alone and the
             background alone, NaN = no score.
-        rows: names of the rows of advantages. A part is compared with the row of its name, else with their sum.
+        rows: names of the rows of advantages. The keep part is compared with `"keep"`'s, the edit part with the sum of
+            the others'; where there is no such row, with the sum of all.
 
     Returns:
         Names that start with `diagnostics/`; NaN for what cannot be measured.
@@ -275,7 +276,8 @@ def group_diagnostics(
         "colour_entropy": float(colour_entropy(pictures, mask).mean()),
     }
     for name, scores in (parts or {}).items():
-        row = several[rows.index(name)] if name in rows else several.sum(0)
+        own = [i for i, region in enumerate(rows) if (region == "keep") == (name == "keep")]
+        row = several[own or slice(None)].sum(0)
         numbers[f"{name}_reward_var"] = variance(scores)
         # A dropped group's zeros are no ranking.
         numbers[f"{name}_spearman"] = spearman(torch.where(row.any(), row, NAN), scores)

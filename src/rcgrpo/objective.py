@@ -146,7 +146,8 @@ def batch_advantages(
             by as much as the other way does, and one reward gives the same both ways where no group is flat.
         scale_rewards: as in `advantage_size`; with `"normalize_then_sum"` only `"group"` means anything.
         std_floor: smallest standard deviation to divide by.
-        min_std: groups whose scores spread less than this get advantages of 0.
+        min_std: groups whose scores spread less than this get advantages of 0; with `"normalize_then_sum"`, where units
+            do not matter, groups in which no reward times its weight spreads so much.
         power: of the quasi-norm.
 
     Returns:
@@ -159,8 +160,11 @@ def batch_advantages(
         batch, scale_rewards = [total_advantages(values, weights) for values in rewards], "batch"
     batch_std = spread(torch.cat(batch))
     results = []
-    for own, values in zip(scores, compared, strict=True):
-        if not spread(own) >= min_std:  # NaN, where nobody was scored, is flat too
+    for own, values, each in zip(scores, compared, rewards, strict=True):
+        seen = [own]
+        if how == "normalize_then_sum":
+            seen = list((each * weights).masked_fill(own.isnan().unsqueeze(-1), torch.nan).unbind(-1))
+        if not any(spread(column) >= min_std for column in seen):  # NaN, where nobody was scored, is flat too
             results.append(torch.zeros_like(own))
             continue
         scored = int((~own.isnan()).sum())

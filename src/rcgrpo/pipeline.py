@@ -60,7 +60,7 @@ def _words(words: str | list[Any]) -> list[list[str]]:
     """The words of each prompt."""
     if isinstance(words, str):
         return [[words]]
-    return words if isinstance(words[0], list) else [words]
+    return words if words and isinstance(words[0], list) else [words]
 
 
 class RegionDecoupledFluxKontextPipeline(FluxKontextPipeline):
@@ -118,12 +118,27 @@ class RegionDecoupledFluxKontextPipeline(FluxKontextPipeline):
         Raises:
             ValueError: a mask that is empty or of another size than its source, strengths outside [0, 1], images,
                 masks, generators or `latents` that are not one for each prompt, `output_attention` without a mask or
-                with true CFG, attention's options without it, words that a prompt does not have.
+                with true CFG, attention's options without it, that read no step or name a column, words that a prompt
+                does not have.
         """
-        if not output_attention and (attention_options or attention_words):
+        if not output_attention and (attention_options is not None or attention_words is not None):
             raise ValueError(
                 "attention_options, attention_words: expected output_attention=True with them, which reads them"
             )
+        options = attention_options or AttentionOptions()
+        if options.words_column is not None:
+            raise ValueError(
+                f"attention_options.words_column: got {options.words_column!r}, expected none, as a call has no "
+                "columns; give the words themselves as attention_words"
+            )
+        count = len(kwargs["sigmas"]) if kwargs.get("sigmas") is not None else kwargs.get("num_inference_steps", 28)
+        if output_attention and not options.reads(count):
+            raise ValueError(
+                f"attention_options.steps_range: got {options.steps_range}, expected shares that hold at least one of "
+                f"the {count} steps"
+            )
+        if attention_words is not None and not all(map(any, _words(attention_words))):
+            raise ValueError(f"attention_words: got {attention_words!r}, expected words of each prompt")
         if mask_image is None:
             if output_attention:
                 raise ValueError("output_attention: got True without mask_image, expected a region to measure on")
@@ -156,7 +171,6 @@ class RegionDecoupledFluxKontextPipeline(FluxKontextPipeline):
             prompts = _repeat_each(prompts, group)
         images = _repeat_each(images, group)
 
-        options = attention_options or AttentionOptions()
         recorder = AttentionRecorder(self.transformer, options.blocks, options.direction) if output_attention else None
         with ExitStack() as recording:
             if recorder is not None:
@@ -171,7 +185,6 @@ class RegionDecoupledFluxKontextPipeline(FluxKontextPipeline):
                     words = None if attention_words is None else _repeat_each(_words(attention_words), group)
                     weights = instruction_token_weights(self, texts, kwargs.get("max_sequence_length", 512), words)
                 covered = torch.stack([to_tokens(mask, grid, "mean") for mask in masks]).repeat_interleave(group, dim=0)
-                count = len(kwargs["sigmas"]) if kwargs.get("sigmas") else kwargs.get("num_inference_steps", 28)
                 order = getattr(self.scheduler, "order", 1)
                 recording.enter_context(recorder.record(covered, weights, True, options.reads(count), order))
             output = super().__call__(images, prompts, latents=latents, return_dict=False, **kwargs)[0]

@@ -250,7 +250,23 @@ class RCGRPOTrainer(SavingTrainer):
                 f"turns_column: got {args.turns_column!r}, expected a column of {name}_dataset, which has "
                 f"{', '.join(rows.edit(0).columns)}; rows without further turns have None there"
             )
-        full = rows.check(args.check_rows, lambda edit: self._check_edit(edit, args))
+        most = 0
+
+        def look(edit: Edit) -> None:
+            nonlocal most
+            most = max(most, self._check_edit(edit, args))
+
+        full = rows.check(args.check_rows, look)
+        missing = [n for n in args.named_regions if n.startswith("region_") and int(n.removeprefix("region_")) > most]
+        # Turns that are played one after the other may bring more regions than their row.
+        if missing and most and (args.turns_column is None or args.turns_at_once):
+            logger.warning(
+                "reward_regions: none of the checked rows of %s_dataset has %s, so rewards there teach nothing; the "
+                "most regions of one edit are %d",
+                name,
+                ", ".join(missing),
+                most,
+            )
         if full:
             logger.warning(
                 "%s_dataset: %d of the checked rows have a mask that covers the whole picture; for them nothing is "
@@ -267,11 +283,11 @@ class RCGRPOTrainer(SavingTrainer):
             return None
         return next_edit(edit, result, args.turns_column, number, args.regions_column)
 
-    def _check_edit(self, edit: Edit, args: RCGRPOConfig) -> None:
-        """Regions and words that cannot be read are known before the first rollout."""
+    def _check_edit(self, edit: Edit, args: RCGRPOConfig) -> int:
+        """Regions and words that cannot be read are known before the first rollout; the number of regions."""
         if args.attention_words_column is not None:
             words_of(edit, args.attention_words_column)
-        self.exploration.masks(edit)
+        return len(self.exploration.masks(edit))
 
     def _check_played(self, rows: EditRows | None) -> None:
         """Turns and words that cannot be read are known before the first rollout.
@@ -518,7 +534,7 @@ class RCGRPOTrainer(SavingTrainer):
             self._metrics[self._mode()]["rewards/failures"].append(float(len(scored.failures)))
             self.failures.update(scored)
             played += groups
-            following = [self._next_edit(g.edit, best_candidate(g), turn) for g in groups]
+            following = [self._next_edit(g.edit, best_candidate(g, self.reward_weights), turn) for g in groups]
             edits = [edit for edit in following if edit is not None]
             if not edits:
                 break

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .data.edits import Edit, decode_picture, open_picture
 from .labels import split_regions
+from .objective import total_scores
 from .regions import check_mask, mask_to_tensor
 from .rollout import Group
 
@@ -26,11 +27,19 @@ REGIONS = "regions"
 """The column that `join_turns` fills with the regions of a joined edit."""
 
 
-def best_candidate(group: Group) -> Image.Image:
-    """The picture with the highest score, the first one if nobody has a score."""
-    if group.scores is None:
-        return group.images[0]
-    return group.images[int(group.scores.nan_to_num(-float("inf")).argmax())]
+def best_candidate(group: Group, weights: Tensor) -> Image.Image:
+    """The picture with the highest score.
+
+    Where a reward failed on the whole group, nobody has a score, and the other rewards decide; the first picture where
+    there are none.
+
+    Args:
+        weights: of the rewards, `[rewards]`.
+    """
+    scores: Tensor = group.scores  # type: ignore[assignment]
+    if bool(scores.isnan().all()):
+        scores = total_scores(group.rewards, weights)  # type: ignore[arg-type]
+    return group.images[int(scores.nan_to_num(-float("inf")).argmax())]
 
 
 def next_edit(
@@ -48,20 +57,21 @@ def next_edit(
             its own, at any size; without them its mask is its one region, whatever the turn before had.
 
     Raises:
-        ValueError: a turn without instruction, or with a mask or regions that cannot be used.
+        ValueError: a turn without instruction, or with a mask or regions that cannot be used or have another shape.
     """
     turns = _turns_of(edit, column)
     if len(turns) < number - 1:
         return None
     label = f"{edit.label.partition(', turn ')[0]}, turn {number}"
-    turn, where = turns[number - 2], f"{label}, column {column!r}"
-    prompt, mask = _read_pair(turn, result.size, where)
+    turn, where, first = turns[number - 2], f"{label}, column {column!r}", edit.first_size or edit.source.size
+    prompt, mask = _read_pair(turn, first, result.size, where)
     others = {key: value for key, value in turn.items() if key not in ("instruction", "mask")}
     if regions_column is not None:
         own = others.get(regions_column)
-        others[regions_column] = [_picture(mask)] if own is None else _regions_of_size(own, result.size, where)
+        others[regions_column] = [_picture(mask)] if own is None else _regions_of_size(own, first, result.size, where)
     columns = {**edit.columns, **others, "turn": number}
-    return replace(edit, label=label, source=result.convert("RGB"), prompt=prompt, mask=mask, columns=columns)
+    source = result.convert("RGB")
+    return replace(edit, label=label, source=source, prompt=prompt, mask=mask, columns=columns, first_size=first)
 
 
 def join_turns(edit: Edit, column: str) -> Edit:
@@ -83,7 +93,7 @@ def join_turns(edit: Edit, column: str) -> Edit:
             "rename it"
         )
     pairs = [
-        _read_pair(turn, edit.source.size, f"{edit.label}, turn {number}, column {column!r}")
+        _read_pair(turn, edit.source.size, edit.source.size, f"{edit.label}, turn {number}, column {column!r}")
         for number, turn in enumerate(_turns_of(edit, column), start=2)
     ]
     prompts, masks = zip((edit.prompt, edit.mask), *pairs, strict=True)
@@ -113,24 +123,38 @@ def _turns_of(edit: Edit, column: str) -> Sequence[Any]:
     return turns
 
 
-def _read_pair(turn: Any, size: tuple[int, int], where: str) -> tuple[str, Tensor]:
-    """A turn's instruction, and its mask at this (width, height)."""
+def _read_pair(turn: Any, first: tuple[int, int], size: tuple[int, int], where: str) -> tuple[str, Tensor]:
+    """A turn's instruction, and its mask, of the first source's shape, at this size; sizes are (width, height)."""
     if not isinstance(turn, Mapping) or not {"instruction", "mask"} <= turn.keys():
         given = sorted(turn) if isinstance(turn, Mapping) else type(turn).__name__
         raise ValueError(f"{where}: got {given}, expected a mapping with 'instruction' and 'mask'")
     prompt = turn["instruction"]
     if not isinstance(prompt, str) or not prompt.strip(". \n"):
         raise ValueError(f"{where}: got {prompt!r}, expected an instruction")
-    mask = mask_to_tensor(_picture(mask_to_tensor(_opened(turn["mask"], where))).resize(size, Image.Resampling.NEAREST))
+    given = mask_to_tensor(_opened(turn["mask"], where))
+    _check_shape(given, first, where)
+    mask = mask_to_tensor(_picture(given).resize(size, Image.Resampling.NEAREST))
     check_mask(mask, where=where)
     return prompt, mask
 
 
-def _regions_of_size(value: Any, size: tuple[int, int], where: str) -> list[Image.Image]:
-    """A mask for each of a turn's own regions, at the result's size."""
+def _check_shape(mask: Tensor, first: tuple[int, int], where: str) -> None:
+    """Refuse a mask that scaling alone does not bring to the first source's (width, height), to a pixel of either."""
+    (height, width), (first_width, first_height) = mask.shape, first
+    if abs(width * first_height - height * first_width) > max(height, width, first_height, first_width):
+        raise ValueError(
+            f"{where}: got a mask of height × width {(height, width)}, expected the shape of the first source, "
+            f"{(first_height, first_width)}, at any size; resizing would distort it"
+        )
+
+
+def _regions_of_size(value: Any, first: tuple[int, int], size: tuple[int, int], where: str) -> list[Image.Image]:
+    """A mask for each of a turn's own regions, of the first source's shape, at the result's size."""
     several = isinstance(value, Sequence) and not isinstance(value, str | bytes)
     opened = [_opened(mask, where) for mask in value] if several else _opened(value, where, open_picture)
-    return [_picture(mask).resize(size, Image.Resampling.NEAREST) for mask in split_regions(opened, where=where)]
+    masks = split_regions(opened, where=where)
+    _check_shape(masks[0], first, where)
+    return [_picture(mask).resize(size, Image.Resampling.NEAREST) for mask in masks]
 
 
 def _opened(value: Any, where: str, how: Callable[[Any, str], Image.Image] = decode_picture) -> Any:

@@ -24,7 +24,10 @@ from ..regions import check_mask, is_full, mask_to_tensor
 
 @dataclass(frozen=True)
 class Edit:
-    """One editing task: `source` RGB, `mask` `[height, width]` of the same size, `columns` for the rewards."""
+    """One editing task: `source` RGB, `mask` `[height, width]` of the same size, `columns` for the rewards.
+
+    A further turn knows the width and height of the first one's source, `first_size`, which its masks follow.
+    """
 
     row: int
     label: str
@@ -32,6 +35,7 @@ class Edit:
     prompt: str
     mask: Tensor
     columns: dict[str, Any]
+    first_size: tuple[int, int] | None = None
 
 
 def decode_picture(value: Any, where: str) -> Image.Image:
