@@ -1323,7 +1323,7 @@ import torch
 import test_trainer as t
 from rcgrpo import compbench_mini
 folder, data = Path(sys.argv[1]), compbench_mini("train", 12, 32)
-options = {**t.FOUR, "per_device_train_batch_size": 2, "train_micro_batch_size": 3, "gradient_checkpointing": False}
+options = {**t.FOUR, "per_device_train_batch_size": 2, "train_micro_batch_size": 3}
 options |= {"cache_conditions": True, "conditions_cache_dir": str(folder / "conditions")}
 trainer = t.make(folder, data, t.flat_for_removals, **options)
 trainer.train()
