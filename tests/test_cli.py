@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -60,6 +62,25 @@ def test_yaml_values_are_brought_to_their_fields_types(monkeypatch):
     assert (config.learning_rate, config.max_steps, config.run_name) == (2e-4, 100, "-7")
     assert config.scale_rewards == "group" and isinstance(config.save_steps, int)
     assert os.environ["OF_THIS_JOB"] == "3"
+
+
+def test_none_takes_back_what_the_file_sets():
+    """Where it could be no text: neighbour GRPO from the recipe."""
+    flags = ["--region_advantages", "false", "--reward_regions", "none", "--region_advantage_weights=None"]
+    script, config = settle(*flags, "--exploration", "global", "--preset", "none", "--solver", "none")
+    assert (config.exploration, config.region_advantages, config.solver) == ("global", False, None)
+    assert config.reward_regions is None and config.region_advantage_weights is None
+    assert script.preset == "none" and script.num_eval_samples is not None
+    script, config = settle("--num_eval_samples", "none", "--attention_blocks", "1", "2")
+    assert script.num_eval_samples is None and config.attention_blocks == [1, 2]
+
+
+def test_modules_beside_the_user_are_found_after_what_is_installed():
+    Path("my_rewards.py").write_text("def tidy(images, **columns):\n    return [1.0] * len(images)\n")
+    Path("datasets.py").write_text("raise AssertionError('shadowed')\n")
+    code = "from rcgrpo.cli import main; main(['rewards']); import my_rewards, datasets"
+    ran = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
 
 
 @pytest.mark.parametrize("arguments", [["--config", "job.yaml"], ["--config=job.yaml"]])

@@ -279,6 +279,7 @@ class RCGRPOConfig(_BaseConfig):
         # TRL takes a boolean too, which a command line says in words.
         spelt = {"true": "group", "false": "none"}
         self.scale_rewards = spelt.get(str(self.scale_rewards).lower(), self.scale_rewards)
+        self.solver = None if str(self.solver).lower() == "none" else self.solver
         self._check()
         # transformers reads a newer alias of gradient checkpointing; a value given for either must win.
         if HAS_ACTIVATION_CHECKPOINTING:

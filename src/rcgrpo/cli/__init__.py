@@ -31,6 +31,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="see `rcgrpo COMMAND --help`")
     given = parser.parse_args(argv)
+    if os.getcwd() not in sys.path:  # so that dotted paths find what lies here, as under `python -m`
+        sys.path.append(os.getcwd())
     try:
         import_module(f"{__name__}.{given.command}").run(given.arguments)
     except (UsageError, ValueError, TypeError, FileNotFoundError) as error:

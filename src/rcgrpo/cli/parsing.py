@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args, get_type_hints
 
 TINY = "kontext-tiny"
 MINI = "compbench-mini"
@@ -37,7 +37,8 @@ def parse(
     """Dataclasses from flags and `--config file.yaml`, strictly.
 
     A line of the file is the flag of that name, before those on the command line, so that one parser says what a value
-    may be, and what is typed wins. `null` leaves the default. `env:` sets variables of the environment, as with TRL.
+    may be, and what is typed wins. `null` leaves the default; so does `none` on the command line, also where the file
+    says otherwise, for what is no text and None by default. `env:` sets variables of the environment, as with TRL.
 
     Raises:
         UsageError: an unknown key or flag, with the nearest known one; a value of another type; a config file that
@@ -56,6 +57,8 @@ def parse(
         name = _name(flag)
         if flag.startswith("--") and name not in {*known, "help"} and name.removeprefix("no_") not in known:
             raise UsageError(_unknown(f"unknown flag {flag.split('=')[0]!r}", name, known, program, "--"))
+    unset, flags = _take_unset(flags, set().union(*map(_may_be_unset, classes)))
+    config = {name: value for name, value in config.items() if name not in unset}
     os.environ.update({str(name): str(value) for name, value in variables.items()})
     parser = HfArgumentParser(classes, prog=program, allow_abbrev=False)
 
@@ -117,6 +120,24 @@ def _as_flags(config: Mapping[str, Any]) -> list[str]:
         else:
             flags += [f"--{name}", *map(str, values)]
     return flags
+
+
+def _may_be_unset(cls: type) -> set[str]:
+    """Fields that are None by default, but those of texts, for which "none" could be a value."""
+    hints = get_type_hints(cls)  # the parser changes what the fields themselves say
+    return {f.name for f in fields(cls) if f.init and f.default is None and str not in get_args(hints[f.name])}
+
+
+def _take_unset(flags: Sequence[str], names: set[str]) -> tuple[set[str], list[str]]:
+    """Which of these names the flags set to `none`, and the flags without those."""
+    unset, left = set(), list(flags)
+    for i in reversed(range(len(left))):
+        name, _, value = left[i].partition("=")
+        two = not value and left[i + 1 : i + 2] and (len(left) == i + 2 or left[i + 2].startswith("--"))
+        if name.startswith("--") and _name(name) in names and (left[i + 1] if two else value).lower() == "none":
+            unset.add(_name(name))
+            del left[i : i + (2 if two else 1)]
+    return unset, left
 
 
 def _unknown(what: str, name: str, known: set[str], program: str, prefix: str = "") -> str:
