@@ -264,8 +264,11 @@ def test_several_regions_reach_noise_and_objective(tmp_path, data, caplog):
     with pytest.raises(ValueError, match="train row 0, column 'labels': got nothing"):
         make(tmp_path, data, **regions)
     assert "reward_regions" not in caplog.text
-    make(tmp_path, rows, **{**regions, **objective, "reward_regions": ["region_3"], "region_strengths": None})
+    named = {**regions, **objective, "reward_regions": ["region_3"], "region_strengths": None}
+    trainer = make(tmp_path, rows, max_steps=1, **named)
     assert "none of the checked rows of train_dataset has region_3, so rewards there teach nothing" in caplog.text
+    trainer.train()
+    assert last(trainer, "regions/region_3/frac_reward_zero_std") == [1.0] and last(trainer, "grad_norm") == [0.0]
     one = data.map(lambda row: {"labels": row["mask"].convert("1").convert("L").point(bool)}, features=rows.features)
     with pytest.raises(ValueError, match="region_strengths: got 1 of them, expected 2 for eval row 0"):
         make(tmp_path, one, eval_dataset=rows, regions_column="labels", region_strengths=[0.5])
@@ -936,7 +939,10 @@ def test_attention_is_recorded_of_a_compiled_model(tmp_path, data):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"attention_blocks": [0]}, "attention_.*expected the defaults without log_attention=True or one of"),
+        (
+            {"attention_blocks": [0]},
+            "attention_blocks.*expected the defaults, as .* without log_attention=True or one of",
+        ),
         ({"attention_blocks": [4], "log_attention": True}, r"blocks: got \[4\], expected block numbers in 0..3"),
         ({"attention_words_column": "other", "log_attention": True}, "train row 0, column 'other': got .*words of"),
         ({"attention_words_column": "last", "log_attention": True}, "expected words of .* within its first 16 tokens"),

@@ -115,6 +115,8 @@ def announce(cells: list[Cell], args: argparse.Namespace) -> None:
         rate = measured_rate(cells) or 1.3 * calibrate(args.threads)
         minutes = estimate(cells, rate, args.workers) / 60
         print(f"{len(todo)} cells to run, {args.workers} at a time: about {minutes:.0f} minutes", flush=True)
+    else:
+        print(f"nothing to run: all {len(cells)} cells are there", flush=True)
 
 
 # What was found -------------------------------------------------------------------------------------------------------

@@ -161,7 +161,7 @@ class AttentionRecorder:
         self._asks_text = direction == "text_to_image"
         chosen = range(len(modules)) if blocks is None else blocks
         if not chosen or any(not 0 <= block < len(modules) for block in chosen):
-            raise ValueError(f"blocks: got {list(chosen)}, expected block numbers in 0..{len(modules) - 1}")
+            raise ValueError(f"attention_blocks: got {list(chosen)}, expected block numbers in 0..{len(modules) - 1}")
         self._attentions = [modules[block].attn for block in chosen]
         self._pos_embed = transformer.pos_embed
         self._sum: Tensor | None = None

@@ -38,7 +38,7 @@ from .hub import check_lora_config
 from .metrics import masked_psnr
 from .models import load_pipeline, trained_model
 from .objective import batch_advantages, keep_hinge, predict_clean, spread, total_scores, velocity_kl
-from .policies import make_policy
+from .policies import make_policy, region_mask
 from .regions import region_weights
 from .rewards import (
     ATTENTION_REWARDS,
@@ -156,8 +156,8 @@ class RCGRPOTrainer(SavingTrainer):
             AttentionRecorder(self.pipeline.transformer, args.attention_blocks)  # refuses blocks that are not there
         elif args.attention_options != AttentionOptions():
             raise ValueError(
-                f"attention_...: got {args.attention_options}, expected the defaults without log_attention=True or one "
-                f"of the rewards {', '.join(ATTENTION_REWARDS)}, because no attention is recorded"
+                f"attention_blocks, attention_...: got {args.attention_options}, expected the defaults, as nothing "
+                f"is recorded without log_attention=True or one of the rewards {', '.join(ATTENTION_REWARDS)}"
             )
         self.policy = make_policy(args, args.named_regions)
         super().__init__(
@@ -509,7 +509,8 @@ class RCGRPOTrainer(SavingTrainer):
                 metrics[f"regions/{region}/reward"].append(float(own.nanmean()))
                 if count > 1:
                     metrics[f"regions/{region}/reward_std"].append(spread(own))
-                    metrics[f"regions/{region}/frac_reward_zero_std"].append(float(not advantages.any()))
+                    taught = bool(advantages.any()) and bool(region_mask(group, region).any())
+                    metrics[f"regions/{region}/frac_reward_zero_std"].append(float(not taught))
                     metrics[f"regions/{region}/advantage_std"].append(spread(advantages))
             if group.attention is not None:
                 for measure in ("mass", "density", "contrast"):
