@@ -271,6 +271,7 @@ def draw_plane(path: Path, table: Table, rows: Sequence[Mapping[str, Any]]) -> b
     variants = {variant.name: variant for variant in table.variants}
     everywhere = {name for name, variant in variants.items() if variant.config.get("exploration") == "global"}
     families = list(dict.fromkeys(variants[row["variant"]].twin or row["variant"] for row in shown_rows))
+    colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(families)}
     centres: dict[str, tuple[float, float]] = {}
     figure = Figure(figsize=(9.6, 5.4), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
@@ -281,7 +282,7 @@ def draw_plane(path: Path, table: Table, rows: Sequence[Mapping[str, Any]]) -> b
         variant = variants[row["variant"]]
         across, up = (changes(row, metric) for metric in table.plane)
         centre = centres[row["variant"]] = sum(across) / len(across), sum(up) / len(up)
-        colour = COLOURS[families.index(variant.twin or variant.name) % len(COLOURS)]
+        colour = colours[variant.twin or variant.name]
         fill = "white" if row["variant"] in everywhere else colour
         for point in zip(across, up, strict=True):
             axes.plot(*zip(centre, point, strict=True), color=colour, linewidth=0.5, alpha=0.25, zorder=1)
@@ -289,10 +290,9 @@ def draw_plane(path: Path, table: Table, rows: Sequence[Mapping[str, Any]]) -> b
         name, marker = f"{row['variant']} ({len(across)})", "s" if "num_inference_steps" in variant.config else "o"
         axes.plot(*centre, marker, color=colour, markerfacecolor=fill, markersize=9, zorder=4, label=name)
     for name, centre in centres.items():
-        if (start_of := centres.get(variants[name].twin or "")) is not None:
-            colour = COLOURS[families.index(variants[name].twin or "") % len(COLOURS)]
-            arrow = {"arrowstyle": "-|>", "color": colour, "shrinkA": 5, "shrinkB": 6, "lw": 1.6}
-            axes.annotate("", centre, start_of, arrowprops=arrow, zorder=3)
+        if (twin := variants[name].twin) in centres:
+            arrow = {"arrowstyle": "-|>", "color": colours[twin], "shrinkA": 5, "shrinkB": 6, "lw": 1.6}
+            axes.annotate("", centre, centres[twin], arrowprops=arrow, zorder=3)
     titles = [f"{table.metrics[metric]}: change from the base" for metric in table.plane]
     axes.set_xlabel(titles[0], fontsize=9, color=INK)
     axes.set_ylabel(titles[1], fontsize=9, color=INK)
