@@ -10,7 +10,8 @@ from PIL import Image
 from rcgrpo import RCGRPOConfig
 from rcgrpo.cli.parsing import UsageError
 from rcgrpo.cli.train import ScriptArguments, load_rows, run, settle_resume, settle_splits
-from rcgrpo.data import EditRows
+from rcgrpo.data import EditRows, load_edit_dataset
+from rcgrpo.data.make_masks import MaskFolder
 
 
 @pytest.fixture(autouse=True)
@@ -47,6 +48,17 @@ def instructions(**given):
 def test_a_table_is_opened_as_elsewhere_and_rows_without_a_mask_are_left_out():
     train, held = instructions(dataset=write(), eval_split="", num_train_samples=20)
     assert train == [f"edit {i}" for i in range(11)] and held is None
+
+
+def test_masks_that_were_made_stand_in_for_missing_ones_on_both_sides():
+    config, path = RCGRPOConfig("out", use_cpu=True), write()
+    made = list(load_edit_dataset(path, on_missing="full"))[11:]
+    MaskFolder("masks", "by hand").fill(made, lambda row: Image.new("L", (16, 16), 255))
+    train, held = load_rows(settled(dataset=path, held_out=0.4, masks="masks"), config)
+    sources = {row["instruction"]: row["mask_source"] for rows in (train, held) for row in rows}
+    assert sources == {f"edit {i}": "own" if i < 11 else "stored" for i in range(12)}
+    with pytest.raises(UsageError, match="--masks: got masks, expected none on compbench-mini"):
+        settled(masks="masks")
 
 
 def test_what_is_held_out_is_reported_on_unless_said_otherwise():

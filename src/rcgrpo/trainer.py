@@ -244,7 +244,7 @@ class RCGRPOTrainer(SavingTrainer):
         columns = (args.image_column, args.prompt_column, args.mask_column)
         at_once = args.turns_column if args.turns_at_once else None
         join = None if at_once is None else partial(join_turns, column=at_once)
-        rows = EditRows(dataset, name, *columns, required, args.regions_column, join)
+        rows = EditRows(dataset, name, *columns, required, args.regions_column, args.turns_column, join)
         if args.turns_column is not None and args.turns_column not in rows.edit(0).columns:
             raise ValueError(
                 f"turns_column: got {args.turns_column!r}, expected a column of {name}_dataset, which has "

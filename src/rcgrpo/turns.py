@@ -8,7 +8,7 @@ Gotchas: the row's columns speak of the first turn; a turn brings its own for re
 one set of columns, the row's.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .data.edits import Edit, decode_picture, open_picture
+from .data.edits import Edit, decode_picture, open_regions
 from .labels import split_regions
 from .objective import total_scores
 from .regions import check_mask, mask_to_tensor
@@ -150,15 +150,13 @@ def _check_shape(mask: Tensor, first: tuple[int, int], where: str) -> None:
 
 def _regions_of_size(value: Any, first: tuple[int, int], size: tuple[int, int], where: str) -> list[Image.Image]:
     """A mask for each of a turn's own regions, of the first source's shape, at the result's size."""
-    several = isinstance(value, Sequence) and not isinstance(value, str | bytes)
-    opened = [_opened(mask, where) for mask in value] if several else _opened(value, where, open_picture)
-    masks = split_regions(opened, where=where)
+    masks = split_regions(open_regions(value, where), where=where)
     _check_shape(masks[0], first, where)
     return [_picture(mask).resize(size, Image.Resampling.NEAREST) for mask in masks]
 
 
-def _opened(value: Any, where: str, how: Callable[[Any, str], Image.Image] = decode_picture) -> Any:
-    return value if isinstance(value, Tensor | np.ndarray | Image.Image) else how(value, where)
+def _opened(value: Any, where: str) -> Any:
+    return value if isinstance(value, Tensor | np.ndarray | Image.Image) else decode_picture(value, where)
 
 
 def _picture(mask: Tensor) -> Image.Image:

@@ -16,6 +16,8 @@ from PIL import Image
 from rcgrpo.data.edits import EditRows
 from rcgrpo.data.loading import is_held_out, load_edit_dataset, parse_split
 from rcgrpo.data.presets import CANONICAL
+from rcgrpo.rollout import Exploration
+from rcgrpo.turns import join_turns, next_edit
 
 SIZE = (16, 12)
 BOX = (3, 2, 9, 8)
@@ -616,3 +618,40 @@ def test_stored_masks_come_before_the_fallbacks(tmp_path):
     with pytest.raises(ValueError, match=r"the ids of .* repeat"):
         load_edit_dataset([compbench(0), compbench(0)], "compbench", masks=tmp_path)
     assert load_dataset("imagefolder", data_dir=str(tmp_path), split="train")[0]["id"] == line["id"]
+
+
+def test_paths_of_regions_and_turns_start_at_the_file_wherever_one_is(tmp_path, monkeypatch):
+    """Written beside the file, read from somewhere else; a labelled picture keeps its numbers."""
+    (tmp_path / "data").mkdir()
+    labels = np.zeros(SIZE[::-1], np.uint8)
+    labels[:4], labels[8:] = 1, 2
+    white_mask().save(tmp_path / "data" / "mask.png")
+    photo().save(tmp_path / "data" / "photo.png")
+    Image.fromarray(labels).save(tmp_path / "data" / "labels.png")
+    row = {"input_image": "photo.png", "instruction": "one", "mask": "mask.png"}
+    turn = {"instruction": "two", "mask": "mask.png", "parts": ["mask.png", "mask.png"]}
+    rows = [{**row, "parts": "labels.png", "turns": [turn]}, {**row, "parts": "labels.png", "turns": [turn, turn]}]
+    path = tmp_path / "data" / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.chdir(tmp_path)
+    edit = EditRows(load_edit_dataset(path), "train", labels_column="parts", turns_column="turns").edit(1)
+    assert np.array_equal(edit.columns["parts"], labels)
+    assert [turn["instruction"] for turn in edit.columns["turns"]] == ["two", "two"]
+    masks = Exploration(regions_column="parts").masks
+    assert np.array_equal(masks(edit)[1], labels == 2)
+    following = next_edit(edit, edit.source, "turns", 2, "parts")
+    assert np.array_equal(following.mask, REGION) and masks(following).shape == (2, *REGION.shape)
+    joined = join_turns(edit, "turns")
+    assert len(joined.columns["regions"]) == 3 and np.array_equal(joined.mask, REGION)
+
+
+def test_a_list_of_mask_paths_is_a_region_each_and_a_wrong_one_is_named(tmp_path):
+    white_mask().save(tmp_path / "mask.png")
+    photo().save(tmp_path / "photo.png")
+    row = {"input_image": "photo.png", "instruction": "one", "mask": "mask.png", "parts": ["mask.png", "mask.png"]}
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(one) + "\n" for one in (row, {**row, "parts": ["mask.png", "none.png"]})))
+    rows = EditRows(load_edit_dataset(path), "train", labels_column="parts")
+    assert Exploration(regions_column="parts").masks(rows.edit(0)).shape == (2, *REGION.shape)
+    with pytest.raises(ValueError, match=r"train row 1, column 'parts': got '.*none.png', expected a picture"):
+        rows.edit(1)

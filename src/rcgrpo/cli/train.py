@@ -45,6 +45,9 @@ class ScriptArguments:
         default=None,
         metadata={"help": "The data set's columns and masks, e.g. compbench; a known Hub id has its own."},
     )
+    masks: str | None = field(
+        default=None, metadata={"help": "Folder of `rcgrpo data masks`, for rows without a mask; others are left out."}
+    )
     held_out: float = field(
         default=0.0, metadata={"help": "Share of the groups (videos) kept from training, for the report on them."}
     )
@@ -67,7 +70,7 @@ class ScriptArguments:
 
 
 def settle_splits(script: ScriptArguments) -> None:
-    """Fill in the held-out split; refuse one whose rows would be trained on.
+    """Fill in the held-out split; refuse one whose rows would be trained on, and what the embedded data do not take.
 
     Raises:
         UsageError: naming the flag, and how to hold rows out.
@@ -81,6 +84,8 @@ def settle_splits(script: ScriptArguments) -> None:
             raise UsageError(
                 f"--held_out: got {script.held_out}, expected 0 on {MINI}, whose test split is held out already"
             )
+        if script.masks is not None:
+            raise UsageError(f"--masks: got {script.masks}, expected none on {MINI}, whose rows have masks")
         for flag in ("train_split", "eval_split"):
             one_of(script, flag, ("train", "test", "") if flag == "eval_split" else ("train", "test"))
     elif script.eval_split is None and not script.held_out and is_one_table(script.dataset):
@@ -120,7 +125,13 @@ def load_rows(script: ScriptArguments, config: "RCGRPOConfig") -> tuple[Any, Any
             return None
         # A row without a mask has no region to constrain to.
         rows = load_edit_dataset(
-            script.dataset, script.preset, split, columns=columns, held_out=script.held_out, on_missing="drop"
+            script.dataset,
+            script.preset,
+            split,
+            columns=columns,
+            held_out=script.held_out,
+            on_missing="drop",
+            masks=script.masks,
         )
         if count is None or count >= len(rows):
             return rows

@@ -74,6 +74,22 @@ def open_picture(value: Any, where: str) -> Image.Image:
         ) from error
 
 
+def open_regions(value: Any, where: str) -> Any:
+    """What `labels.split_regions` reads: a labelled picture, or a list of masks, opened where a path or bytes name it.
+
+    Raises:
+        ValueError: naming `where`, for what no picture can be made of.
+    """
+    if isinstance(value, list | tuple):
+        return [decode_picture(mask, where) if _is_stored(mask) else mask for mask in value]
+    return open_picture(value, where) if _is_stored(value) else value
+
+
+def _is_stored(value: Any) -> bool:
+    """Whether a picture is yet to be opened."""
+    return isinstance(value, str | bytes) or (isinstance(value, Mapping) and value.keys() <= {"bytes", "path"})
+
+
 def _eight_bits(image: Image.Image) -> Image.Image:
     """Pillow clips where it should scale, so a 16-bit grey picture would turn white."""
     if not image.mode.startswith(("I", "F")):
@@ -113,6 +129,10 @@ class RowTransform(ABC):
     def row(self, stored: Mapping[str, Any], where: str = "") -> dict[str, Any]:
         """The canonical row of a stored one; `where` is what messages call it."""
 
+    def located(self, value: Any) -> Any:
+        """A picture that a row names by a relative path, where it really is; everything else as it is."""
+        return value
+
     def __call__(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
         """Rows in the column layout that `datasets` hands to a transform."""
         rows = [self.row(dict(zip(batch, values, strict=True))) for values in zip(*batch.values(), strict=True)]
@@ -127,7 +147,9 @@ class EditRows(Dataset):
         name: what messages call it, e.g. "train".
         image_column, prompt_column, mask_column: CompBench's names by default.
         required_columns: that rewards read.
-        labels_column: whose pictures' values are names, and not to be scaled to 8 bits.
+        labels_column: several regions, opened if they are paths: a picture whose values are names, and not to be scaled
+            to 8 bits, or a list of masks.
+        turns_column: lists of further turns, whose paths get the same start as the row's own; nothing is opened.
         finish: what becomes of each decoded edit; nothing by default.
 
     Raises:
@@ -144,6 +166,7 @@ class EditRows(Dataset):
         mask_column: str = "mask",
         required_columns: Sequence[str] = (),
         labels_column: str | None = None,
+        turns_column: str | None = None,
         finish: Callable[[Edit], Edit] | None = None,
     ) -> None:
         if not hasattr(rows, "__len__") or not hasattr(rows, "__getitem__"):
@@ -164,7 +187,7 @@ class EditRows(Dataset):
                 rows = rows.cast_column(key, datasets.Image(decode=False))
         self.rows, self.name = rows, name
         self.image_column, self.prompt_column, self.mask_column = image_column, prompt_column, mask_column
-        self.labels_column, self.finish = labels_column, finish
+        self.labels_column, self.turns_column, self.finish = labels_column, turns_column, finish
         self.pictures |= {image_column, mask_column}
         present = rows.column_names if isinstance(rows, datasets.Dataset) else list(rows[0])
         fields = {"image_column": image_column, "prompt_column": prompt_column, "mask_column": mask_column}
@@ -204,6 +227,11 @@ class EditRows(Dataset):
             else value
             for key, value in row.items()
         }
+        if self.labels_column is not None and self.labels_column in columns:
+            where = f"{label}, column {self.labels_column!r}"
+            columns[self.labels_column] = open_regions(self._located(columns[self.labels_column]), where)
+        if isinstance(turns := columns.get(self.turns_column or ""), Sequence) and not isinstance(turns, str):
+            columns[self.turns_column] = [self._located_turn(turn) for turn in turns]
         for column in (self.image_column, self.mask_column):
             if columns[column] is None:
                 raise ValueError(
@@ -216,6 +244,18 @@ class EditRows(Dataset):
         check_mask(mask, (source.height, source.width), f"{label}, column {self.mask_column!r}")
         edit = Edit(index, label, source, prompt, mask, columns)
         return edit if self.finish is None else self.finish(edit)
+
+    def _located(self, value: Any) -> Any:
+        """Paths of a picture or of a list of them, where they really are."""
+        if isinstance(value, list | tuple):
+            return [self._located(part) for part in value]
+        return value if self.transform is None else self.transform.located(value)
+
+    def _located_turn(self, turn: Any) -> Any:
+        """A turn with its mask's and its regions' paths where they really are."""
+        if not isinstance(turn, Mapping):
+            return turn
+        return {key: self._located(turn[key]) if key in ("mask", self.labels_column) else turn[key] for key in turn}
 
     def check(self, limit: int, further: Callable[[Edit], None] = lambda edit: None) -> int:
         """Decode up to `limit` rows, spread over the set, so that a bad one is found before training.
