@@ -436,6 +436,8 @@ def test_alarms_go_off_for_clear_changes_only():
     hacked = [difference("reward", 0.5, 0.6), difference("held-out reward", 0.5, 0.45)]
     assert "is being hacked" in diagnosis.alarms(hacked)[0]
     assert not diagnosis.alarms([hacked[0], difference("held-out reward", 0.5, 0.45, clear=False)])
+    assert not diagnosis.alarms([hacked[0], difference("held-out reward", 0.5, 0.498)]), "less than 1 % is no matter"
+    assert "falls by 10.0%" in diagnosis.alarms([hacked[0], difference("held-out reward", -0.5, -0.55)])[0]
     assert not diagnosis.alarms([difference("reward", 0.6, 0.5), hacked[1]])
     (grid,) = diagnosis.alarms([difference("edge density", 0.1, 0.13)])
     assert "+30%" in grid and "grids" in grid
@@ -448,7 +450,7 @@ def test_alarms_go_off_for_clear_changes_only():
 def test_more_variance_of_the_edit_reward_is_better_and_of_the_whole_reward_neither():
     def findings(variance):
         numbers = {"reward_var": variance, "edit_reward_var": variance, "keep_reward_var": variance}
-        return [SimpleNamespace(numbers=numbers)] * 2
+        return [SimpleNamespace(numbers=numbers)] * 6
 
     rows = diagnosis.paired(findings(2.0), findings(1.0), ("reward_var", "edit_reward_var", "keep_reward_var"))
     lines = diagnosis.difference_table(rows).splitlines()[2:]

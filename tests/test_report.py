@@ -42,6 +42,13 @@ def test_a_constant_difference_has_an_interval_without_width():
     assert (row.before, row.after, row.difference, row.low, row.high) == (2, 2.5, 0.5, 0.5, 0.5)
 
 
+@pytest.mark.parametrize(("n", "verdict"), [(5, "too few to tell"), (6, "↑ better")])
+def test_a_handful_of_pairs_is_too_few_to_tell_even_if_all_go_one_way(n, verdict):
+    before = list(range(n))
+    row = paired_bootstrap(before, [value + 1 + 0.1 * value for value in before])
+    assert row.low > 0 and row.verdict == verdict and row.significant is (n == 6)
+
+
 def test_incomplete_pairs_are_left_out():
     row = paired_bootstrap([1, None, 3, float("nan"), 5], [2, 2, None, 4, 8])
     assert (row.n, row.before, row.after, row.difference) == (2, 3, 5, 2)
@@ -52,7 +59,8 @@ def test_incomplete_pairs_are_left_out():
 
 
 def test_compare_keeps_order_and_refuses_lone_metrics():
-    rows = compare({"b": [1, 2], "a": [1, 2]}, {"a": [0, 1], "b": [2, 3]}, lower_is_better=["a"])
+    before, more, less = [1, 2] * 3, [2, 3] * 3, [0, 1] * 3
+    rows = compare({"b": before, "a": before}, {"a": less, "b": more}, lower_is_better=["a"])
     assert [(row.metric, row.verdict) for row in rows] == [("b", "↑ better"), ("a", "↓ better")]
     with pytest.raises(ValueError, match=r"\['b'\]"):
         compare({"a": [1, 2]}, {"a": [1, 2], "b": [1, 2]})

@@ -148,13 +148,12 @@ def paired(before: Sequence[Finding], after: Sequence[Finding], names: Sequence[
 def alarms(changes: Sequence[PairedDifference]) -> list[str]:
     """What in a LoRA's differences to its base looks like reward hacking; only clear differences count."""
     clear = {row.metric: row for row in changes if row.significant}
-    reward = clear.get("reward")
+    change = {name: row.difference / abs(row.before) for name, row in clear.items() if row.before}
     found = []
-    if reward is not None and reward.difference > 0:
+    if "reward" in clear and (rise := clear["reward"].difference) > 0:
         for name in ("held-out reward", "keep reward"):
-            if name in clear and clear[name].difference < 0:
-                found.append(f"The reward rises by {reward.difference:.3g} while the {name} falls: it is being hacked.")
-    change = {name: row.difference / row.before for name, row in clear.items() if row.before}
+            if (fall := -change.get(name, 0)) > 0.01:
+                found.append(f"The reward rises by {rise:.3g}, but the {name} falls by {fall:.1%}: it is being hacked.")
     for name, less, more in (
         ("edge density", "blur", "grids or grain"),
         ("colour entropy (bits)", "flat colours", "noise"),

@@ -26,6 +26,11 @@ PathLike = str | os.PathLike[str]
 # Statistics -----------------------------------------------------------------------------------------------------------
 
 
+FEWEST_PAIRS = 6
+"""Fewer say nothing: that all of five go one way has a chance of 2 / 2^5 = 6 % where nothing changes (sign test), and a
+bootstrap of so few draws its interval too narrow."""
+
+
 @dataclass(frozen=True)
 class PairedDifference:
     """The mean of one metric before and after training on the same samples, and an interval of the difference.
@@ -52,12 +57,14 @@ class PairedDifference:
 
     @property
     def significant(self) -> bool:
-        """Whether the interval excludes zero."""
-        return self.low > 0 or self.high < 0
+        """Whether the interval excludes zero, of `FEWEST_PAIRS` at least."""
+        return self.n >= FEWEST_PAIRS and (self.low > 0 or self.high < 0)
 
     @property
     def verdict(self) -> str:
         """The direction as an arrow and its worth as a word."""
+        if self.n < FEWEST_PAIRS:
+            return "too few to tell"
         if not self.significant:
             return "≈ no clear change"
         word = "better" if (self.difference > 0) == self.higher_is_better else "worse"
