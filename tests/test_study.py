@@ -33,7 +33,7 @@ from benchmarks.study.harness import (
     units_per_edit,
     updates_for,
 )
-from benchmarks.study.pages import Section, difference, plot, read_conclusions, shown, write_page, write_study
+from benchmarks.study.pages import Section, difference, far_out, plot, read_conclusions, shown, write_page, write_study
 from benchmarks.study.record import keep, recall, remember, restore, result_file
 from benchmarks.study.summary import fill_in, of_cell, over_seeds, summarise, test_against, with_rates
 from benchmarks.study.tables import TABLES, Table, Variant
@@ -453,6 +453,18 @@ def test_changes_of_two_metrics_are_drawn_against_each_other(tmp_path, seeds):
     without = {place: result for place, result in results.items() if place[0] != "base"}
     assert not plot(tmp_path / "nothing.png", table, summarise(table, without))
     assert not (tmp_path / "nothing.png").exists()
+
+
+def test_differences_far_beyond_all_others_are_numbers_at_the_edge():
+    def at(difference, half):
+        ends = {"seeds_low": difference - half, "seeds_high": difference + half}
+        return {"difference": difference, **ends, "edits_low": math.nan, "edits_high": math.nan}
+
+    near = [at(-0.007, 0.002), at(0.0, 0.001), at(-0.016, 0.01), None]
+    assert far_out([*near, at(-0.26, 0.03), at(0.17, 0.13)]) == {4, 5}
+    assert far_out([*near, at(-0.07, 0.01)]) == set() and far_out([*near, at(-0.08, 0.01)]) == {4}
+    assert far_out([at(0.0, 0.001), at(1.0, 0.1), at(1.1, 0.1)]) == set(), "they are most of what there is"
+    assert far_out([]) == far_out([None]) == far_out([at(1.0, 0.1)]) == set()
 
 
 def test_the_study_is_published_from_what_was_run(tmp_path, monkeypatch):

@@ -228,10 +228,12 @@ def draw_dots(axes: Any, table: Table, rows: Sequence[Mapping[str, Any]], arms: 
     """A metric of every row with its interval or, with a baseline, its paired difference to that.
 
     Means over the same seeds share much of their noise: overlapping intervals of theirs would hide clear differences.
-    A dot is hollow where there is one seed; its interval is then over edits.
+    A dot is hollow where there is one seed; its interval is then over edits. A difference far beyond the others is a
+    number at the edge, as they would shrink to points beside it.
     """
     if table.baseline is not None:
         axes.axvline(0, color=FAINT, linewidth=1, zorder=0)
+    far = far_out([row["tests"][0].get(name) if row["tests"] else None for row in rows])
     for i, row in enumerate(rows):
         colour = COLOURS[arms.index(row["arm"]) % len(COLOURS)]
         if table.baseline is None:
@@ -242,11 +244,27 @@ def draw_dots(axes: Any, table: Table, rows: Sequence[Mapping[str, Any]], arms: 
             continue
         else:
             centre, spread, alone = test["difference"], reach(test), math.isnan(test["seeds_low"])
+            if i in far:
+                edge, side, mark = (0, "left", "◂ {}") if centre < 0 else (1, "right", "{} ▸")
+                place = {"transform": axes.get_yaxis_transform(), "ha": side, "va": "center", "fontsize": 8}
+                axes.text(edge, i, f" {mark.format(format(centre, '+.2g'))} ", color=colour, **place)
+                continue
         fill = "white" if alone or spread is None else colour
         axes.errorbar(centre, i, xerr=spread, fmt="o", ms=4.5, color=colour, mfc=fill, capsize=2.5, lw=1.4)
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.locator_params(axis="x", nbins=5)
     axes.set_title(table.metrics[name], fontsize=9, color=INK, loc="left")
+
+
+def far_out(tests: Sequence[Mapping[str, Any] | None]) -> set[int]:
+    """Which differences, at most half of all, are more than three times as far from zero as other intervals reach."""
+    sizes = {i: abs(test["difference"]) for i, test in enumerate(tests) if test is not None}
+    ranked, ends = sorted(sizes, key=lambda i: sizes[i]), list[float]()
+    for place, i in enumerate(ranked):
+        if 2 * place >= len(ranked) > 1 and sizes[i] > 3 * max(ends):
+            return set(ranked[place:])
+        ends.append(sizes[i] + max(side for (side,) in reach(tests[i]) or [[0.0]]))  # type: ignore[arg-type]
+    return set()
 
 
 def draw_plane(path: Path, table: Table, rows: Sequence[Mapping[str, Any]]) -> bool:

@@ -269,17 +269,22 @@ MASKS = Table(
     [
         BASE,
         NEIGHBOR,
-        REGION_ADVANTAGES,
+        NEIGHBOR_FEW_STEPS,
+        Variant(RC_FEW_STEPS.name, RC_FEW_STEPS.config, against=(NEIGHBOR.name, NEIGHBOR_FEW_STEPS.name)),
         *(
-            Variant(f"{kind} {severity:g}", REGION_ADVANTAGES.config, corruption=(kind, severity))
+            Variant(
+                f"{kind} {severity:g}",
+                RC_FEW_STEPS.config,
+                corruption=(kind, severity),
+                against=(RC_FEW_STEPS.name, NEIGHBOR.name, NEIGHBOR_FEW_STEPS.name),
+            )
             for kind in CORRUPTIONS
             for severity in (0.5, 1.0)
         ),
     ],
     EDITING,
-    baseline=REGION_ADVANTAGES.name,
+    baseline=RC_FEW_STEPS.name,
     plotted=("edit_score", "psnr"),
-    seeds=3,
 )
 
 ATTENTION_SWEEP = Table(
