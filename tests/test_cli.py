@@ -75,6 +75,17 @@ def test_none_takes_back_what_the_file_sets():
     assert script.num_eval_samples is None and config.attention_blocks == [1, 2]
 
 
+@pytest.mark.parametrize("several", [["tensorboard", "wandb"], ["tensorboard"]])
+def test_a_text_that_may_be_a_list(several):
+    """Both ways to name trackers."""
+    assert settle("--report_to", *several)[1].report_to == several
+    assert settle("--config", write(f"report_to: {several}"), "--lora_r", "5")[1].report_to == several
+    assert settle("--report_to", "none")[1].report_to == []
+    modules = [f"layer_{i}" for i, _ in enumerate(several)]
+    given = settle("--optim", "galore_adamw", "--optim_target_modules", *modules)[1].optim_target_modules
+    assert given == (modules if len(modules) > 1 else modules[0])
+
+
 def test_modules_beside_the_user_are_found_after_what_is_installed():
     Path("my_rewards.py").write_text("def tidy(images, **columns):\n    return [1.0] * len(images)\n")
     Path("datasets.py").write_text("raise AssertionError('shadowed')\n")

@@ -49,6 +49,25 @@ def test_more_than_eight_rows_make_two_blocks():
     assert (top - box_of(two, GREEN)[1]) % (64 + 4) == 0
 
 
+def test_labels_stand_below_the_pictures_of_their_column():
+    pictures = {"before": [flat(RED)] * 2, "after": [flat(GREEN)] * 2}
+    plain = contact_sheet(pictures, ["first", "second"])
+    labelled = contact_sheet(pictures, ["first", "second"], labels={"after": ["0.25", "0.5"]})
+    below = 20  # a line and its distance
+    assert labelled.size == (plain.width, plain.height + 2 * below)
+    assert box_of(labelled, GREEN)[:3] == box_of(plain, GREEN)[:3]
+    left, top, right, _ = box_of(labelled, GREEN)
+    strip = np.asarray(labelled)[top + 130 : top + 130 + below]
+    assert strip[:, left:right].min() < 128 and strip[:, : left - 4].min() == 255
+
+
+def test_labels_are_of_columns_and_one_for_each_picture():
+    with pytest.raises(ValueError, match=r"labels for \['later'\].*\['before', 'after'\]"):
+        contact_sheet({"before": [flat(RED)], "after": [flat(GREEN)]}, labels={"later": ["1"]})
+    with pytest.raises(ValueError, match="'labels of a': 2"):
+        contact_sheet({"a": [flat(RED)]}, labels={"a": ["1", "2"]})
+
+
 def test_contact_sheet_refuses_ragged_columns():
     with pytest.raises(ValueError, match="'a': 1, 'b': 2"):
         contact_sheet({"a": [flat(RED)], "b": [flat(RED)] * 2})

@@ -877,6 +877,34 @@ def test_rewards_can_log(tmp_path, data):
     assert trainer.extra_columns == {"step": [1] * 8}
 
 
+def test_candidates_of_updates_and_evaluations_are_kept_for_people(tmp_path, data, held_out):
+    def telling(images, log_extra, **columns):
+        log_extra("half", [score / 2 for score in brightness(images)])
+        return brightness(images)
+
+    runs = {}
+    for kept in (False, True):
+        shape = {"eval_strategy": "steps", "eval_steps": 2, "max_steps": 3, "gradient_accumulation_steps": 2}
+        shape |= {"per_device_train_batch_size": 1, "logging_steps": 2, "log_completions": kept}
+        runs[kept] = make(tmp_path / str(kept), data, [telling, redness], held_out, **shape)
+        runs[kept].train()
+    assert same(weights(runs[True]), weights(runs[False])) and history(runs[True]) == history(runs[False])
+    assert not (tmp_path / "False" / "completions").exists()
+    folder = tmp_path / "True" / "completions"
+    names = ("completions_00002", "completions_00003", "eval_completions_00002", "eval_completions_00003")
+    assert {file.name for file in folder.iterdir()} == {
+        f"{name}.{kind}" for name in names for kind in ("parquet", "jpg")
+    }
+    table = datasets.Dataset.from_parquet(str(folder / "completions_00002.parquet")).to_pandas()
+    assert len(table) == 2 * 4 and table["edit"].nunique() == 2  # of the second update alone
+    assert np.allclose(table["reward"], table["rewards/telling"] + table["rewards/redness"])
+    assert np.allclose(table["half"], table["rewards/telling"] / 2)
+    assert np.allclose(table.groupby("edit")["advantage"].mean(), 0, atol=1e-4)
+    evaluated = datasets.Dataset.from_parquet(str(folder / "eval_completions_00002.parquet")).to_pandas()
+    assert list(evaluated["edit"]) == [f"eval row {i}" for i in range(3)]
+    assert evaluated["reward"].mean() == pytest.approx(last(runs[True], "eval_reward")[0])
+
+
 def test_attention_reward_changes_the_training(tmp_path, data):
     results = []
     for weight in (0.0, 0.5):
@@ -1330,7 +1358,7 @@ import test_trainer as t
 from rcgrpo import compbench_mini
 folder, data = Path(sys.argv[1]), compbench_mini("train", 12, 32)
 options = {**t.FOUR, "per_device_train_batch_size": 2, "train_micro_batch_size": 3}
-options |= {"cache_conditions": True, "conditions_cache_dir": str(folder / "conditions")}
+options |= {"cache_conditions": True, "conditions_cache_dir": str(folder / "conditions"), "log_completions": True}
 trainer = t.make(folder, data, t.flat_for_removals, **options)
 trainer.train()
 torch.save((t.weights(trainer), t.history(trainer)), folder / f"rank{trainer.args.process_index}.pt")
@@ -1348,6 +1376,10 @@ def test_two_processes_train_what_one_does(tmp_path, reference):
     assert distance(first, single, start) < 1e-5
     assert len(log) == 2 and 0 < log[0]["reward"] < 1
     assert len(list(tmp_path.glob("conditions/image-*/*.safetensors"))) == 8  # two updates of four edits
+    for row in log:
+        kept = str(tmp_path / "completions" / f"completions_{row['step']:05d}.parquet")
+        table = datasets.Dataset.from_parquet(kept).to_pandas()
+        assert table["edit"].nunique() == 4 and table["reward"].mean() == pytest.approx(row["reward"])
 
 
 BATCH_WORKER = """

@@ -30,6 +30,7 @@ class RCGRPOConfig(_BaseConfig):
     > Parameters that control exploration
     > Parameters that control the rewards
     > Parameters that control the objective
+    > Parameters that control the logging
 
     Each field's `help` says what it does; `docs/algorithm.md` says why.
     """
@@ -264,6 +265,16 @@ class RCGRPOConfig(_BaseConfig):
         metadata={
             "help": "sum_then_normalize, or normalize_then_sum (GDPO): each reward within its group, then their sum by "
             "its spread over all edits of an update."
+        },
+    )
+
+    # Parameters that control the logging
+    log_completions: bool = field(
+        default=False,
+        metadata={
+            "help": "With each log, write the latest update's candidates to output_dir/completions: a table, and a "
+            "picture of up to eight edits, which wandb, trackio and tensorboard get too. So do evaluations, always of "
+            "the same edits. push_to_hub sends the folder as well."
         },
     )
 

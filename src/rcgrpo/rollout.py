@@ -8,7 +8,7 @@ first update. Latents are kept in fp32.
 import copy
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -242,7 +242,8 @@ class Group:
     `regions` `[regions, tokens]`; `conditions` of one sample; `attention` per candidate; `kick_strength`
     `[steps, group, tokens]` and `noise_level` of a stochastic rollout; `key` is what its noise was drawn from. Scoring
     fills in `rewards` `[group, rewards]`, `scores` `[group]` and `advantages` `[group]`, or `[rows, group]` with region
-    advantages, one row for each region that has a reward; `region_scores` `[rows, group]` go with these.
+    advantages, one row for each region that has a reward; `region_scores` `[rows, group]` go with these; `logged` is
+    what rewards logged with `log_extra`, by column, one entry per candidate.
     """
 
     edit: Edit
@@ -261,6 +262,7 @@ class Group:
     scores: Tensor | None = None
     advantages: Tensor | None = None
     region_scores: Tensor | None = None
+    logged: dict[str, list[Any]] = field(default_factory=dict)
 
     @property
     def size(self) -> tuple[int, int]:

@@ -23,6 +23,7 @@ def contact_sheet(
     captions: Sequence[str] | None = None,
     cell: int = 128,
     path: PathLike | None = None,
+    labels: Mapping[str, Sequence[str]] | None = None,
 ) -> Image.Image:
     """Pictures in a grid on white: one row per sample with its caption below, one column per entry with a header.
 
@@ -32,14 +33,19 @@ def contact_sheet(
         captions: One per sample, such as the instruction; wrapped to the row's width.
         cell: Side of a picture's place in pixels.
         path: Where to save it as well.
+        labels: One line for each picture of some columns, centred below it, such as its score.
 
     Returns:
         The sheet, RGB. More than eight samples are laid out in two blocks side by side, left block first.
 
     Raises:
-        ValueError: No picture at all, or columns and captions of different lengths.
+        ValueError: No picture at all, columns, labels and captions of different lengths, or labels of no column.
     """
     lengths = {name: len(pictures) for name, pictures in columns.items()}
+    labels = labels or {}
+    if unknown := labels.keys() - columns.keys():
+        raise ValueError(f"contact_sheet: got labels for {sorted(unknown)}; expected some of {list(columns)}.")
+    lengths |= {f"labels of {name}": len(texts) for name, texts in labels.items()}
     if captions is not None:
         lengths["captions"] = len(captions)
     if not columns or len(set(lengths.values())) != 1 or 0 in lengths.values():
@@ -56,7 +62,8 @@ def contact_sheet(
     head_line, line = round(1.3 * head_size), round(1.3 * size)
     head_height = head_line * max(len(lines) for lines in headers) + GAP
     caption_height = line * max(len(lines) for lines in wrapped) + 3 * GAP if captions is not None else 0
-    row_height = cell + GAP + caption_height
+    label_height = line + GAP if labels else 0
+    row_height = cell + label_height + GAP + caption_height
 
     width = 2 * MARGIN + num_blocks * (block_width + BLOCK_GAP) - BLOCK_GAP
     last_gap = GAP if captions is None else 3 * GAP
@@ -70,15 +77,18 @@ def contact_sheet(
     for row in range(num_rows):
         block, place = divmod(row, rows_in_block)
         left, top = MARGIN + block * (block_width + BLOCK_GAP), MARGIN + head_height + place * row_height
-        for column, pictures in enumerate(columns.values()):
+        for column, (name, pictures) in enumerate(columns.items()):
             picture = _fit(pictures[row], cell)
             corner = left + column * (cell + GAP) + (cell - picture.width) // 2, top + (cell - picture.height) // 2
             sheet.paste(picture, corner)
             draw.rectangle(
                 (corner[0] - 1, corner[1] - 1, corner[0] + picture.width, corner[1] + picture.height), None, HAIR
             )
+            if name in labels:
+                centre = left + column * (cell + GAP) + cell / 2
+                draw.text((centre, top + cell + GAP), labels[name][row], INK, font, anchor="ma")
         for i, text in enumerate(wrapped[row]):
-            draw.text((left, top + cell + GAP + i * line), text, FAINT, font)
+            draw.text((left, top + cell + label_height + GAP + i * line), text, FAINT, font)
     if path is not None:
         with write_atomically(path) as part:
             sheet.save(part)

@@ -18,6 +18,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -29,6 +30,7 @@ from transformers import TrainerCallback
 from trl.trainer.utils import RepeatSampler
 
 from .attention import AttentionOptions, AttentionRecorder, Concentration
+from .completions import SHOWN, Completions, record, show, shown_rows, write_completions
 from .config import RCGRPOConfig
 from .data.edits import Edit, EditRows
 from .diagnostics import group_diagnostics, reward_parts, variance_by_step
@@ -190,6 +192,7 @@ class RCGRPOTrainer(SavingTrainer):
         self._eval_editor = self.editor.with_steps(args.num_inference_steps_eval or args.num_inference_steps)
         self.failures = FailureWatch(self.rewards, args.max_reward_failures)
         self._metrics: dict[str, dict[str, list[float]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
+        self._completions: dict[str, list[Completions]] = {"train": [], "eval": []}
         self._eval_prefix = "eval_"
         self._last_eval_metrics: dict[str, float] = {}
         self._step = 0
@@ -455,7 +458,11 @@ class RCGRPOTrainer(SavingTrainer):
         labels = _candidate_labels(groups)
         failures = torch.tensor([[(label, name) in lost for name in scored.names] for label in labels])
         sizes, weights, rows = [len(group.images) for group in groups], self.reward_weights, self._rows()
+        extra = {name: values for name, values in self._extra_columns.items() if len(values) == len(labels)}
+        end = 0
         for group, rewards, failed in zip(groups, scored.values.split(sizes), failures.split(sizes), strict=True):
+            start, end = end, end + len(group.images)
+            group.logged = {name: values[start:end] for name, values in extra.items()}
             group.rewards, group.scores = rewards, total_scores(rewards, weights, failed)
             if rows:
                 each = [total_scores(rewards[:, chosen], weights[chosen], failed[:, chosen]) for chosen in rows]
@@ -515,6 +522,29 @@ class RCGRPOTrainer(SavingTrainer):
             if group.attention is not None:
                 for measure in ("mass", "density", "contrast"):
                     metrics[f"attention/{measure}"].append(float(getattr(group.attention, measure).mean()))
+        if self.args.log_completions:
+            self._record_completions(groups, names)
+
+    def _record_completions(self, groups: Sequence[Group], names: Sequence[str]) -> None:
+        """Keep what the next log shows: of an update the first edits, of an evaluation always the same ones."""
+        kept = self._completions[self._mode()]
+        chosen = None if self.model.training else shown_rows(len(self._eval_rows()))
+        for group in groups:
+            draw = len(kept) < SHOWN if chosen is None else group.edit.row in chosen
+            kept.append(record(group, names, self.args.named_regions, draw))
+
+    def _log_completions(self, mode: str, prefix: str) -> None:
+        """Write and show what was recorded on all processes since the last log."""
+        groups = gather_object(self._completions[mode])
+        self._completions[mode] = []
+        if mode == "eval":  # the last batch is filled up with rows from the beginning
+            groups = sorted({group.columns["edit"][0]: group for group in groups}.values(), key=lambda g: g.row)
+        with failing_together(self.accelerator):
+            if groups and self.is_world_process_zero():
+                name, step = f"{prefix}completions", self.state.global_step
+                picture = write_completions(Path(self.args.output_dir, "completions"), name, step, groups)
+                if picture is not None:
+                    show(picture, name, step, self.args.report_to, self.callback_handler.callbacks)
 
     # ------------------------------------------------------------------------------------------ update
 
@@ -556,6 +586,7 @@ class RCGRPOTrainer(SavingTrainer):
         cycle, iteration = divmod(self.state.global_step, args.num_iterations)
         if position == iteration == 0:
             self._buffer, self._old = [], []
+            self._completions["train"] = []
         if position == len(self._buffer):  # a new cycle, or one that a resume entered in its middle
             size, key = args.num_generations, (args.seed, cycle)
             # Where the batch's spread counts, all of it is scored first; else an update runs beside the judges' work.
@@ -691,6 +722,8 @@ class RCGRPOTrainer(SavingTrainer):
                 logs[prefix + name] = logs.get(prefix + name, 0) + number
         self._metrics[mode].clear()
         super().log(logs, start_time)
+        if self.args.log_completions:
+            self._log_completions(mode, prefix)
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         self._step, self._buffer, self._old = 0, [], []

@@ -60,16 +60,23 @@ def parse(
     unset, flags = _take_unset(flags, set().union(*map(_may_be_unset, classes)))
     config = {name: value for name, value in config.items() if name not in unset}
     os.environ.update({str(name): str(value) for name, value in variables.items()})
-    parser = HfArgumentParser(classes, prog=program, allow_abbrev=False)
+    one_or_more = set().union(*map(_may_be_several, classes))
 
-    def refuse(message: str) -> NoReturn:
-        wrong = re.fullmatch(r"argument --(\w+).*: invalid (\w+) value: (.*)", message)
-        if wrong is not None:
-            expected = {"int": "a whole number", "float": "a number"}.get(wrong[2], wrong[2])
-            raise UsageError(f"{wrong[1]}: got {wrong[3]}, expected {expected}")
-        raise UsageError(f"{message.removeprefix('argument ')}; see `{program} --help`")
+    class Parser(HfArgumentParser):
+        def add_argument(self, *flags: Any, **options: Any) -> argparse.Action:
+            if _name(flags[0]) in one_or_more:  # the parser takes the first type of several
+                options |= {"nargs": "+", "action": _OneOrMore}
+            return super().add_argument(*flags, **options)
 
-    parser.error = refuse  # type: ignore[method-assign]  # argparse would print hundreds of flags first
+        def error(self, message: str) -> NoReturn:
+            """Argparse would print hundreds of flags first."""
+            wrong = re.fullmatch(r"argument --(\w+).*: invalid (\w+) value: (.*)", message)
+            if wrong is not None:
+                expected = {"int": "a whole number", "float": "a number"}.get(wrong[2], wrong[2])
+                raise UsageError(f"{wrong[1]}: got {wrong[3]}, expected {expected}")
+            raise UsageError(f"{message.removeprefix('argument ')}; see `{program} --help`")
+
+    parser = Parser(classes, prog=program, allow_abbrev=False)
     *parsed, stray = parser.parse_args_into_dataclasses([*_as_flags(config), *flags], True, look_for_args_file=False)
     if stray:
         raise UsageError(f"got {' '.join(stray)}, which belongs to no flag; see `{program} --help`")
@@ -126,6 +133,19 @@ def _may_be_unset(cls: type) -> set[str]:
     """Fields that are None by default, but those of texts, for which "none" could be a value."""
     hints = get_type_hints(cls)  # the parser changes what the fields themselves say
     return {f.name for f in fields(cls) if f.init and f.default is None and str not in get_args(hints[f.name])}
+
+
+def _may_be_several(cls: type) -> set[str]:
+    """Fields that are a text or a list of texts, such as `report_to`."""
+    hints = get_type_hints(cls)
+    return {f.name for f in fields(cls) if f.init and {str, list[str]} <= {*get_args(hints[f.name])}}
+
+
+class _OneOrMore(argparse.Action):
+    """One word is a text, several are a list."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
+        setattr(namespace, self.dest, values[0] if len(values) == 1 else values)
 
 
 def _take_unset(flags: Sequence[str], names: set[str]) -> tuple[set[str], list[str]]:
