@@ -69,6 +69,7 @@ def main() -> None:
         per_device_train_batch_size=1,
         learning_rate=1e-4,
         save_steps=25,
+        log_completions=True,  # candidates and their rewards, in output_dir/completions
         report_to="none",
         push_to_hub=arguments.hub_model_id is not None,
         hub_model_id=arguments.hub_model_id,

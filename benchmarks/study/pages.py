@@ -209,7 +209,9 @@ def plot(path: Path, table: Table, summary: Mapping[str, Any]) -> bool:
         handles, names = figure.axes[0].get_legend_handles_labels()
         figure.legend(handles, names, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     elif table.baseline is not None:
-        title = f"Paired difference to {table.baseline}; hollow: one seed, interval over edits"
+        tests = [row["tests"][0].get(name) for row in rows if row["tests"] for name in table.plotted]
+        alone = any(test is not None and math.isnan(test["seeds_low"]) for test in tests)
+        title = f"Paired difference to {table.baseline}" + ("; hollow: one seed, interval over edits" if alone else "")
         figure.suptitle(title, x=0.01, ha="left", fontsize=9, color=FAINT)
     with write_atomically(path) as part:
         figure.savefig(part, facecolor="white")

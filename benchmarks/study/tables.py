@@ -307,7 +307,6 @@ ATTENTION_SWEEP = Table(
     baseline=REGION_ADVANTAGES.name,
     survey=True,
     plotted=("attention_density", "diversity_inside", "held_out", "psnr"),
-    seeds=3,
 )
 
 SWEEPS: dict[str, Sequence[Any]] = {
