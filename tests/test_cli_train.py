@@ -180,7 +180,33 @@ def test_the_embedded_model_is_trained_as_it_is_used(flags, text, sizes, monkeyp
     assert seen == [sizes]
 
 
+JOB = "--max_steps 1 --num_train_samples 2 --per_device_train_batch_size 2 --num_generations 4 --num_anchors 1"
+
+
 def test_without_held_out_edits_no_report_is_announced(capsys):
-    job = "--max_steps 1 --num_train_samples 2 --per_device_train_batch_size 2 --num_generations 4 --num_anchors 1"
-    run(["--eval_split", "", "--use_cpu", "true", "--output_dir", "run", *job.split()])
+    run(["--eval_split", "", "--use_cpu", "true", "--output_dir", "run", *JOB.split()])
     assert "Written to run: LoRA, model card\n" in capsys.readouterr().out
+
+
+def test_what_was_trained_is_on_disk_before_it_is_reported_on(monkeypatch):
+    def judge(trainer, rows, description):
+        if description.endswith("after"):
+            raise ConnectionError("the judge has gone")
+        return []
+
+    monkeypatch.setattr("rcgrpo.evaluation.judge_held_out", judge)
+    with pytest.raises(ConnectionError):
+        run(
+            [
+                "--num_eval_samples",
+                "2",
+                "--use_cpu",
+                "true",
+                "--save_strategy",
+                "no",
+                "--output_dir",
+                "run",
+                *JOB.split(),
+            ]
+        )
+    assert {"pytorch_lora_weights.safetensors", "README.md"} <= {path.name for path in Path("run").iterdir()}

@@ -23,7 +23,7 @@ from transformers import TrainerCallback
 import rcgrpo.policies
 from rcgrpo import RCGRPOConfig, RCGRPOTrainer, compbench_mini
 from rcgrpo.attention import AttentionOptions
-from rcgrpo.evaluation import roll_out_held_out
+from rcgrpo.evaluation import judge_held_out
 from rcgrpo.objective import quasi_norm
 from rcgrpo.rewards import RequiredRewardError, RewardError
 from rcgrpo.rollout import make_groups
@@ -1154,8 +1154,9 @@ def test_a_report_beforehand_leaves_no_trace_in_the_run(tmp_path, data, held_out
     for reported in (False, True):
         trainer = make(tmp_path, data, logging, held_out, max_steps=1)
         if reported:
-            groups = roll_out_held_out(trainer, [trainer.eval_dataset.edit(i) for i in range(3)], "before")
-            assert [len(group.images) for group in groups] == [1, 1, 1] and groups[0].attention_maps is not None
+            judged = judge_held_out(trainer, trainer.eval_dataset, "before", batch_size=2)
+            assert [one.row for one in judged] == [0, 1, 2] and all("attention" in one.pictures for one in judged)
+            assert {"reward", "edit score", "background PSNR (dB)"} <= judged[0].scores.keys()
         trainer.train()
         logs.append(history(trainer))
     assert logs[0] == logs[1] and "brightest" in logs[0][0]
@@ -1356,26 +1357,38 @@ from pathlib import Path
 import torch
 import test_trainer as t
 from rcgrpo import compbench_mini
+from rcgrpo.evaluation import judge_held_out
 folder, data = Path(sys.argv[1]), compbench_mini("train", 12, 32)
 options = {**t.FOUR, "per_device_train_batch_size": 2, "train_micro_batch_size": 3}
 options |= {"cache_conditions": True, "conditions_cache_dir": str(folder / "conditions"), "log_completions": True}
-trainer = t.make(folder, data, t.flat_for_removals, **options)
+trainer = t.make(folder, data, t.flat_for_removals, compbench_mini("test", 3, 32), **options)
+before = judge_held_out(trainer, trainer.eval_dataset, "before")
 trainer.train()
-torch.save((t.weights(trainer), t.history(trainer)), folder / f"rank{trainer.args.process_index}.pt")
+after = judge_held_out(trainer, trainer.eval_dataset, "after")
+judged = [[(one.row, one.scores, list(one.pictures)) for one in some] for some in (before, after)]
+torch.save((t.weights(trainer), t.history(trainer), judged), folder / f"rank{trainer.args.process_index}.pt")
+trainer.accelerator.end_training()
 """
 
 
 @pytest.mark.parametrize("reference", [flat_for_removals], indirect=True)
-def test_two_processes_train_what_one_does(tmp_path, reference):
+def test_two_processes_train_and_judge_what_one_does(tmp_path, reference, data, held_out):
     """With groups that one rank drops and the other has not, so that ranks differ in micro-batches."""
     status, errors = on_two_processes(tmp_path, WORKER)
     assert status == 0, errors[-3000:]
-    (first, log), (second, _) = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
+    (first, log, judged), (second, _, of_second) = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
     assert same(first, second)
+    assert judged == of_second and judged[0] != judged[1]
+    alone = make(tmp_path / "alone", data, flat_for_removals, held_out, **FOUR)
+    for one, (row, scores, pictures) in zip(judge_held_out(alone, alone.eval_dataset, ""), judged[0], strict=True):
+        assert (one.row, list(one.pictures), list(one.scores)) == (row, pictures, list(scores))
+        measured = [[v or 0.0 for name, v in s.items() if name != "reward"] for s in (one.scores, scores)]
+        assert measured[0] == pytest.approx(measured[1], rel=1e-3)  # this reward is a place in the batch
     _, start, (_, single) = reference
     assert distance(first, single, start) < 1e-5
     assert len(log) == 2 and 0 < log[0]["reward"] < 1
-    assert len(list(tmp_path.glob("conditions/image-*/*.safetensors"))) == 8  # two updates of four edits
+    cached = list(tmp_path.glob("conditions/image-*/*.safetensors"))
+    assert len(cached) == 2 * 4 + 3  # of two updates, and the held-out edits
     for row in log:
         kept = str(tmp_path / "completions" / f"completions_{row['step']:05d}.parquet")
         table = datasets.Dataset.from_parquet(kept).to_pandas()

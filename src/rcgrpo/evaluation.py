@@ -14,14 +14,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import gather_object
 from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from .compbench import CLIP_MODEL, Clip, local_clip_scores
-from .data.edits import Edit
+from .data.edits import Edit, EditRows
 from .metrics import background_lpips, background_psnr, background_ssim, load_lpips
 from .report import PairedDifference, compare, markdown_table, plot_curves, write_atomically
+from .rewards import failing_together
 from .sheets import contact_sheet, heatmap, outline
 
 if TYPE_CHECKING:
@@ -182,31 +184,69 @@ def _embedded_scores(results: Sequence[Result]) -> dict[str, list[float | None]]
 
 # Before and after training --------------------------------------------------------------------------------------------
 
+NUM_PICTURES = 12
+"""Edits on the contact sheet."""
+
 NUM_EXAMPLES = 3
 """Edits whose pictures are written one by one."""
 
 
-def roll_out_held_out(
-    trainer: "RCGRPOTrainer", edits: Sequence[Edit], description: str, batch_size: int = 32, maps: bool = True
-) -> list["Group"]:
-    """One scored candidate for each edit with the trainer's current weights."""
-    groups: list[Group] = []
+@dataclass(frozen=True)
+class HeldOut:
+    """One candidate of a held-out edit, as the report needs it: small, as it is kept while a run trains.
+
+    Args:
+        row: of the edit in its data set.
+        prompt: the instruction.
+        scores: metric to value, None where it does not apply.
+        pictures: `source`, `mask`, `edited` and, where it was recorded, `attention`; empty for an edit that is not
+            shown.
+    """
+
+    row: int
+    prompt: str
+    scores: dict[str, float | None]
+    pictures: dict[str, Image.Image]
+
+
+def judge_held_out(
+    trainer: "RCGRPOTrainer", rows: EditRows, description: str, batch_size: int = 32, maps: bool = True
+) -> list[HeldOut]:
+    """One candidate of each edit with the trainer's current weights, from the same noise each time.
+
+    Every process calls it and does its share of the edits; all get the whole list, in the order of the rows.
+
+    Args:
+        rows: usually `trainer.eval_dataset`.
+        description: of the progress bar.
+        batch_size: edits at a time, on each process.
+        maps: draw attention maps too.
+    """
+    accelerator, names = trainer.accelerator, [reward.name for reward in trainer.rewards]
+    share = range(accelerator.process_index, len(rows), accelerator.num_processes)
+    shown = set(_shown(len(rows)))
+    judged: list[HeldOut] = []
     trainer.model.eval()  # what is logged here belongs to no training step
-    with tqdm(total=len(edits), desc=description, unit="edit") as progress:
-        for start in range(0, len(edits), batch_size):
-            part = trainer.make_groups(edits[start : start + batch_size], 1, (trainer.args.seed, "eval"), maps)
-            trainer.score_groups(part)
-            groups += part
-            progress.update(len(part))
+    with (
+        failing_together(accelerator),
+        tqdm(total=len(share), desc=description, unit="edit", disable=not accelerator.is_main_process) as progress,
+    ):
+        for start in range(0, len(share), batch_size):
+            edits = [rows.edit(row) for row in share[start : start + batch_size]]
+            groups = trainer.make_groups(edits, 1, (trainer.args.seed, "eval"), maps)
+            trainer.score_groups(groups)
+            for row, group, scores in zip(share[start:], groups, measure(groups, names), strict=False):
+                pictures = _pictures(group) if row in shown else {}
+                judged.append(HeldOut(row, group.edit.prompt, scores, pictures))
+            progress.update(len(edits))
     trainer.forget_metrics()
-    return groups
+    return sorted(gather_object(judged), key=lambda one: one.row)
 
 
-def measure(groups: Sequence["Group"], rewards: Sequence[str]) -> Scores:
+def measure(groups: Sequence["Group"], rewards: Sequence[str]) -> list[dict[str, float | None]]:
     """Every metric of each group's first candidate: rewards, the edit score, LP-I, LP-T, background PSNR and SSIM.
 
-    All are taken at the pictures' own size, and left out where fewer than two edits have a value, such as the embedded
-    ones where the objects are not CompBench-mini's.
+    All are taken at the pictures' own size; the embedded ones where the data have their columns.
     """
     scores: Scores = {"reward": [float(group.scores[0]) for group in groups]}  # type: ignore[index]
     for i, name in enumerate(rewards):
@@ -216,60 +256,80 @@ def measure(groups: Sequence["Group"], rewards: Sequence[str]) -> Scores:
     names = [*(("edit_score", "lp_i", "lp_t") if embedded else ()), "psnr", "ssim"]
     measured = Scorer(names, size=None)([Result.of(group.images[0], group.edit) for group in groups])
     scores |= {METRICS[name].label: values for name, values in measured.items()}
-    return {name: values for name, values in scores.items() if sum(v is not None and v == v for v in values) > 1}
+    return [dict(zip(scores, values, strict=True)) for values in zip(*scores.values(), strict=True)]
 
 
 def write_report(
     folder: Path,
-    before: Sequence["Group"],
-    after: Sequence["Group"],
-    rewards: Sequence[str],
+    before: Sequence[HeldOut],
+    after: Sequence[HeldOut],
     log_history: list[dict[str, float]],
     settings: Mapping[str, Any],
-    num_pictures: int = 12,
 ) -> list[PairedDifference]:
     """Write `metrics.json`, `metrics.md`, `reward_curves.png` and the pictures in `samples`, each whole or not at all.
 
     These are `contact_sheet.png` and, for the model's page on the Hub, source and edited picture of a few edits, which
-    `metrics.json` lists as `examples`.
+    `metrics.json` lists as `examples`. A metric is left out where fewer than two edits have a value on either side,
+    such as the embedded ones where the objects are not CompBench-mini's.
+
+    Args:
+        before, after: of `judge_held_out`, of the same rows.
 
     Returns:
         The rows of the before/after table, with 95 % bootstrap intervals of the paired difference.
     """
-    old, new = measure(before, rewards), measure(after, rewards)
-    rows = compare(old, new)
+    old, new = _columns(before), _columns(after)
+    common = [name for name in old if name in new]
+    rows = compare({name: old[name] for name in common}, {name: new[name] for name in common})
     with write_atomically(folder / "metrics.md") as path:
         path.write_text(markdown_table(rows) + "\n")
-    # Even spacing would fall in step with tasks that take turns.
-    shown = sorted(random.Random(0).sample(range(len(after)), min(num_pictures, len(after))))
+    shown = _shown(len(after))
     with write_atomically(folder / "metrics.json") as path:
         summary = {
             "held_out": [asdict(row) for row in rows],
             "per_sample": {"before": old, "after": new},
-            "examples": [_save_example(folder, i, after[i]) for i in shown[:NUM_EXAMPLES]],
+            "examples": [_save_example(folder, after[i]) for i in shown[:NUM_EXAMPLES]],
             "settings": dict(settings),
         }
         path.write_text(json.dumps(summary, indent=1, default=str))
-    masks = [after[i].mask for i in shown]
     sheet: dict[str, list[Image.Image]] = {
-        "source": [outline(after[i].source, mask) for i, mask in zip(shown, masks, strict=True)],
-        "mask": masks,
-        "before": [before[i].images[0] for i in shown],
-        "after": [after[i].images[0] for i in shown],
+        "source": [outline(after[i].pictures["source"], after[i].pictures["mask"]) for i in shown],
+        "mask": [after[i].pictures["mask"] for i in shown],
+        "before": [before[i].pictures["edited"] for i in shown],
+        "after": [after[i].pictures["edited"] for i in shown],
     }
-    if all(group.attention_maps is not None for group in after):
-        sheet["attention"] = [heatmap(after[i].attention_maps[0].numpy(), after[i].source) for i in shown]  # type: ignore[index]
-    contact_sheet(sheet, [after[i].edit.prompt for i in shown], path=folder / "samples" / "contact_sheet.png")
+    if all("attention" in after[i].pictures for i in shown):
+        sheet["attention"] = [after[i].pictures["attention"] for i in shown]
+    contact_sheet(sheet, [after[i].prompt for i in shown], path=folder / "samples" / "contact_sheet.png")
     if any("reward" in row for row in log_history):
         plot_curves(log_history, folder / "reward_curves.png")
     return rows
 
 
-def _save_example(folder: Path, place: int, group: "Group") -> dict[str, str]:
+def _shown(number: int) -> list[int]:
+    """The places of the edits on the contact sheet; even spacing would fall in step with tasks that take turns."""
+    return sorted(random.Random(0).sample(range(number), min(NUM_PICTURES, number)))
+
+
+def _pictures(group: "Group") -> dict[str, Image.Image]:
+    pictures = {"source": group.source, "mask": group.mask, "edited": group.images[0]}
+    if group.attention_maps is not None:
+        pictures["attention"] = heatmap(group.attention_maps[0].numpy(), group.source)
+    return pictures
+
+
+def _columns(judged: Sequence[HeldOut]) -> Scores:
+    """Metric to one value per edit, of those metrics that two edits at least have a value of."""
+    names = dict.fromkeys(name for one in judged for name in one.scores)
+    scores = {name: [one.scores.get(name) for one in judged] for name in names}
+    return {name: values for name, values in scores.items() if sum(v is not None and v == v for v in values) > 1}
+
+
+def _save_example(folder: Path, judged: HeldOut) -> dict[str, str]:
     """Write an edit's source and first candidate; what `hub.model_card` takes as an example."""
-    example = {"prompt": group.edit.prompt}
-    for name, picture in (("source", group.source), ("edited", group.images[0])):
-        example[name] = f"samples/{place:03d}_{name}.png"
+    example = {"prompt": judged.prompt}
+    for name in ("source", "edited"):
+        example[name] = f"samples/{judged.row:03d}_{name}.png"
         with write_atomically(folder / example[name]) as path:
-            picture.save(path)
+            judged.pictures[name].save(path)
     return example

@@ -194,7 +194,7 @@ def run(arguments: Sequence[str]) -> None:
     from peft import LoraConfig
 
     from ..data.edits import EditRows
-    from ..evaluation import roll_out_held_out, write_report
+    from ..evaluation import judge_held_out, write_report
     from ..report import markdown_table
     from ..tiny import WEIGHTS
     from ..trainer import RCGRPOTrainer
@@ -213,26 +213,27 @@ def run(arguments: Sequence[str]) -> None:
     _announce(trainer, script)
     held_out = trainer.eval_dataset if isinstance(trainer.eval_dataset, EditRows) else None
     main_process = trainer.is_world_process_zero()
-    edits = [] if held_out is None or not main_process else [held_out.edit(i) for i in range(len(held_out))]
-    before = []
-    if edits:
-        # The reference is the base itself, also when a run goes on from a checkpoint.
-        before = roll_out_held_out(trainer, edits, "held-out edits before")
+    # The reference is the base itself, also when a run goes on from a checkpoint.
+    before = judge_held_out(trainer, held_out, "held-out edits before") if held_out else []
     trainer.train(resume_from_checkpoint=resume)
-    if edits:
-        after = roll_out_held_out(trainer, edits, "held-out edits after")
-        names = [reward.name for reward in trainer.rewards]
-        settings = {"script": asdict(script), **trainer.card_settings()}
-        rows = write_report(folder, before, after, names, trainer.state.log_history, settings)
-        print(f"\nHeld-out edits, {len(edits)} of them, the same noise before and after:\n\n{markdown_table(rows)}\n")
-    trainer.save_model()
+    trainer.save_model()  # before anything that may still fail, such as a judge
+    if held_out:
+        after = judge_held_out(trainer, held_out, "held-out edits after")
+        if main_process:
+            settings = {"script": asdict(script), **trainer.card_settings()}
+            rows = write_report(folder, before, after, trainer.state.log_history, settings)
+            print(
+                f"\nHeld-out edits, {len(after)} of them, the same noise before and after:\n\n{markdown_table(rows)}\n"
+            )
+        trainer.create_model_card()  # now with the report
     if config.push_to_hub:
         trainer.push_to_hub(dataset_name=script.dataset)
     elif main_process:
-        report = ("metrics.json", "reward_curves.png", "samples/contact_sheet.png") if edits else ()
+        report = ("metrics.json", "reward_curves.png", "samples/contact_sheet.png") if held_out else ()
         written = ["LoRA", "model card", *(name for name in report if (folder / name).exists())]
         print(f"Written to {folder}: {', '.join(written)}")
         print(f'Use it: pipe = FluxKontextPipeline.from_pretrained(...); pipe.load_lora_weights("{folder}")')
+    trainer.accelerator.end_training()
 
 
 def _announce(trainer: "RCGRPOTrainer", script: ScriptArguments) -> None:
