@@ -11,6 +11,7 @@ from rcgrpo.cli import evaluate
 from rcgrpo.cli.evaluate import COMPBENCH, EvaluateArguments, fill_in, gather_repeated, load_rows
 from rcgrpo.cli.parsing import UsageError, parse, use_embedded_model
 from rcgrpo.data import EditRows, compbench_mini
+from two_processes import on_two_processes
 
 
 @pytest.fixture(autouse=True)
@@ -132,6 +133,38 @@ def test_the_command_without_arguments_in_miniature(capsys):
     }
     assert "background SSIM" in capsys.readouterr().out
     assert len(list((folder / "images" / "base").glob("*.png"))) == 2
+
+
+def test_two_processes_evaluate_what_one_does():
+    """Also where they go on with what a crash left of two."""
+    job = [
+        "--num_samples",
+        "5",
+        "--num_inference_steps",
+        "1",
+        "--metrics",
+        "psnr",
+        "ssim",
+        "--batch_size",
+        "1",
+        "--output_dir",
+    ]
+    evaluate.run([*job, "one"])
+    for again in ([], ["--resume"]):
+        status, errors = on_two_processes("-m", "rcgrpo.cli", "evaluate", *job, "two", *again)
+        assert status == 0, errors[-3000:]
+        one, two = Path("one"), Path("two")
+        assert {path.name for path in two.iterdir()} == {path.name for path in one.iterdir()}
+        for name in ("settings.json", "results.json"):
+            assert (two / name).read_bytes() == (one / name).read_bytes()
+        lines = [(folder / "samples.jsonl").read_text().splitlines() for folder in (one, two)]
+        assert lines[0] == lines[1] and len(lines[0]) == 5
+        for picture in sorted((one / "images" / "base").iterdir()):
+            assert (two / "images" / "base" / picture.name).read_bytes() == picture.read_bytes()
+        # The second process had done two rows, the first one, and each was writing another line.
+        (two / "samples.jsonl").write_text(f"{lines[0][0]}\n{lines[0][2][:20]}")
+        (two / "samples-1.jsonl").write_text(f"{lines[0][1]}\n{lines[0][3]}\n{lines[0][4][:30]}")
+        (two / "results.json").unlink()
 
 
 @pytest.mark.parametrize(("loras", "offline"), [([], "1"), (["."], "1"), ([".", "user/edits"], "0")])

@@ -2,13 +2,9 @@
 
 import json
 import logging
-import os
 import socket
-import subprocess
-import sys
 from dataclasses import fields, replace
 from importlib.util import find_spec
-from pathlib import Path
 
 import datasets
 import numpy as np
@@ -29,6 +25,7 @@ from rcgrpo.rewards import RequiredRewardError, RewardError
 from rcgrpo.rollout import make_groups
 from rcgrpo.transitions import gather
 from tiny_kontext import TINY_CALL, build_tiny_kontext, in_own_memory
+from two_processes import on_two_processes
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 LAYERS = ["to_q", "to_v", "to_k", "to_out.0"]
@@ -1328,27 +1325,10 @@ def test_non_finite_loss_stops_at_once(tmp_path, data):
 # ------------------------------------------------------------------------------------------ several processes
 
 
-def on_two_processes(folder, worker):
+def work_on_two_processes(folder, worker):
     """The exit status and the errors of a script, whose argument is the folder."""
     (folder / "worker.py").write_text(worker)
-    drop = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK")
-    env = {key: value for key, value in os.environ.items() if key not in drop}
-    env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(str(Path(p).absolute()) for p in sys.path)}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*launcher, str(folder / "worker.py"), str(folder)]
-    try:
-        launched = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    except OSError as error:
-        pytest.skip(f"the launcher cannot start: {error}")
-    with launched:
-        try:
-            _, errors = launched.communicate(timeout=120)
-        except subprocess.TimeoutExpired:
-            launched.terminate()  # not killed, as its workers would stay behind
-            raise
-    if "RendezvousConnectionError" in errors or "failed to listen" in errors:
-        pytest.skip("the launcher cannot open a local port")
-    return launched.returncode, errors
+    return on_two_processes(folder / "worker.py", folder)
 
 
 WORKER = """
@@ -1374,7 +1354,7 @@ trainer.accelerator.end_training()
 @pytest.mark.parametrize("reference", [flat_for_removals], indirect=True)
 def test_two_processes_train_and_judge_what_one_does(tmp_path, reference, data, held_out):
     """With groups that one rank drops and the other has not, so that ranks differ in micro-batches."""
-    status, errors = on_two_processes(tmp_path, WORKER)
+    status, errors = work_on_two_processes(tmp_path, WORKER)
     assert status == 0, errors[-3000:]
     (first, log, judged), (second, _, of_second) = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
     assert same(first, second)
@@ -1412,7 +1392,7 @@ for i, options in enumerate(t.BY_BATCH):
 
 def test_the_batch_spans_the_processes(tmp_path):
     """One of which has a further turn."""
-    status, errors = on_two_processes(tmp_path, BATCH_WORKER)
+    status, errors = work_on_two_processes(tmp_path, BATCH_WORKER)
     assert status == 0, errors[-3000:]
     for i, options in enumerate(BY_BATCH):
         each = [torch.load(tmp_path / f"{i}rank{rank}.pt") for rank in (0, 1)]
@@ -1459,7 +1439,7 @@ run("alone", rows, lambda trainer: trainer.add_callback(t.StopAt(1, stop)))
 
 def test_what_one_process_meets_stops_both(tmp_path):
     """A broken picture and a loss of NaN on the second are agreed on, after a checkpoint; else both end without one."""
-    status, errors = on_two_processes(tmp_path, FAILING_WORKER)
+    status, errors = work_on_two_processes(tmp_path, FAILING_WORKER)
     assert status != 0 and "LookupError: only here" in errors
     assert (tmp_path / "alone1").read_text() == "LookupError: only here"
     wanted = {"picture": "RuntimeError: process 1: ValueError: train row 5, column 'input_image': got 13 bytes"}

@@ -5,7 +5,8 @@ stock diffusers pipeline, without masks, as anybody gets them; what is measured 
 starts each edit from the same noise, which depends on the seed and the row alone.
 
 A folder holds `settings.json` (what decides the numbers), `samples.jsonl` (one line per row, appended batch by batch)
-and `images/CONTENDER/ID.png`.
+and `images/CONTENDER/ID.png`. Of several processes each does its share of the batches; until the end the others' lines
+stand in `samples-1.jsonl` and so on.
 
 Gotchas:
 - In a multi-turn edit turn 2 starts from the contender's own turn 1, but its background is compared with the data
@@ -24,6 +25,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from diffusers import FluxKontextPipeline
 from huggingface_hub import hf_hub_download
 from PIL import Image
@@ -266,12 +269,23 @@ def open_folder(folder: Path, settings: Mapping[str, Any], resume: bool) -> list
 
 
 def read_records(folder: Path) -> list[Record]:
-    """The records written so far."""
-    file = folder / SAMPLES
-    if not file.exists():
-        return []
-    lines = file.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1]]  # what follows the last line break was not finished
+    """The records written so far, by any process."""
+    texts = [file.read_text(encoding="utf-8") for file in [folder / SAMPLES, *_others_samples(folder)] if file.exists()]
+    # What follows the last line break was not finished.
+    return [json.loads(line) for text in texts for line in text.split("\n")[:-1]]
+
+
+def _others_samples(folder: Path) -> list[Path]:
+    """The files of the processes beside the main one."""
+    return sorted(folder.glob("samples-*.jsonl"))
+
+
+def _write_records(folder: Path, records: Sequence[Record]) -> None:
+    """All that was written so far becomes these records, in one file."""
+    with write_atomically(folder / SAMPLES) as path:
+        path.write_text("".join(map(_line, records)), encoding="utf-8")
+    for file in _others_samples(folder):
+        file.unlink()
 
 
 def run(
@@ -287,11 +301,11 @@ def run(
 ) -> list[Record]:
     """Sample and measure what `earlier` lacks; each batch is on disk before the next one starts.
 
-    A row that cannot be read is recorded with its error and gets no scores.
+    A row that cannot be read is recorded with its error and gets no scores. Every process of a launch calls it.
 
     Args:
         pipeline: with the contenders' LoRAs loaded.
-        earlier: from `open_folder`.
+        earlier: from `open_folder`; the same on every process.
         batch_size: units of `plan` at a time.
 
     Returns:
@@ -299,28 +313,37 @@ def run(
         `scores` (contender to metric to value or None) or `error`.
     """
     pipeline.set_progress_bar_config(disable=True)
+    state = PartialState()
     known = {record["row"]: record for record in earlier}
     batches = [plan.units[i : i + batch_size] for i in range(0, len(plan.units), batch_size)]
     done = [all(row in known for unit in batch for row in unit) for batch in batches]
     kept = [known[row] for batch, ready in zip(batches, done, strict=True) if ready for unit in batch for row in unit]
-    with write_atomically(folder / SAMPLES) as path:  # without the lines of half-written batches
-        path.write_text("".join(map(_line, kept)), encoding="utf-8")
-    records = {record["row"]: record for record in kept}
-    total = len(plan.rows)
+    if state.is_main_process:
+        _write_records(folder, kept)  # without the lines of half-written batches
+    state.wait_for_everyone()
+    left = [batch for batch, ready in zip(batches, done, strict=True) if not ready]
+    share = left[state.process_index :: state.num_processes]
+    file = folder / (SAMPLES if state.is_main_process else f"samples-{state.process_index}.jsonl")
+    total = len(kept) + sum(len(unit) for batch in share for unit in batch)
+    fresh: list[Record] = []
     with (
-        tqdm(total=total, initial=len(kept), desc="evaluating", unit="edit") as progress,
-        (folder / SAMPLES).open("a", encoding="utf-8") as stream,
+        tqdm(
+            total=total, initial=len(kept), desc="evaluating", unit="edit", disable=not state.is_main_process
+        ) as progress,
+        file.open("a", encoding="utf-8") as stream,
     ):
-        for batch, ready in zip(batches, done, strict=True):
-            if ready:
-                continue
-            fresh = _run_batch(pipeline, entrants, rows, batch, sampling, scorer, folder)
-            stream.write("".join(map(_line, fresh)))
+        for batch in share:
+            made = _run_batch(pipeline, entrants, rows, batch, sampling, scorer, folder)
+            stream.write("".join(map(_line, made)))
             stream.flush()
             os.fsync(stream.fileno())
-            records |= {record["row"]: record for record in fresh}
-            progress.update(len(fresh))
-    return [records[row] for row in plan.rows]
+            fresh += made
+            progress.update(len(made))
+    records = {record["row"]: record for record in [*kept, *gather_object(fresh)]}
+    ordered = [records[row] for row in plan.rows]
+    if state.is_main_process:
+        _write_records(folder, ordered)
+    return ordered
 
 
 def _line(record: Record) -> str:

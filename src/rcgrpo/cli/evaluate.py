@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,9 @@ from .parsing import (
 )
 
 COMPBENCH = "BohanJia/CompBench"
+
+PATIENCE = timedelta(days=7)
+"""How long processes wait for the slowest of them; one that fails ends the others through their launcher."""
 
 
 @dataclass
@@ -94,6 +98,9 @@ def run(arguments: Sequence[str]) -> None:
     fill_in(args)
     if args.model == TINY and args.dataset == MINI and not {"lc_t", "lc_i"} & {*args.metrics}:
         use_embedded_model(args.lora)
+    import torch
+    from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list
     from diffusers import FluxKontextPipeline
 
     from ..benchmark import Sampling, contenders, load_loras, make_plan, open_folder, rows_digest
@@ -103,9 +110,11 @@ def run(arguments: Sequence[str]) -> None:
     from ..results import write_results
     from .opening import open_pipeline
 
-    folder = Path(args.output_dir)
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
+    folder = Path(*broadcast_object_list([args.output_dir]))
     entrants = contenders(args.lora)
-    rows = EditRows(load_rows(args), "evaluation")
+    with state.local_main_process_first():
+        rows = EditRows(load_rows(args), "evaluation")
     plan = make_plan(rows, args.num_samples)
     sampling = Sampling(
         args.resolution, args.num_inference_steps, args.guidance_scale, args.max_sequence_length, args.seed
@@ -126,25 +135,27 @@ def run(arguments: Sequence[str]) -> None:
         "sampling": asdict(sampling),
     }
     scorer = Scorer(args.metrics, args.metric_size, args.clip_model, args.lpips_weights)
-    earlier = open_folder(folder, settings, args.resume)
+    (earlier,) = broadcast_object_list([open_folder(folder, settings, args.resume) if state.is_main_process else None])
     pipeline = open_pipeline(FluxKontextPipeline, args.model)
     load_loras(pipeline, entrants)
     names = [contender.name for contender in entrants]
-    print(f"rcgrpo {__version__}: {', '.join(names)} of {args.model} on {len(plan.rows)} edits of {args.dataset}")
+    state.print(f"rcgrpo {__version__}: {', '.join(names)} of {args.model} on {len(plan.rows)} edits of {args.dataset}")
     records = run_benchmark(pipeline, entrants, rows, plan, sampling, scorer, folder, earlier, args.batch_size)
-    text = write_results(
-        folder,
-        records,
-        rows,
-        plan,
-        names,
-        args.metrics,
-        settings,
-        by_video=args.intervals_by == "video",
-        published="compbench" in args.dataset.lower() and args.metric_size == 512,
-        num_pictures=args.num_pictures,
-    )
-    print(f"\n{text}\nWritten to {folder}: results.json, results.md, report.html, samples.jsonl, images")
+    if state.is_main_process:
+        text = write_results(
+            folder,
+            records,
+            rows,
+            plan,
+            names,
+            args.metrics,
+            settings,
+            by_video=args.intervals_by == "video",
+            published="compbench" in args.dataset.lower() and args.metric_size == 512,
+            num_pictures=args.num_pictures,
+        )
+        print(f"\n{text}\nWritten to {folder}: results.json, results.md, report.html, samples.jsonl, images")
+    state.destroy_process_group()
 
 
 def fill_in(args: EvaluateArguments) -> None:
