@@ -346,7 +346,6 @@ SETTINGS = Table(
     {**EDITING, "updates": "updates"},
     baseline=REGION_ADVANTAGES.name,
     plotted=("edit_score", "psnr"),
-    seeds=3,
 )
 
 TABLES: dict[str, Table] = {
