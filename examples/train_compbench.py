@@ -87,7 +87,7 @@ def main() -> None:
         trainer.push_to_hub(dataset_name=data_name)
     print(f"Written to {config.output_dir}: LoRA and model card. Compare it with the base:")
     print(f"python examples/evaluate_compbench.py {config.output_dir}{' --tiny' if arguments.tiny else ''}")
-    trainer.accelerator.end_training()
+    trainer.close()
 
 
 if __name__ == "__main__":

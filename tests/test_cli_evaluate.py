@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 
+from processes import on_processes
 from rcgrpo.cli import evaluate
 from rcgrpo.cli.evaluate import COMPBENCH, EvaluateArguments, fill_in, gather_repeated, load_rows
 from rcgrpo.cli.parsing import UsageError, parse, use_embedded_model
 from rcgrpo.data import EditRows, compbench_mini
-from two_processes import on_two_processes
 
 
 @pytest.fixture(autouse=True)
@@ -149,9 +149,9 @@ def test_two_processes_evaluate_what_one_does():
         "1",
         "--output_dir",
     ]
-    evaluate.run([*job, "one"])
+    assert on_processes(1, "-m", "rcgrpo.cli", "evaluate", *job, "one")[0] == 0
     for again in ([], ["--resume"]):
-        status, errors = on_two_processes("-m", "rcgrpo.cli", "evaluate", *job, "two", *again)
+        status, errors = on_processes(2, "-m", "rcgrpo.cli", "evaluate", *job, "two", *again)
         assert status == 0, errors[-3000:]
         one, two = Path("one"), Path("two")
         assert {path.name for path in two.iterdir()} == {path.name for path in one.iterdir()}

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 import rcgrpo.policies
+from processes import on_processes
 from rcgrpo import RCGRPOConfig, RCGRPOTrainer, compbench_mini
 from rcgrpo.attention import AttentionOptions
 from rcgrpo.evaluation import judge_held_out
@@ -25,7 +26,6 @@ from rcgrpo.rewards import RequiredRewardError, RewardError
 from rcgrpo.rollout import make_groups
 from rcgrpo.transitions import gather
 from tiny_kontext import TINY_CALL, build_tiny_kontext, in_own_memory
-from two_processes import on_two_processes
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 LAYERS = ["to_q", "to_v", "to_k", "to_out.0"]
@@ -1325,10 +1325,10 @@ def test_non_finite_loss_stops_at_once(tmp_path, data):
 # ------------------------------------------------------------------------------------------ several processes
 
 
-def work_on_two_processes(folder, worker):
+def on_two_processes(folder, worker):
     """The exit status and the errors of a script, whose argument is the folder."""
     (folder / "worker.py").write_text(worker)
-    return on_two_processes(folder / "worker.py", folder)
+    return on_processes(2, folder / "worker.py", folder)
 
 
 WORKER = """
@@ -1347,14 +1347,14 @@ trainer.train()
 after = judge_held_out(trainer, trainer.eval_dataset, "after")
 judged = [[(one.row, one.scores, list(one.pictures)) for one in some] for some in (before, after)]
 torch.save((t.weights(trainer), t.history(trainer), judged), folder / f"rank{trainer.args.process_index}.pt")
-trainer.accelerator.end_training()
+trainer.close()
 """
 
 
 @pytest.mark.parametrize("reference", [flat_for_removals], indirect=True)
 def test_two_processes_train_and_judge_what_one_does(tmp_path, reference, data, held_out):
     """With groups that one rank drops and the other has not, so that ranks differ in micro-batches."""
-    status, errors = work_on_two_processes(tmp_path, WORKER)
+    status, errors = on_two_processes(tmp_path, WORKER)
     assert status == 0, errors[-3000:]
     (first, log, judged), (second, _, of_second) = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
     assert same(first, second)
@@ -1392,7 +1392,7 @@ for i, options in enumerate(t.BY_BATCH):
 
 def test_the_batch_spans_the_processes(tmp_path):
     """One of which has a further turn."""
-    status, errors = work_on_two_processes(tmp_path, BATCH_WORKER)
+    status, errors = on_two_processes(tmp_path, BATCH_WORKER)
     assert status == 0, errors[-3000:]
     for i, options in enumerate(BY_BATCH):
         each = [torch.load(tmp_path / f"{i}rank{rank}.pt") for rank in (0, 1)]
@@ -1439,7 +1439,7 @@ run("alone", rows, lambda trainer: trainer.add_callback(t.StopAt(1, stop)))
 
 def test_what_one_process_meets_stops_both(tmp_path):
     """A broken picture and a loss of NaN on the second are agreed on, after a checkpoint; else both end without one."""
-    status, errors = work_on_two_processes(tmp_path, FAILING_WORKER)
+    status, errors = on_two_processes(tmp_path, FAILING_WORKER)
     assert status != 0 and "LookupError: only here" in errors
     assert (tmp_path / "alone1").read_text() == "LookupError: only here"
     wanted = {"picture": "RuntimeError: process 1: ValueError: train row 5, column 'input_image': got 13 bytes"}

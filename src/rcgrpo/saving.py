@@ -53,6 +53,16 @@ class SavingTrainer(_BaseTrainer):
                     logger.error("%s", refused)
             raise
 
+    def close(self) -> None:
+        """Take the process group of a launch down, at the end of a script; without one nothing happens.
+
+        A process that leaves with gloo's threads at work may abort on its way out. The wrapped model goes first, as it
+        keeps the group and its threads alive.
+        """
+        self.model_wrapped = self.model
+        self.accelerator.free_memory()
+        self.accelerator.end_training()
+
     @staticmethod
     def _step_of(checkpoint: str | bool | None) -> int:
         """The updates that a checkpoint has behind it; 0 without one, or where the Trainer will say what is missing."""

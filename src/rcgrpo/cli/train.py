@@ -233,7 +233,7 @@ def run(arguments: Sequence[str]) -> None:
         written = ["LoRA", "model card", *(name for name in report if (folder / name).exists())]
         print(f"Written to {folder}: {', '.join(written)}")
         print(f'Use it: pipe = FluxKontextPipeline.from_pretrained(...); pipe.load_lora_weights("{folder}")')
-    trainer.accelerator.end_training()
+    trainer.close()
 
 
 def _announce(trainer: "RCGRPOTrainer", script: ScriptArguments) -> None:
