@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from rcgrpo.objective import (
     advantage_size,
     batch_advantages,
+    comparable,
     euler_step,
     gaussian_log_prob,
     group_advantages,
@@ -183,6 +184,55 @@ def test_a_reward_of_weight_0_scores_nobody(how):
     assert beside.tolist() == [-1, 1]
 
 
+@pytest.mark.parametrize("how", WAYS)
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_who_fails_one_reward_is_compared_by_none(how, scale):
+    """The second reward fails on all of one group and on two of another; the first is as alive as ever."""
+    weights = torch.tensor([1.0, 2.0])
+    rewards = [
+        torch.tensor([[1.0, NAN], [3.0, NAN], [9.0, NAN]]),
+        torch.tensor([[1.0, 0.0], [50.0, NAN], [4.0, 1.0], [-70.0, NAN]]),
+        torch.tensor([[2.0, 3.0], [3.0, 1.0]]),
+    ]
+    failed = [torch.zeros_like(values, dtype=torch.bool) for values in rewards]
+    failed[0][:, 1] = failed[1][[1, 3], 1] = True
+
+    def advantages(values):
+        return batch_advantages(values, weights, how, scale, power=2.0)
+
+    dead, half, whole = advantages([comparable(r, weights, f) for r, f in zip(rewards, failed, strict=True)])
+    assert dead.tolist() == [0, 0, 0] and half[[1, 3]].tolist() == [0, 0]
+    # Nobody else notices: neither the batch's spread nor the group's mean has seen what was taken out.
+    alone = advantages([rewards[1][[0, 2]], rewards[2]])
+    torch.testing.assert_close([half[[0, 2]], whole], alone)
+    not_applicable, *_ = advantages(rewards)
+    assert not_applicable.any(), "a reward that does not apply leaves the comparison to the other"
+    unweighted = comparable(rewards[0], torch.tensor([1.0, 0.0]), failed[0])
+    assert torch.equal(unweighted.nan_to_num(7.0), rewards[0].nan_to_num(7.0)), "a weight of 0 takes nobody out"
+
+
+@pytest.mark.parametrize("how", WAYS)
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+@pytest.mark.parametrize("unit", [1e-30, 1e-12, 1e15, 1e30, 3e38])
+def test_the_size_of_rewards_costs_no_advantage(how, scale, unit):
+    rewards, weights = torch.tensor([[0.0, 0.1], [0.5, 0.3], [1.0, 0.0]]), torch.tensor([1.0, 1.0])
+    (expected,) = batch_advantages([rewards], weights, how, scale, power=2.0)
+    (found,) = batch_advantages([rewards * unit], weights, how, scale, power=2.0)
+    factor = unit if scale == "none" and how == "sum_then_normalize" else 1.0
+    torch.testing.assert_close(found.double() / factor, expected.double(), rtol=1e-5, atol=1e-6)
+
+
+def test_advantages_are_finite_whatever_finite_rewards_are():
+    largest = torch.finfo(torch.float32).max
+    rewards = torch.tensor([[largest, largest], [-largest, -largest], [0.0, 0.0]])
+    for how in WAYS:
+        for scale in ("group", "batch", "none"):
+            (found,) = batch_advantages([rewards], torch.tensor([1.0, 2.0]), how, scale)
+            assert found.isfinite().all() and found[0] > 0 > found[1] and found[2].abs() < 1e-6
+    assert spread(rewards) == pytest.approx(largest * (2 / 3) ** 0.5)
+    assert total_scores(rewards, torch.ones(2)).tolist() == [largest, -largest, 0]
+
+
 def test_a_reward_that_failed_on_a_whole_group_leaves_no_score_of_another_sum():
     rewards, weights = torch.tensor([[1.0, NAN], [3.0, NAN]]), torch.tensor([1.0, 2.0])
     failed = torch.tensor([[False, True], [False, False]])
@@ -282,7 +332,7 @@ def test_the_filter_sees_each_reward_where_each_is_normalised():
 def test_the_default_is_the_quasi_norm_of_z_scores_to_the_bit():
     rewards = randn(5, 8, 1)
     for values, advantages in zip(rewards, batch_advantages(list(rewards), torch.ones(1)), strict=True):
-        assert torch.equal(advantages, quasi_norm(group_advantages(values[:, 0])))
+        assert torch.equal(advantages, quasi_norm(group_advantages(values[:, 0].double())).float())
 
 
 @pytest.mark.parametrize("power", [0.8, 2.0])

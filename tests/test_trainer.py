@@ -1,8 +1,10 @@
 """`trainer.py`: what must hold for any model, checked on a random one of 32 x 32 pixels."""
 
+import itertools
 import json
 import logging
 import socket
+import time
 from dataclasses import fields, replace
 from importlib.util import find_spec
 
@@ -23,6 +25,7 @@ from rcgrpo.attention import AttentionOptions
 from rcgrpo.evaluation import judge_held_out
 from rcgrpo.objective import quasi_norm
 from rcgrpo.rewards import RequiredRewardError, RewardError
+from rcgrpo.rewards.calling import TookTooLong
 from rcgrpo.rollout import make_groups
 from rcgrpo.transitions import gather
 from tiny_kontext import TINY_CALL, build_tiny_kontext, in_own_memory
@@ -827,20 +830,199 @@ def test_group_with_one_score_teaches_nothing(tmp_path, data):
     assert same(weights(trainer), start) and last(trainer, "frac_reward_zero_std") == [1.0, 1.0]
 
 
-def test_a_reward_that_raises_is_named_and_the_run_goes_on(tmp_path, data, caplog):
-    def broken(images, **columns):
-        raise OSError("no such server")
+class Dying:
+    """A judge that works at start-up and for so many updates."""
 
-    trainer = make(tmp_path, data, [brightness, broken])
+    reward_name = "judge"
+
+    def __init__(self, works=0):
+        self.works, self.probed = works, False
+
+    def __call__(self, images, trainer_state, **columns):
+        if self.probed and trainer_state.global_step >= self.works:
+            raise OSError("no such server")
+        self.probed = True
+        return brightness(images)
+
+
+def test_a_reward_that_raises_is_named_and_the_run_goes_on(tmp_path, data, caplog):
+    trainer = make(tmp_path, data, ["background_keep", Dying()], max_reward_failures=2, max_steps=4)
     caplog.clear()
     trainer.train()
-    assert trainer.state.global_step == 2 and last(trainer, "grad_norm")[1] > 0
-    assert last(trainer, "rewards/failures") == [8.0, 8.0]
+    assert trainer.state.global_step == 4 and last(trainer, "grad_norm") == [0, 0, 0, 0]
+    assert last(trainer, "rewards/failures") == [8.0] * 4
     # what is left to compare by is no score: with the next batch's it would be averaged with sums of two rewards
-    assert len(last(trainer, "rewards/brightness/mean")) == 2 and last(trainer, "reward") == []
+    assert len(last(trainer, "rewards/background_keep/mean")) == 4 and last(trainer, "reward") == []
     messages = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert any("'broken'" in m and "train row" in m and "no such server" in m for m in messages)
-    assert trainer.failures.counts == {"brightness": 0, "broken": 16}
+    assert any("'judge'" in m and "train row" in m and "no such server" in m for m in messages)
+    assert trainer.failures.counts == {"background_keep": 0, "judge": 32}
+    loud = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
+    assert [n for n in (2, 4) if any(f"'judge' failed on every candidate of {n} batches" in m for m in loud)] == [2, 4]
+    assert [n for n in (2, 4) if any(f"no candidate of {n} batches in a row has a score" in m for m in loud)] == [2, 4]
+    assert last(trainer, "rewards/judge/silent_batches") == [1, 2, 3, 4] == last(trainer, "groups/unscored_batches")
+
+
+REGIONS_OF_TWO = {"region_advantages": True, "reward_regions": ["edit", "keep"], "keep_strength": 0.2}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"scale_rewards": "batch"},
+        {"scale_rewards": "none", "gradient_accumulation_steps": 2, "per_device_train_batch_size": 1},
+        {"multi_objective_aggregation": "normalize_then_sum"},
+        REGIONS_OF_TWO,
+        {**REGIONS_OF_TWO, "scale_rewards": "batch", "beta": 0.1, "keep_hinge_weight": 1.0},
+        {**REGIONS_OF_TWO, "policy": "nft", "attention_reward_weight": 0.1},
+        {"policy": "flow_grpo", "policy_steps_range": [0, 0.67]},
+        {"policy": "nft", "beta": 0.1},
+        {"beta": 0.1, "keep_hinge_weight": 1.0, "num_iterations": 2, "max_grad_norm": 0.0},
+    ],
+)
+def test_a_dead_judge_teaches_nothing(tmp_path, data, options):
+    """Beside a living reward; neither weight decay nor what the optimizer remembers of better days moves a bit."""
+    works = dead = options.get("num_iterations", 1)
+    adam = {"optim": "adamw_torch", "weight_decay": 0.1, "learning_rate": 0.01, "max_steps": works + dead}
+    trainer = make(tmp_path, data, [Dying(works), "background_keep"], **(adam | options))
+    start = weights(trainer)
+    found = [start, *trained_step_by_step(trainer)]
+    moved = [not same(a, b) for a, b in itertools.pairwise(found)]
+    assert moved == [True] * works + [False] * dead and trainer.state.global_step == works + dead
+
+
+@pytest.mark.parametrize("options", [{}, {"scale_rewards": "batch"}, REGIONS_OF_TWO])
+def test_candidates_that_the_judge_fails_on_teach_nothing(tmp_path, data, options):
+    """The others are compared as if these had not been drawn, by either reward and in either region."""
+
+    def judge(images, **columns):
+        return [float("nan") if i % 4 == 2 else value for i, value in enumerate(by_number(images, **columns))]
+
+    def other(images, **columns):
+        return [float(i % 4) ** 2 for i in range(len(images))]
+
+    (group,) = rolled_out(make(tmp_path, data, [judge, other], advantage_power=2.0, **options), data)
+    advantages = torch.atleast_2d(group.advantages)
+    assert not advantages[:, 2].any() and group.scores[2].isnan() and group.rewards[2, 1] == 4
+    assert group.compared[2].isnan().all() and group.compared[[0, 1, 3]].isfinite().all()
+    kept = torch.tensor([0.0, 1.0, 9.0])
+    if options is REGIONS_OF_TWO:
+        assert torch.allclose(advantages[1, [0, 1, 3]], (kept - kept.mean()) / kept.std(correction=0), atol=1e-5)
+        assert group.region_scores[:, 2].isnan().all()
+
+
+def test_a_region_of_no_weight_takes_nobody_out(tmp_path, data):
+    def judge(images, **columns):
+        return [float("nan")] * len(images)
+
+    options = REGIONS_OF_TWO | {"region_advantage_weights": [0.0, 1.0]}
+    (group,) = rolled_out(make(tmp_path, data, [judge, by_number], **options), data)
+    assert not group.advantages[0].any() and group.advantages[1].any()
+
+
+def nothing_for_the_unedited(images, source_images, **columns):
+    pairs = enumerate(zip(images, source_images, strict=True))
+    return [None if image == source else 0.1 * i for i, (image, source) in pairs]
+
+
+def not_a_number_for_the_unedited(**columns):
+    return [float("nan") if value is None else value for value in nothing_for_the_unedited(**columns)]
+
+
+@pytest.mark.parametrize("reward", [nothing_for_the_unedited, not_a_number_for_the_unedited])
+def test_no_score_of_an_unedited_source_is_no_reason_to_stop(tmp_path, data, caplog, reward):
+    trainer = make(tmp_path, data, reward)
+    assert any("start-up probe" in r.getMessage() for r in caplog.records) == (reward is not nothing_for_the_unedited)
+    (group,) = rolled_out(trainer, data)
+    assert group.advantages.any()
+
+
+def needs_completion_ids(completion_ids, **columns):
+    return [float(len(ids)) for ids in completion_ids]
+
+
+async def unreachable(images, log_failure, **columns):
+    for i in range(len(images)):
+        log_failure(i, "connect: refused")
+    return [None] * len(images)
+
+
+def hanging(**columns):
+    time.sleep(5)
+
+
+@pytest.mark.parametrize(
+    ("reward", "message", "cause"),
+    [
+        (needs_completion_ids, "completion_ids", TypeError),
+        (unreachable, "connect: refused", None),
+        (hanging, "took over 0.2 s", TookTooLong),
+        (lambda images, **columns: ["good"] * len(images), "'good', which is not a number", None),
+    ],
+)
+def test_a_reward_that_fails_on_the_whole_probe_stops_the_run(tmp_path, data, reward, message, cause):
+    with pytest.raises(RewardError, match=f"{reward.__name__}' failed on every candidate of the .*{message}") as caught:
+        make(tmp_path, data, [brightness, reward], reward_timeout=0.2 if reward is hanging else None)
+    assert type(caught.value.__cause__) is (cause or type(None))
+
+
+def test_rewards_that_draw_spoil_neither_logs_nor_later_updates(tmp_path, data, held_out):
+    def drawing(images, source_images, masks, edited_image, **columns):
+        for picture in (*images, *source_images, *masks, *edited_image):
+            picture.thumbnail((4, 4))
+            picture.paste(0, (0, 0, *picture.size))
+        return by_number(images, **columns)
+
+    found = []
+    for first in (drawing, by_number):  # under one name
+        first.reward_name = "first"
+        trainer = make(tmp_path, data, [first, "background_keep", brightness], held_out, num_iterations=2)
+        trainer.train()
+        found.append((weights(trainer), history(trainer), trainer.evaluate()["eval_background/psnr"]))
+    assert same(found[0][0], found[1][0]) and found[0][1:] == found[1][1:]
+
+
+@pytest.mark.parametrize("name", ["images", "masks", "log_extra", "attention_density"])
+def test_columns_with_names_that_rewards_get_are_refused(tmp_path, data, held_out, name):
+    rows = [dict(row) for row in data]
+    bad = [*rows[:3], {**rows[3], name: 1}]
+    for number, (train, held) in enumerate([(bad, None), (rows, [{**row, name: 1} for row in held_out])]):
+        expected = f"{('train row 3', 'eval row 0')[number]}: got a column '{name}'.*rename the column"
+        with pytest.raises(ValueError, match=expected):
+            make(tmp_path, train, eval_dataset=held, check_rows=2048 if number == 0 else 0)
+    turn = {"instruction": "add it", "mask": rows[0]["mask"], name: 1}
+    in_turns = [{**row, "turns": [turn]} for row in rows]
+    with pytest.raises(ValueError, match=f"train row 0, turn 2: got a column '{name}'"):
+        make(tmp_path, in_turns, turns_column="turns")
+
+
+def test_sources_and_masks_may_have_any_name(tmp_path, data):
+    seen = {}
+
+    def look(images, prompts, masks, labels, **columns):
+        seen.update(prompt=prompts[0], mask=masks[0], label=labels[0], names=sorted(columns))
+        return brightness(images)
+
+    names = {"input_image": "images", "instruction": "prompts", "mask": "masks"}
+    rows = [{names.get(key, key): value for key, value in row.items()} | {"labels": "mine"} for row in data]
+    columns = {"image_column": "images", "prompt_column": "prompts", "mask_column": "masks"}
+    (group,) = rolled_out(make(tmp_path, rows, look, **columns), data)
+    assert (seen["prompt"], seen["label"]) == (data[0]["instruction"], "mine") and seen["mask"] == group.mask
+    assert {"caption", "edited_image", "completions", "log_extra"} <= set(seen["names"])
+
+
+def test_large_rewards_teach_as_small_ones_do(tmp_path, data):
+    found = []
+    for factor in (1.0, 3e38):
+
+        def scaled(images, factor=factor, **columns):
+            return [factor * value / 2 for value in by_number(images, **columns)]
+
+        trainer = make(tmp_path / str(factor), data, scaled, max_steps=1)
+        start = weights(trainer)
+        trainer.train()
+        found.append(weights(trainer))
+    assert distance(found[1], found[0], start) < 1e-4
 
 
 @pytest.mark.parametrize(("nothing", "expected"), [(float("nan"), 3.0), (None, (3 + 1 + 3) / 3)])

@@ -176,7 +176,17 @@ class RCGRPOConfig(_BaseConfig):
     )
     max_reward_failures: int = field(
         default=3,
-        metadata={"help": "Stop, after saving, when a required reward fails on this many batches in a row."},
+        metadata={
+            "help": "Stop, after saving, when a required reward fails on this many batches in a row; say so loudly "
+            "when another one does."
+        },
+    )
+    reward_timeout: float | None = field(
+        default=None,
+        metadata={
+            "help": "Seconds that a call of a reward may take before it counts as failed; no limit by default. Remote "
+            "rewards and judges have limits of their own."
+        },
     )
 
     # Parameters that control the objective
@@ -314,6 +324,8 @@ class RCGRPOConfig(_BaseConfig):
         def refuse(name: str, expected: str) -> None:
             raise ValueError(f"{name}: got {getattr(self, name)!r}, expected {expected}")
 
+        if self.reward_timeout is not None and not 0 < self.reward_timeout < inf:
+            refuse("reward_timeout", "None, or seconds above 0")
         if self.num_generations < 2:
             refuse("num_generations", "at least 2: a group is compared with itself, so one candidate teaches nothing")
         if self.antithetic and self.num_generations % 2:

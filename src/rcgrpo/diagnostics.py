@@ -307,7 +307,7 @@ def reward_parts(group: Group, names: Sequence[str], weights: Tensor, regions: S
     belong to `"edit"` or `"region_k"` or, where they have no regions, of `region_edit`; left out where there is none.
 
     Args:
-        group: with `rewards` `[G, rewards]`.
+        group: with `rewards` `[G, rewards]`, and `compared` where any may have failed.
         names, weights: of its rewards.
         regions: of its rewards, with region advantages.
     """
@@ -316,5 +316,6 @@ def reward_parts(group: Group, names: Sequence[str], weights: Tensor, regions: S
     parts = {"keep": torch.tensor([NAN if value is None else value for value in kept])}
     belongs = [region != "keep" for region in regions] or [name == "region_edit" for name in names]
     if any(belongs):
-        parts["edit"] = total_scores(group.rewards.cpu()[:, belongs], weights.cpu()[belongs])  # type: ignore[union-attr]
+        rewards: Tensor = group.rewards if group.compared is None else group.compared  # type: ignore[assignment]
+        parts["edit"] = total_scores(rewards.cpu()[:, belongs], weights.cpu()[belongs])
     return parts

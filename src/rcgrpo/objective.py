@@ -8,7 +8,9 @@ DiffusionNFT (arXiv 2509.16117), which needs no probabilities. `policies.py` joi
 anchors-and-steps ("transitions"), G candidates, N tokens, C channels.
 
 Gotchas: distances are *means* over weighted elements; with a sum the softmax is one-hot and every ratio is clipped.
-At θ = θ_old the gradient does not depend on τ or the clip, because advantages sum to zero.
+At θ = θ_old the gradient does not depend on τ or the clip, because advantages sum to zero. Everything between rewards
+and advantages is computed in fp64, because squares of large rewards overflow in fp32, and handed back in the dtype of
+what came in.
 """
 
 from collections.abc import Sequence
@@ -29,19 +31,20 @@ def group_advantages(rewards: Tensor, std_floor: float = 0.0) -> Tensor:
         `[..., group]`; 0 for candidates without a score, for groups with fewer than two scores and for groups whose
         scores are all equal. The standard deviation is the biased one, so that p = 2 of `quasi_norm` returns A itself.
     """
-    scored = ~rewards.isnan()
+    values = rewards.double()
+    scored = ~values.isnan()
     count = scored.sum(-1, keepdim=True)
-    centred = torch.where(scored, rewards - rewards.nanmean(-1, keepdim=True), 0.0)
+    centred = torch.where(scored, values - values.nanmean(-1, keepdim=True), 0.0)
     std = (centred.square().sum(-1, keepdim=True) / count.clamp(min=1)).sqrt()
     scale = std.clamp(min=std_floor)
     # Identical rewards leave rounding noise in `centred`; it must not be divided up to unit size.
-    flat = std <= 1e-6 * rewards.abs().nan_to_num(0.0).amax(-1, keepdim=True)
-    return torch.where((count < 2) | flat, 0.0, centred / torch.where(scale > 0, scale, 1.0))
+    flat = std <= 1e-6 * values.abs().nan_to_num(0.0).amax(-1, keepdim=True)
+    return torch.where((count < 2) | flat, 0.0, centred / torch.where(scale > 0, scale, 1.0)).to(rewards.dtype)
 
 
 def spread(values: Tensor) -> float:
     """Standard deviation (biased) of the values that are not NaN; NaN where there are none."""
-    scored = values[~values.isnan()]
+    scored = values[~values.isnan()].double()
     return float(scored.std(correction=0)) if len(scored) else float("nan")
 
 
@@ -81,12 +84,31 @@ def quasi_norm(advantages: Tensor, power: float = 0.8, size: int | None = None) 
     """
     if power <= 0:
         raise ValueError(f"advantage_power: got {power}, expected a number above 0")
-    norm = advantages.abs().pow(power).sum(-1, keepdim=True).pow(1 / power)
+    values = advantages.double()
+    norm = values.abs().pow(power).sum(-1, keepdim=True).pow(1 / power)
     size = advantages.shape[-1] if size is None else size
-    return torch.where(norm > 0, size**0.5 * advantages / torch.where(norm > 0, norm, 1.0), 0.0)
+    return torch.where(norm > 0, size**0.5 * values / torch.where(norm > 0, norm, 1.0), 0.0).to(advantages.dtype)
 
 
-def total_scores(rewards: Tensor, weights: Tensor, failed: Tensor | Literal[False] = False) -> Tensor:
+def comparable(rewards: Tensor, weights: Tensor, failed: Tensor) -> Tensor:
+    """The rewards of the candidates that can be compared: NaN in *every* reward where one that counts failed.
+
+    What is left of a candidate without the reward that failed is another sum. A preservation reward, say, would teach
+    alone what it was only meant to balance, so a failure takes its candidate out of all comparisons, of other rewards
+    and of other regions, also where the reward failed on the whole group.
+
+    Args:
+        rewards: `[..., group, rewards]`, NaN = no score.
+        weights: `[rewards]`; a reward of weight 0 takes nobody out.
+        failed: `[..., group, rewards]`, where a reward failed, unlike one that does not apply.
+
+    Returns:
+        `[..., group, rewards]`.
+    """
+    return rewards.masked_fill((failed & (weights != 0)).any(-1, keepdim=True), torch.nan)
+
+
+def total_scores(rewards: Tensor, weights: Tensor, failed: Tensor | None = None) -> Tensor:
     """Several rewards to one score per candidate: the weighted sum of those that it has.
 
     A reward counts for a candidate only where its whole group can be compared: one that scored some candidates of a
@@ -96,16 +118,17 @@ def total_scores(rewards: Tensor, weights: Tensor, failed: Tensor | Literal[Fals
     Args:
         rewards: `[..., group, rewards]`, NaN = no score.
         weights: `[rewards]`.
-        failed: `[..., group, rewards]`, which of the NaNs are failures. These take their candidate out also where the
-            reward scored nobody, so that scores of different groups are sums of the same rewards.
+        failed: `[..., group, rewards]`, where a reward failed; see `comparable`, which these go through first.
 
     Returns:
         `[..., group]`, NaN for candidates that are out, or that no reward with a weight scored.
     """
+    if failed is not None:
+        rewards = comparable(rewards, weights, failed)
     counts, missing = weights != 0, rewards.isnan()
-    expected = counts & (~missing.all(-2, keepdim=True) | failed)
+    expected = counts & ~missing.all(-2, keepdim=True)
     out = (missing & expected).any(-1) | (missing | ~counts).all(-1)
-    return torch.where(out, torch.nan, (rewards * weights).nansum(-1))
+    return _narrowed(torch.where(out, torch.nan, (rewards.double() * weights).nansum(-1)), rewards.dtype)
 
 
 def total_advantages(rewards: Tensor, weights: Tensor, std_floor: float = 0.0) -> Tensor:
@@ -119,12 +142,12 @@ def total_advantages(rewards: Tensor, weights: Tensor, std_floor: float = 0.0) -
         `[..., group]`, NaN for candidates that are out; 0 throughout a group where the rewards cancel.
     """
     out = total_scores(rewards, weights).isnan()
-    comparable = rewards.masked_fill(out.unsqueeze(-1), torch.nan)
-    each = weights * group_advantages(comparable.transpose(-1, -2), std_floor).transpose(-1, -2)
+    compared = rewards.double().masked_fill(out.unsqueeze(-1), torch.nan)
+    each = weights * group_advantages(compared.transpose(-1, -2), std_floor).transpose(-1, -2)
     total = each.sum(-1)
     # What cancels leaves rounding noise, which must not be divided up to unit size.
     cancelled = total.abs().amax(-1, keepdim=True) <= 1e-6 * each.abs().sum(-1).amax(-1, keepdim=True)
-    return torch.where(out, torch.nan, torch.where(cancelled, 0.0, total))
+    return torch.where(out, torch.nan, torch.where(cancelled, 0.0, total)).to(rewards.dtype)
 
 
 def batch_advantages(
@@ -139,7 +162,7 @@ def batch_advantages(
     """Final advantages A' of the groups of one batch (algorithm section 5), with TRL's names for the options.
 
     Args:
-        rewards: `[group, rewards]` for each group, NaN = no score.
+        rewards: `[group, rewards]` for each group, NaN = no score; where a reward failed, see `comparable`.
         weights: `[rewards]`.
         how: `"sum_then_normalize"`: advantages of the scores; `"normalize_then_sum"` (GDPO): of `total_advantages`,
             divided by the spread that these would have in the whole batch without a floor. So a floor tames a group
@@ -151,8 +174,9 @@ def batch_advantages(
         power: of the quasi-norm.
 
     Returns:
-        `[group]` for each group, 0 for candidates that are out.
+        `[group]` for each group, finite, 0 for candidates that are out.
     """
+    dtypes, rewards = [values.dtype for values in rewards], [values.double() for values in rewards]
     scores = [total_scores(values, weights) for values in rewards]
     compared, batch = scores, scores
     if how == "normalize_then_sum":
@@ -170,7 +194,13 @@ def batch_advantages(
         scored = int((~own.isnan()).sum())
         size = advantage_size(values, scale_rewards, std_floor, batch_std)
         results.append(quasi_norm(group_advantages(values, std_floor), power, scored) * size)
-    return results
+    return [_narrowed(result, dtype) for result, dtype in zip(results, dtypes, strict=True)]
+
+
+def _narrowed(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """In another dtype, what it cannot hold as its largest number, because infinity less infinity is none."""
+    limit = torch.finfo(dtype).max
+    return values.clamp(-limit, limit).to(dtype)
 
 
 def _full(values: Tensor) -> Tensor:

@@ -241,7 +241,8 @@ class Group:
     `trajectory` fp32 `[steps + 1, group, tokens, channels]`; `region` `[tokens]` in {0, 1} or soft, the union of
     `regions` `[regions, tokens]`; `conditions` of one sample; `attention` per candidate; `kick_strength`
     `[steps, group, tokens]` and `noise_level` of a stochastic rollout; `key` is what its noise was drawn from. Scoring
-    fills in `rewards` `[group, rewards]`, `scores` `[group]` and `advantages` `[group]`, or `[rows, group]` with region
+    fills in `rewards` `[group, rewards]`, `compared`, the same without candidates on whom a reward failed (see
+    `objective.comparable`), `scores` `[group]` and `advantages` `[group]`, or `[rows, group]` with region
     advantages, one row for each region that has a reward; `region_scores` `[rows, group]` go with these; `logged` is
     what rewards logged with `log_extra`, by column, one entry per candidate.
     """
@@ -259,6 +260,7 @@ class Group:
     noise_level: float = 0.0
     key: tuple[Any, ...] = ()
     rewards: Tensor | None = None
+    compared: Tensor | None = None
     scores: Tensor | None = None
     advantages: Tensor | None = None
     region_scores: Tensor | None = None

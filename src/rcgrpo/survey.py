@@ -117,9 +117,10 @@ def judge(group: Group, judges: Mapping[str, Reward]) -> dict[str, Tensor]:
         return {}
     count = len(group.images)
     columns = {name: [value] * count for name, value in group.edit.columns.items()}
+    context: dict[str, Any] = {"trainer_state": None, "log_extra": _ignore, "log_metric": _ignore}
     if group.attention is not None:
         for measure in ("mass", "density", "contrast"):
-            columns[f"attention_{measure}"] = getattr(group.attention, measure).tolist()
+            context[f"attention_{measure}"] = getattr(group.attention, measure).tolist()
     scored = score(
         list(judges.values()),
         [group.edit.prompt] * count,
@@ -128,7 +129,7 @@ def judge(group: Group, judges: Mapping[str, Reward]) -> dict[str, Tensor]:
         [group.mask] * count,
         columns,
         [f"{group.edit.label}, candidate {i}" for i in range(count)],
-        {"trainer_state": None, "log_extra": _ignore, "log_metric": _ignore},
+        context,
     )
     return dict(zip(judges, scored.values.T, strict=True))
 

@@ -39,7 +39,7 @@ from .editors.flux_kontext import instruction_token_weights
 from .hub import check_lora_config
 from .metrics import masked_psnr
 from .models import load_pipeline, trained_model
-from .objective import batch_advantages, keep_hinge, predict_clean, spread, total_scores, velocity_kl
+from .objective import batch_advantages, comparable, keep_hinge, predict_clean, spread, total_scores, velocity_kl
 from .policies import make_policy, region_mask
 from .regions import region_weights
 from .rewards import (
@@ -47,10 +47,12 @@ from .rewards import (
     FailureWatch,
     PendingScores,
     Reward,
+    RewardError,
     ScoredBatch,
     ScoringQueue,
     failing_together,
     fault_counts,
+    refuse_columns,
     resolve_rewards,
 )
 from .rollout import Exploration, Group, make_groups, words_of
@@ -71,6 +73,26 @@ class CycleSampler(RepeatSampler):
     def set_epoch(self, epoch: int) -> None:
         if self.shuffle:
             self.generator.manual_seed(self.seed + epoch)
+
+
+class UntaughtUpdates(TrainerCallback):
+    """Lets an update in which no candidate had a say pass without a step of the optimizer.
+
+    Its gradients are 0, but AdamW's weight decay and the momentum of earlier updates would move the weights all the
+    same. Optimizers leave weights without a gradient alone, and so their own state.
+    """
+
+    def __init__(self, trainer: "RCGRPOTrainer") -> None:
+        self.trainer = trainer
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        trainer, accelerator = self.trainer, self.trainer.accelerator
+        taught = torch.tensor(float(trainer._taught), device=accelerator.device)
+        trainer._taught = False
+        if not float(accelerator.reduce(taught, reduction="sum")):
+            if not args.max_grad_norm > 0:  # fp16's scaler wants to have seen gradients, as clipping would have let it
+                accelerator.unscale_gradients()
+            trainer.model.zero_grad(set_to_none=True)
 
 
 class RCGRPOTrainer(SavingTrainer):
@@ -199,7 +221,9 @@ class RCGRPOTrainer(SavingTrainer):
         self._buffer: list[list[Group]] = []
         self._old: list[dict[Where, Tensor]] = []
         self._extra_columns: dict[str, list[Any]] = {}
-        self._scoring = ScoringQueue()
+        self._taught = False
+        self.add_callback(UntaughtUpdates(self))
+        self._scoring = ScoringQueue(timeout=args.reward_timeout)
         self._window: list[Any] = []
         self._ahead: deque[tuple[list[Group], PendingScores]] = deque()
         self._probe_rewards(train_rows)
@@ -248,6 +272,7 @@ class RCGRPOTrainer(SavingTrainer):
         at_once = args.turns_column if args.turns_at_once else None
         join = None if at_once is None else partial(join_turns, column=at_once)
         rows = EditRows(dataset, name, *columns, required, args.regions_column, args.turns_column, join)
+        self._check_columns(rows.edit(0))
         if args.turns_column is not None and args.turns_column not in rows.edit(0).columns:
             raise ValueError(
                 f"turns_column: got {args.turns_column!r}, expected a column of {name}_dataset, which has "
@@ -288,9 +313,14 @@ class RCGRPOTrainer(SavingTrainer):
 
     def _check_edit(self, edit: Edit, args: RCGRPOConfig) -> int:
         """Regions and words that cannot be read are known before the first rollout; the number of regions."""
+        self._check_columns(edit)
         if args.attention_words_column is not None:
             words_of(edit, args.attention_words_column)
         return len(self.exploration.masks(edit))
+
+    @staticmethod
+    def _check_columns(edit: Edit) -> None:
+        refuse_columns(edit.columns, edit.label)
 
     def _check_played(self, rows: EditRows | None) -> None:
         """Turns and words that cannot be read are known before the first rollout.
@@ -315,16 +345,33 @@ class RCGRPOTrainer(SavingTrainer):
             rows.check(args.check_rows, play)
 
     def _probe_rewards(self, rows: EditRows) -> None:
-        """Call each reward once on unedited sources, so that a wrong length is known before hours are spent."""
-        group = self._fake_group(rows.edit(0))
-        scored = self._submit([group, group], ["start-up probe 0", "start-up probe 1"]).result()
-        for failure in scored.failures:
-            logger.warning(
-                "reward %r failed on %s (%s); training goes on, candidates that it fails on are left out",
-                failure.reward,
-                failure.sample_label,
-                failure.reason,
-            )
+        """Call each reward once on unedited sources, so that what is wrong with it is known before hours are spent.
+
+        None is as good an answer as any: an unedited source may be none of a reward's business. NaN is only a warning,
+        as it may come of a change of nothing at all.
+
+        Raises:
+            RewardError: a reward returned a wrong number of scores, or failed on all of them, with what it raised.
+        """
+        with failing_together(self.accelerator):
+            group = self._fake_group(rows.edit(0))
+            labels = [f"start-up probe {i} ({group.edit.label}, unedited)" for i in range(2)]
+            scored = self._submit([group, group], labels).result()
+            for reward in self.rewards:
+                failed = [failure for failure in scored.failures if failure.reward == reward.name]
+                if len(failed) == len(labels) and all(failure.kind != "not_finite" for failure in failed):
+                    raise RewardError(
+                        f"reward {reward.name!r} failed on every candidate of the start-up probe, {group.edit.label} "
+                        f"unedited: it {failed[-1].reason}. Training with it would teach nothing; repair it (or the "
+                        "server behind it), or leave it out of reward_funcs"
+                    ) from failed[-1].error
+                for failure in failed:
+                    logger.warning(
+                        "reward %r failed on %s (%s); training goes on, candidates that it fails on are left out",
+                        failure.reward,
+                        failure.sample_label,
+                        failure.reason,
+                    )
         self.forget_metrics()
 
     def _fake_group(self, edit: Edit) -> Group:
@@ -396,9 +443,11 @@ class RCGRPOTrainer(SavingTrainer):
         sources, masks = {id(g): g.source for g in groups}, {id(g): g.mask for g in groups}
         names = set.intersection(*(set(g.edit.columns) for g in groups))
         columns = {name: [g.edit.columns[name] for g, _ in per_candidate] for name in sorted(names)}
+        context: dict[str, Any] = {"trainer_state": self.state, "log_extra": self._log_extra}
+        context["log_metric"] = self._log_metric
         if all(g.attention is not None for g in groups):
             for measure in ("mass", "density", "contrast"):
-                columns[f"attention_{measure}"] = [float(getattr(g.attention, measure)[i]) for g, i in per_candidate]
+                context[f"attention_{measure}"] = [float(getattr(g.attention, measure)[i]) for g, i in per_candidate]
         return self._scoring.submit(
             self.rewards,
             [g.edit.prompt for g, _ in per_candidate],
@@ -407,7 +456,7 @@ class RCGRPOTrainer(SavingTrainer):
             [masks[id(g)] for g, _ in per_candidate],
             columns,
             labels,
-            {"trainer_state": self.state, "log_extra": self._log_extra, "log_metric": self._log_metric},
+            context,
         )
 
     def _mode(self) -> str:
@@ -457,29 +506,38 @@ class RCGRPOTrainer(SavingTrainer):
         lost = {(failure.sample_label, failure.reward) for failure in scored.failures}
         labels = _candidate_labels(groups)
         failures = torch.tensor([[(label, name) in lost for name in scored.names] for label in labels])
-        sizes, weights, rows = [len(group.images) for group in groups], self.reward_weights, self._rows()
+        sizes, rows = [len(group.images) for group in groups], self._rows()
         extra = {name: values for name, values in self._extra_columns.items() if len(values) == len(labels)}
         end = 0
         for group, rewards, failed in zip(groups, scored.values.split(sizes), failures.split(sizes), strict=True):
             start, end = end, end + len(group.images)
             group.logged = {name: values[start:end] for name, values in extra.items()}
-            group.rewards, group.scores = rewards, total_scores(rewards, weights, failed)
+            group.rewards, group.scores = rewards, total_scores(rewards, self.reward_weights, failed)
+            group.compared = compared = comparable(rewards, self._say(), failed)
             if rows:
-                each = [total_scores(rewards[:, chosen], weights[chosen], failed[:, chosen]) for chosen in rows]
+                each = [total_scores(compared[:, chosen], self.reward_weights[chosen]) for chosen in rows]
                 group.region_scores = torch.stack(each)
         return scored
+
+    def _say(self) -> Tensor:
+        """What each reward weighs in all that an update learns from, 0 in a region of no weight."""
+        importance = self.args.region_advantage_weights
+        if not self.reward_regions or importance is None:
+            return self.reward_weights
+        of_region = dict(zip(self.args.named_regions, importance, strict=True))
+        return self.reward_weights * torch.tensor([of_region[region] for region in self.reward_regions])
 
     def _compare(self, groups: Sequence[Group], others: Sequence[Tensor] = ()) -> None:
         """Fill in the advantages of scored groups.
 
         Args:
-            others: rewards of the groups that other processes have, which belong to the batch too.
+            others: what is compared of the groups that other processes have, which belong to the batch too.
         """
         args, rows = self.args, self._rows()
         # With region advantages each region's rewards are compared among themselves.
         results = [
             batch_advantages(
-                [rewards[:, chosen] for rewards in (*(group.rewards for group in groups), *others)],  # type: ignore[index]
+                [rewards[:, chosen] for rewards in (*(group.compared for group in groups), *others)],  # type: ignore[index]
                 self.reward_weights[chosen],
                 how=args.multi_objective_aggregation,  # type: ignore[arg-type]
                 scale_rewards=args.scale_rewards,  # type: ignore[arg-type]
@@ -555,6 +613,19 @@ class RCGRPOTrainer(SavingTrainer):
         groups = self.make_groups(edits, num_generations, key, **options)
         return groups, self._submit(groups)
 
+    def _watch(self, groups: Sequence[Group], scored: ScoredBatch) -> None:
+        """Count what failed; the counts of silence are logged once there has been a failure."""
+        metrics = self._metrics[self._mode()]
+        metrics["rewards/failures"].append(float(len(scored.failures)))
+        self.failures.update(scored)
+        if self.model.training:
+            self.failures.update_scores(any(not bool(group.scores.isnan().all()) for group in groups))  # type: ignore[union-attr]
+        if any(self.failures.counts.values()) or self.failures.unscored:
+            metrics["groups/unscored_batches"].append(float(self.failures.unscored))
+        for name, number in self.failures.counts.items():
+            if number:
+                metrics[f"rewards/{name}/silent_batches"].append(float(self.failures.silent[name]))
+
     def _finish(
         self, groups: list[Group], pending: PendingScores, num_generations: int, key: tuple[Any, ...]
     ) -> list[Group]:
@@ -562,8 +633,7 @@ class RCGRPOTrainer(SavingTrainer):
         played: list[Group] = []
         for turn in itertools.count(2):
             scored = self._take_scores(groups, pending)
-            self._metrics[self._mode()]["rewards/failures"].append(float(len(scored.failures)))
-            self.failures.update(scored)
+            self._watch(groups, scored)
             played += groups
             following = [self._next_edit(g.edit, best_candidate(g, self.reward_weights), turn) for g in groups]
             edits = [edit for edit in following if edit is not None]
@@ -607,8 +677,8 @@ class RCGRPOTrainer(SavingTrainer):
         return self._buffer[position]
 
     def _rewards_elsewhere(self, groups: Sequence[Group]) -> list[Tensor]:
-        """Rewards of the groups that the other processes scored, while this one scored these."""
-        ranks: list[list[Tensor]] = gather_object([[group.rewards for group in groups]])
+        """What is compared of the groups that the other processes scored, while this one scored these."""
+        ranks: list[list[Tensor]] = gather_object([[group.compared for group in groups]])
         del ranks[self.accelerator.process_index]
         return list(itertools.chain(*ranks))
 
@@ -653,6 +723,7 @@ class RCGRPOTrainer(SavingTrainer):
         total = torch.zeros((), device=self.accelerator.device)
         for i, where in enumerate(batches, start=1):
             transitions = gather(groups, where, self.policy, known)
+            self._taught |= bool(transitions.taught.any())
             # Gradients travel between processes once, with the last micro-batch.
             with nullcontext() if i == len(batches) else self.accelerator.no_sync(model):
                 with self.compute_loss_context_manager():
@@ -726,6 +797,6 @@ class RCGRPOTrainer(SavingTrainer):
             self._log_completions(mode, prefix)
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
-        self._step, self._buffer, self._old = 0, [], []
+        self._step, self._buffer, self._old, self._taught = 0, [], [], False
         self._window, self._ahead = [], deque()
         return super()._inner_training_loop(*args, **kwargs)

@@ -66,13 +66,41 @@ def test_watch_starts_anew_after_a_score_and_ignores_what_does_not_apply():
     assert watch.counts["judge"] == 2 + 1 + 2 + 2 + 1
 
 
-def test_watch_only_counts_what_is_not_required():
-    rewards = resolve_rewards(broken)
-    watch = FailureWatch(rewards, patience=1)
+def test_the_error_comes_with_the_rewards_own():
+    _, feed = watched(patience=1)
+    with pytest.raises(RequiredRewardError) as caught:
+        feed(broken)
+    assert isinstance(caught.value.__cause__, ConnectionError)
+
+
+def test_watch_is_loud_about_what_is_not_required(caplog):
+    rewards = resolve_rewards([broken, absent])
+    watch = FailureWatch(rewards, patience=2)
     image = [Image.new("RGB", (4, 4))]
-    for _ in range(3):
+    for number in range(1, 6):
+        caplog.clear()
         watch.update(score(rewards, ["x"], image, image, image, {}, ["only"]))
-    assert watch.counts == {"broken": 3}
+        loud = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+        assert len(loud) == (number % 2 == 0)
+        assert all(f"'broken' failed on every candidate of {number} batches" in text for text in loud)
+        assert watch.silent == {"broken": number, "absent": 0}
+    assert watch.counts == {"broken": 5, "absent": 0}
+    rewards = [type(rewards[0])("broken", numbers), rewards[1]]
+    watch.update(score(rewards, ["x"], image, image, image, {"number": [1]}, ["only"]))
+    assert watch.silent["broken"] == 0 and watch.counts["broken"] == 5
+
+
+def test_watch_is_loud_about_batches_without_any_score(caplog):
+    watch = FailureWatch(resolve_rewards(absent), patience=2)
+    for scored in (False, True, False, False, False, False):
+        watch.update_scores(scored)
+    loud = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert watch.unscored == 4 and [n for n in (2, 4) for text in loud if f"of {n} batches" in text] == [2, 4]
+    assert len(loud) == 2
+
+
+def test_patience_has_to_be_a_number_of_batches():
+    rewards = resolve_rewards(broken)
     with pytest.raises(ValueError, match="patience: got 0"):
         FailureWatch(rewards, patience=0)
 

@@ -87,10 +87,43 @@ def test_edit_score_by_hand():
         ("", None),
         ("25, 25", None),
         ('{"reasoning": "cut off", "score": [2', None),
-        ('{"score": [20]}', None),
+        ('{"score": [20]}', [20]),
+        ('{"score": []}', None),
         ('{"score": [20, 20, 20]}', None),
-        ('{"score": 20}', None),
-        ('{"score": ["20", 20]}', None),
+        ('{"score": 20}', [20]),
+        ('{"score": ["20", 20.5]}', [20, 20.5]),
+        ('{"score": "7"}', [7]),
+        ('{"score": ["good", 20]}', None),
+        ('{"score": ["20/25", 20]}', None),
+        ('{"score": ["nan", 20]}', None),
+        ('{"score": [[20], 20]}', None),
+        ('{"score": [%s, 20]}' % ("9" * 400), None),
+        ("[20, 21]", [20, 21]),
+        ("```json\n[20, 21.5]\n```", [20, 21.5]),
+        ("Scores: [3, 4].", [3, 4]),
+        ('["3", 4]', [3, 4]),
+        ("[3, 4] or [5, 6]", None),
+        ("[26, 4]", None),
+        ("[" * 3000, None),
+        (" 17\n", [17]),
+        ("26", None),
+        ("I'm sorry, but I can't assist with that request.", None),
+        ("the score: 5", None),
+        ('{"reasoning": "a sign that says "OPEN" now", "score": [20, 21]}', [20, 21]),
+        ('{"reasoning": "it is "odd", "score": 3 at most", "score": [20, 21]}', [20, 21]),
+        ('{"score": [20, 21], "reasoning": "a "quoted" word"}', [20, 21]),
+        ('{"reasoning": "braces {} and "quotes"", "score": [2, 3]}', [2, 3]),
+        ('{"reasoning": "a "b" c", "score": ["2", "3"]}', [2, 3]),
+        ('{"reasoning": "a "b" c", "score": 12}', [12]),
+        ('{"reasoning": "a "b" c", "score": [2, 3, 4]}', None),
+        ('{"reasoning": "a "b" c", "score": [26, 3]}', None),
+        ('{"reasoning": "a "b" c", "score": [-1, 3]}', None),
+        ('{"reasoning": "a "b" c", "score": [2,', None),
+        ('{"reasoning": "a "b" c"}', None),
+        ("{reasoning: because, score: [2, 3]}", [2, 3]),
+        ("{'reasoning': 'because', 'score': [2, 3]}", [2, 3]),
+        ("{“reasoning”: “because”, “score”: [2, 3]}", [2, 3]),
+        ('||V^=^V||\n{"reasoning": "x", "score": [2, 3]}\n||V^=^V||', [2, 3]),
         ('{"score": [true, 20]}', None),
         ('{"score": [null, 20]}', None),
         ('{"score": [26, 20]}', None),
@@ -250,9 +283,9 @@ def test_names_columns_ranges_and_the_server_of_the_environment(server, monkeypa
     assert server.log()[0]["body"]["model"] == "mine"
     assert len(EditScoreReward().judge.transport.urls) == 2
     twice = resolve_rewards(
-        [EditScoreReward(name="whole"), EditScoreReward(crop_margin=0.2, name="crop", required=True)]
+        [EditScoreReward(name="whole"), EditScoreReward(crop_margin=0.2, name="crop", required=False)]
     )
-    assert [(reward.name, reward.required) for reward in twice] == [("whole", False), ("crop", True)]
+    assert [(reward.name, reward.required) for reward in twice] == [("whole", True), ("crop", False)]
     for wrong in ({"passes": 0}, {"crop_margin": -1.0}):
         with pytest.raises(ValueError, match="got"):
             EditScoreReward(**wrong)

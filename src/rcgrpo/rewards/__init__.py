@@ -36,7 +36,15 @@ from .judges import ServerJudge
 from .local_judge import LocalJudge
 from .preservation import BackgroundDINO, BackgroundLPIPS, background_l1
 from .region_scorer import RegionScorer, get_region_scorer
-from .registry import Reward, RewardError, RewardFunction, available_rewards, register_reward, resolve_rewards
+from .registry import (
+    Reward,
+    RewardError,
+    RewardFunction,
+    available_rewards,
+    refuse_columns,
+    register_reward,
+    resolve_rewards,
+)
 from .remote import RemoteReward
 from .scoring import RewardFailure, ScoredBatch, score
 from .scoring_queue import PendingScores, ScoringQueue
@@ -80,6 +88,7 @@ __all__ = [
     "fault_counts",
     "get_region_scorer",
     "is_agreed",
+    "refuse_columns",
     "region_edit",
     "register_reward",
     "resolve_rewards",

@@ -4,6 +4,7 @@ Where it fits: the trainer hands each batch that `scoring.score` returned to a `
 its log, and does `with failing_together(...)` what may fail on one process of several.
 """
 
+import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,7 +13,9 @@ from typing import Any
 import torch
 
 from .registry import Reward, RewardError
-from .scoring import ScoredBatch
+from .scoring import RewardFailure, ScoredBatch
+
+logger = logging.getLogger(__name__)
 
 
 class RequiredRewardError(RuntimeError):
@@ -86,14 +89,17 @@ def failing_together(accelerator: Any) -> Iterator[None]:
 
 
 class FailureWatch:
-    """Counts failures over a run and stops it when a required reward has gone silent.
+    """Counts failures over a run, says what has gone silent, and stops the run when a required reward has.
 
     Args:
         rewards: the run's rewards.
-        patience: so many batches in a row without one score, because the reward failed, end the run; at least 1.
+        patience: so many batches in a row without one score, because the reward failed, end the run if it is required,
+            and are a warning if not; at least 1.
 
     Attributes:
         counts: failed candidates per reward since the start, every reward included.
+        silent: for each reward, the batches in a row, up to the latest, that it failed on without one score.
+        unscored: the batches in a row in which no candidate had a score to be compared by, so that nothing was taught.
     """
 
     def __init__(self, rewards: Sequence[Reward], patience: int = 3) -> None:
@@ -101,10 +107,12 @@ class FailureWatch:
             raise ValueError(f"patience: got {patience}, expected at least 1 batch")
         self.patience = patience
         self.counts = {reward.name: 0 for reward in rewards}
-        self._silent = {reward.name: 0 for reward in rewards if reward.required}
+        self.silent = dict(self.counts)
+        self.unscored = 0
+        self._required = {reward.name for reward in rewards if reward.required}
 
     def update(self, scored: ScoredBatch) -> None:
-        """Takes note of a batch. One in which a required reward applied to no candidate neither counts nor resets.
+        """Takes note of a batch. One in which a reward applied to no candidate neither counts nor resets.
 
         Raises:
             RequiredRewardError: `patience` batches in a row brought no score from a required reward.
@@ -113,16 +121,33 @@ class FailureWatch:
         for name, number in failed.items():
             self.counts[name] += number
         for column, name in enumerate(scored.names):
-            if name not in self._silent:
-                continue
             if not scored.values[:, column].isnan().all():
-                self._silent[name] = 0
+                self.silent[name] = 0
             elif failed[name]:
-                self._silent[name] += 1
-            if self._silent[name] >= self.patience:
+                self.silent[name] += 1
                 last = [failure for failure in scored.failures if failure.reward == name][-1]
-                raise RequiredRewardError(
-                    f"the required reward {name!r} failed on every candidate of {self._silent[name]} batches in a row; "
-                    f"the last time, on {last.sample_label}, it {last.reason}. Repair the reward (or the server behind "
-                    "it) and resume from the last checkpoint, or set its `required` to False to train without it"
-                )
+                self._report(name, last)
+
+    def _report(self, name: str, last: RewardFailure) -> None:
+        number = self.silent[name]
+        text = (
+            f"reward {name!r} failed on every candidate of {number} batches in a row; the last time, on "
+            f"{last.sample_label}, it {last.reason}. Repair the reward (or the server behind it)"
+        )
+        if name in self._required and number >= self.patience:
+            raise RequiredRewardError(
+                f"the required {text} and resume from the last checkpoint, or set its `required` to False to train "
+                "without it"
+            ) from last.error
+        if number % self.patience == 0:
+            logger.error("%s: candidates that it fails on teach nothing. Set `required` to stop such a run", text)
+
+    def update_scores(self, scored: bool) -> None:
+        """Takes note of whether any candidate of a batch had a score to be compared by."""
+        self.unscored = 0 if scored else self.unscored + 1
+        if self.unscored and self.unscored % self.patience == 0:
+            logger.error(
+                "no candidate of %d batches in a row has a score, because rewards failed on it or do not apply, so "
+                "nothing is trained; see the warnings before this one, and rewards/<name>/mean in the log",
+                self.unscored,
+            )

@@ -15,6 +15,7 @@ crop (`crop_margin`) shows the judge the region and hides the background: pair i
 import json
 import math
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -97,33 +98,69 @@ SCORE_SCHEMA = {
 
 
 def parse_scores(text: str, count: int = 2, maximum: float = SCALE) -> list[float] | None:
-    """The scores in a judge's answer.
+    """The scores in a judge's answer, in any of the forms that EditScore's own parser takes.
 
-    The last JSON object with a list `score` counts, so that reasoning or a code fence around it does no harm.
+    The last JSON object with a `score` counts, so that reasoning or a code fence around it does no harm. Where none can
+    be read, because of quotes within the reasoning perhaps, what follows the last `score:` outside of other objects
+    counts. An answer without any object may be a bare list, whatever stands around it, or one bare number. A number may
+    be text, and one score may stand for all. Nothing is made up: EditScore fills a missing score with 0 or a guess.
 
     Returns:
-        `None` unless there are exactly `count` finite numbers from 0 to `maximum`.
+        `None` unless there are 1 to `count` finite numbers from 0 to `maximum`.
     """
+    text = text.translate(PLAIN_QUOTES)
     decoder = json.JSONDecoder(strict=False)  # judges put line breaks into strings
-    found, start = None, text.find("{")
+    found, rest, start, end = None, "", text.find("{"), 0
     while start >= 0:
+        rest += text[end:start]
         try:
             decoded, end = decoder.raw_decode(text, start)
         except (ValueError, RecursionError):
-            end = start + 1
+            rest, end = rest + "{", start + 1
         else:
             if isinstance(decoded, dict) and "score" in decoded:
                 found = decoded["score"]
         start = text.find("{", end)
-    if not isinstance(found, list) or len(found) != count:
+    rest += text[end:]
+    if found is None:
+        found = _unquoted_score(rest) if "{" in text else _bare_score(text)
+    scores = [_number(value) for value in found] if isinstance(found, list) else [_number(found)]
+    if not 1 <= len(scores) <= count:
         return None
-    if any(isinstance(value, bool) or not isinstance(value, int | float) for value in found):
+    return [float(score) for score in scores] if all(0 <= score <= maximum for score in scores) else None
+
+
+PLAIN_QUOTES = str.maketrans("“”‘’", "\"\"''")
+
+
+def _unquoted_score(text: str) -> Any:
+    """What an object that is no JSON says after its last `score:`."""
+    number = r"""["']?\d+(?:\.\d+)?["']?"""
+    pattern = rf"""\bscore["']?\s*[:：]\s*(\[\s*{number}(?:\s*,\s*{number})*\s*\]|{number}(?!\s*[\d.]))"""
+    values = re.findall(pattern, text, re.IGNORECASE)
+    return re.findall(r"\d+(?:\.\d+)?", values[-1]) if values else None
+
+
+def _bare_score(text: str) -> Any:
+    """An answer that is a list, or a number, and no object."""
+    try:
+        return json.loads(text[text.index("[") : text.rindex("]") + 1] if "[" in text else text)
+    except (ValueError, RecursionError):
         return None
-    return [float(value) for value in found] if all(0 <= value <= maximum for value in found) else None
+
+
+def _number(value: Any) -> float:
+    """NaN for what is none."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return math.nan
+    try:
+        return float(value)
+    except (ValueError, OverflowError):
+        return math.nan
 
 
 def edit_score(semantics: Sequence[float], quality: Sequence[float]) -> float:
-    """One pass's score, `sqrt(SC · PQ) / 10`, in [0, 1]; SC and PQ are the lower of each pair, put on 0..10."""
+    """One pass's score, `sqrt(SC · PQ) / 10`, in [0, 1]; SC and PQ are the lowest of each's scores, put on 0..10."""
     sc, pq = (10 * min(pair) / SCALE for pair in (semantics, quality))
     return math.sqrt(sc * pq) / 10
 
@@ -179,13 +216,9 @@ class _EditJudgement:
         if masks is None:
             raise RewardError("crop_margin is set, but there are no masks; pass masks, or set crop_margin to None")
         shown: list[tuple[Image.Image, Image.Image] | None] = []
-        cut: dict[tuple[int, int], Image.Image | None] = {}  # a group shares its source
         for image, source, mask in zip(images, sources, masks, strict=True):
-            key = (id(source), id(mask))
-            if key not in cut:
-                cut[key] = crop_to_region(source, mask, self.crop_margin, min(SMALLEST_CROP, *mask.size))
-            edited = crop_to_region(image, mask, self.crop_margin, min(SMALLEST_CROP, *mask.size))
-            before = cut[key]
+            smallest = min(SMALLEST_CROP, *mask.size)
+            before, edited = (crop_to_region(p, mask, self.crop_margin, smallest) for p in (source, image))
             shown.append(None if before is None or edited is None else (before, edited))
         return shown
 
@@ -197,7 +230,7 @@ class _EditJudgement:
         log_failure(index, str(answer))
 
 
-@register_reward("editscore", value_range=(0.0, 1.0))
+@register_reward("editscore", required=True, value_range=(0.0, 1.0))
 class EditScoreReward(_EditJudgement):
     """EditScore (arXiv 2509.23909): how well an edit succeeds, spares the rest and looks, in [0, 1].
 
@@ -210,7 +243,8 @@ class EditScoreReward(_EditJudgement):
         prompts: what is asked. EditScore's models were trained on EditScore's own words: pass those for its numbers.
         passes: sampled answers per question to average over.
         crop_margin: judge only the mask's bounding box, grown by this share of its longer side; `None`: whole pictures.
-        required: whether the run must stop when the judge fails persistently.
+        required: whether the run must stop when the judge fails persistently, as it does by default: what a dead judge
+            leaves to train with, a preservation reward perhaps, is not what was asked for.
         name: another name in logs, e.g. when two of these are used.
     """
 
@@ -221,7 +255,7 @@ class EditScoreReward(_EditJudgement):
         prompts: EditPrompts = EDIT_PROMPTS,
         passes: int = 4,
         crop_margin: float | None = None,
-        required: bool = False,
+        required: bool = True,
         name: str | None = None,
     ) -> None:
         if passes < 1:
@@ -277,7 +311,7 @@ class EditScoreReward(_EditJudgement):
         return math.fsum(scores) / len(scores)
 
 
-@register_reward("unified_reward_edit", value_range=(0.0, 1.0))
+@register_reward("unified_reward_edit", required=True, value_range=(0.0, 1.0))
 class UnifiedRewardEditReward(EditScoreReward):
     """UnifiedReward-Edit: `EditScoreReward` asked of that model, which answers the same kind of questions.
 
@@ -289,7 +323,7 @@ class UnifiedRewardEditReward(EditScoreReward):
         return default_judge("CodeGoat24/UnifiedReward-Edit-qwen3vl-8b")
 
 
-@register_reward("edit_r1", value_range=(0.0, 1.0))
+@register_reward("edit_r1", required=True, value_range=(0.0, 1.0))
 class LogitScoreReward(_EditJudgement):
     """Edit-R1's reward (arXiv 2510.16888): the expected digit 0..5 of the judge's first token, over 5, in [0, 1].
 
@@ -308,7 +342,7 @@ class LogitScoreReward(_EditJudgement):
         *,
         prompt: str = LOGIT_PROMPT,
         crop_margin: float | None = None,
-        required: bool = False,
+        required: bool = True,
         name: str | None = None,
     ) -> None:
         super().__init__(judge or default_judge("Qwen/Qwen2.5-VL-7B-Instruct"), crop_margin, required, name)

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 from PIL import Image
 
-from .pictures import to_png
+from .pictures import once_each, to_png
 from .registry import RewardError
 from .transport import Deadline, Fault, Transport
 
@@ -148,12 +148,7 @@ class ServerJudge:
         return await asyncio.gather(*(one(body) for body in bodies))
 
     def _bodies(self, questions: Sequence[Question]) -> list[dict[str, Any]]:
-        encoded: dict[int, str] = {}
-
-        def url(picture: Image.Image) -> str:
-            if id(picture) not in encoded:
-                encoded[id(picture)] = "data:image/png;base64," + to_png(picture.convert("RGB"))
-            return encoded[id(picture)]
+        url = once_each(lambda picture: "data:image/png;base64," + to_png(picture.convert("RGB")))
 
         bodies = []
         for question in questions:

@@ -10,6 +10,9 @@ the size in the header before any pixel is decoded.
 import base64
 import binascii
 import io
+from collections.abc import Callable
+from hashlib import blake2b
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 Box = tuple[int, int, int, int]
+Made = TypeVar("Made")
 
 
 def image_tensor(image: Image.Image) -> Tensor:
@@ -77,6 +81,22 @@ def to_png(image: Image.Image) -> str:
     buffer = io.BytesIO()
     image.save(buffer, format="PNG", compress_level=1)
     return base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def once_each(make: Callable[[Image.Image], Made]) -> Callable[[Image.Image], Made]:
+    """`make`, called once for all pictures that are alike: a group's candidates share a source, each its own copy."""
+    made: dict[bytes, Made] = {}
+
+    def get(image: Image.Image) -> Made:
+        look = (image.mode, image.size, image.getpalette(), image.info.get("transparency"))
+        digest = blake2b(repr(look).encode())
+        digest.update(image.tobytes())
+        key = digest.digest()
+        if key not in made:
+            made[key] = make(image)
+        return made[key]
+
+    return get
 
 
 def from_png(text: object, where: str, max_pixels: int = 64_000_000) -> Image.Image:

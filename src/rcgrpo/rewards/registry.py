@@ -12,7 +12,8 @@ A reward is any callable, plain or `async def`, over lists with one entry per ca
 hold every other column of the data set as a list (`caption`, `task`, `edited_image`, …) and besides: `completions`
 (the same list as `images`), `trainer_state`, `log_extra(column, values)`, `log_metric(name, value)`,
 `log_failure(index, reason)`, and, when attention is recorded, the lists of floats `attention_mass`,
-`attention_density`, `attention_contrast`. `None` means that the reward does not apply to that candidate; it is neither
+`attention_density`, `attention_contrast`; columns of these names are refused. Pictures are the reward's own copies, on
+which it may draw. `None` means that the reward does not apply to that candidate; it is neither
 a zero nor a failure, unless `log_failure` was called for it: then it is a failure with that reason.
 
 Gotchas: everything is passed by keyword, so a reward names what it needs and swallows the rest with `**columns`. Raise
@@ -24,7 +25,7 @@ import difflib
 import functools
 import importlib
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -32,6 +33,13 @@ RewardFunction = Callable[..., Any]
 """`(prompts, images, source_images, masks, **columns) -> list[float | None]`, or a coroutine function of the same."""
 
 Registrable = TypeVar("Registrable", bound=RewardFunction)
+
+RESERVED = (
+    *("prompts", "images", "completions", "source_images", "masks"),
+    *("trainer_state", "log_extra", "log_metric", "log_failure"),
+    *("attention_mass", "attention_density", "attention_contrast"),
+)
+"""What rewards get from the trainer by keyword, hence no names for columns of a data set."""
 
 _REGISTRY: dict[str, RewardFunction] = {}
 
@@ -63,6 +71,21 @@ class Reward:
         """Whether calling it gives a coroutine; true as well for an object with `async def __call__`."""
         innermost = list(_unwrap(self.function))[-1]
         return inspect.iscoroutinefunction(innermost) or inspect.iscoroutinefunction(type(innermost).__call__)
+
+
+def refuse_columns(columns: Iterable[str], where: str, reserved: Collection[str] = RESERVED) -> None:
+    """Refuse columns that would replace what rewards get under the same name.
+
+    Raises:
+        ValueError: naming `where` and the column.
+    """
+    for column in columns:
+        if column in reserved:
+            raise ValueError(
+                f"{where}: got a column {column!r}, expected another name, as rewards get the trainer's own "
+                f"{column} under it; rename the column, to 'data_{column}' for example, or name it in image_column, "
+                "prompt_column or mask_column if it is one of these"
+            )
 
 
 def register_reward(

@@ -25,7 +25,7 @@ from typing import Any
 
 from PIL import Image
 
-from .pictures import to_png
+from .pictures import once_each, to_png
 from .registry import RewardError
 from .transport import Deadline, Fault, Transport
 
@@ -45,7 +45,8 @@ class RemoteReward:
         columns: data set columns to send along, such as "caption", "task", "edited_image"; rows must have them.
         value_range: least and greatest possible score; anything outside counts as a fault. `None`: anything finite.
         batch_size: candidates in one request.
-        required: whether the run must stop when the reward fails persistently.
+        required: whether the run must stop when the reward fails persistently, as it does by default: what a dead
+            server leaves to train with is not what was asked for.
         token: bearer token; by default that of the environment variable `RCGRPO_REWARD_TOKEN`.
         options: `timeout` (seconds for a whole batch of candidates, 120 by default), `attempt_timeout`, `retries`,
             `concurrency`, `backoff`, `max_backoff`, `breaker_failures`, `breaker_seconds`: see `Transport`.
@@ -66,7 +67,7 @@ class RemoteReward:
         columns: Sequence[str] = (),
         value_range: tuple[float, float] | None = None,
         batch_size: int = 8,
-        required: bool = False,
+        required: bool = True,
         token: str | None = None,
         **options: Any,
     ) -> None:
@@ -111,12 +112,7 @@ class RemoteReward:
 
     def _bodies(self, given: dict[str, list[Any]], columns: dict[str, list[Any]]) -> list[bytes]:
         """The requests. A picture that several candidates share, such as their source, is compressed once."""
-        encoded: dict[int, str] = {}
-
-        def png(picture: Image.Image) -> str:
-            if id(picture) not in encoded:
-                encoded[id(picture)] = to_png(picture)
-            return encoded[id(picture)]
+        png = once_each(to_png)
 
         def plain(value: Any) -> Any:
             return {"png": png(value)} if isinstance(value, Image.Image) else value

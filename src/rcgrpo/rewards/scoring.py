@@ -12,25 +12,23 @@ what is scored, and the order in which it is handed back, is the same either way
 """
 
 import asyncio
-import inspect
 import logging
 import math
-import numbers
 import threading
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import AbstractAsyncContextManager, nullcontext
+from contextlib import AbstractAsyncContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from time import perf_counter
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from .registry import Reward, RewardError
+from .calling import Failed, FailureKind, Outcome, TookTooLong, call
+from .registry import Reward, RewardError, refuse_columns
 
 logger = logging.getLogger(__name__)
 
@@ -39,16 +37,21 @@ GIVE_UP_AFTER = 3
 
 LOGGERS = ("log_extra", "log_metric")
 
+SLOW = 60.0
+"""Seconds after which the log says which rewards are being waited for."""
+
 Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
 class RewardFailure:
-    """One candidate that one reward could not score, and why."""
+    """One candidate that one reward could not score, and why; `error` is the exception behind it, if there is one."""
 
     reward: str
     sample_label: str
     reason: str
+    kind: FailureKind = field(default="raised", compare=False)
+    error: BaseException | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -77,13 +80,15 @@ def score(
     columns: Mapping[str, list[Any]],
     labels: list[str],
     context: Mapping[str, Any] | None = None,
+    timeout: float | None = None,
 ) -> ScoredBatch:
     """Scores `n` candidates with every reward.
 
     A call that raises is repeated for each candidate alone, to find out which one it fails on; after three in a row the
-    others are given up with the last reason. In these repetitions `log_extra` and `log_metric` do nothing, as their
-    lists would not match the batch. What a reward logs reaches the context's loggers when all rewards are done, in the
-    order of the rewards and in the caller's thread.
+    others are given up with the last reason. One that takes too long has failed on all of its candidates. In
+    repetitions `log_extra` and `log_metric` do nothing, as their lists would not match the batch. What a reward logs
+    reaches the context's loggers when all rewards are done, in the order of the rewards and in the caller's thread.
+    What it draws on its pictures reaches nobody: each call gets copies.
 
     Args:
         rewards: from `resolve_rewards`.
@@ -95,15 +100,17 @@ def score(
         labels: `n` strings that name the candidates in failures, such as "train row 17, candidate 3".
         context: further keyword arguments (`trainer_state`, `log_extra`, `log_metric`, `attention_density`, …). Lists
             among them hold one entry per candidate.
+        timeout: seconds that one call of a reward may take; `None`: as long as it likes. The log says after a minute
+            what is being waited for.
 
     Returns:
         Scores as `[n, len(rewards)]`, and the failures.
 
     Raises:
         RewardError: a reward lacks a column, returned something other than `n` entries, or raised `RewardError` itself.
-        ValueError: an argument does not have `n` entries.
+        ValueError: an argument does not have `n` entries, or a column the name of another argument.
     """
-    scored = Scoring(rewards, prompts, images, source_images, masks, columns, labels, context).finish()
+    scored = Scoring(rewards, prompts, images, source_images, masks, columns, labels, context, timeout).finish()
     hand_on_logs(scored, context or {})
     return scored
 
@@ -126,7 +133,7 @@ class Scoring:
 
     Raises:
         RewardError: a reward lacks a column.
-        ValueError: an argument does not have one entry per image.
+        ValueError: an argument does not have one entry per image, or a column has the name of another argument.
     """
 
     def __init__(
@@ -139,13 +146,16 @@ class Scoring:
         columns: Mapping[str, list[Any]],
         labels: list[str],
         context: Mapping[str, Any] | None = None,
+        timeout: float | None = None,
         turn: AbstractAsyncContextManager[Any] | None = None,
     ) -> None:
         per_candidate: dict[str, list[Any]] = {"prompts": prompts, "images": images, "completions": images}
-        per_candidate |= {"source_images": source_images, "masks": masks, **columns}
+        per_candidate |= {"source_images": source_images, "masks": masks}
         shared: dict[str, Any] = {}
         for name, value in (context or {}).items():
             (per_candidate if isinstance(value, list) else shared)[name] = value
+        refuse_columns(columns, "score: columns", (*per_candidate, *shared, "log_failure"))
+        per_candidate |= columns
         for name, value in {**per_candidate, "labels": labels}.items():
             if len(value) != len(images):
                 raise ValueError(f"score: {name!r} has {len(value)} entries, expected {len(images)}, one per image")
@@ -158,23 +168,30 @@ class Scoring:
         self._rewards, self._labels = rewards, labels
         self._per_candidate, self._shared = per_candidate, shared
         self._logs: dict[str, list[tuple[str, tuple[Any, ...]]]] = {reward.name: [] for reward in rewards}
-        self._outcomes: dict[str, list[float | str | None]] = {}
+        self._outcomes: dict[str, list[Outcome]] = {}
+        self._under_way: dict[str, None] = {}  # names, in the order in which they began
         self.started: float | None = None
         self.ended: float | None = None
+        self._timeout = timeout
         self._waiting: Future[None] | None = None
         if any(reward.is_async for reward in rewards):
-            self._waiting = asyncio.run_coroutine_threadsafe(self._ask(turn or nullcontext()), _private_loop())
+            self._loop = private_loop()
+            self._waiting = asyncio.run_coroutine_threadsafe(self._ask(turn or nullcontext()), self._loop)
 
     def finish(self) -> ScoredBatch:
         """The plain rewards, in the calling thread; then wait for the others. What was logged is in the result only."""
+        patience = threading.Timer(SLOW, self._say_what_is_slow)
+        patience.daemon = True
+        patience.start()
         try:
             self._begun()
             for reward in self._rewards:
                 if not reward.is_async:
                     _run_here(self._score(reward))
             if self._waiting:
-                self._waiting.result()
+                self._wait(self._waiting)
         finally:
+            patience.cancel()
             self.cancel()
             self.ended = perf_counter()
 
@@ -182,8 +199,9 @@ class Scoring:
         failures = []
         for column, reward in enumerate(self._rewards):
             for row, outcome in enumerate(self._outcomes[reward.name]):
-                if isinstance(outcome, str):
-                    failures.append(RewardFailure(reward.name, self._labels[row], outcome))
+                if isinstance(outcome, Failed):
+                    why = (outcome.reason, outcome.kind, outcome.error)
+                    failures.append(RewardFailure(reward.name, self._labels[row], *why))
                 elif outcome is not None:
                     values[row, column] = outcome
         names = tuple(reward.name for reward in self._rewards)
@@ -202,7 +220,40 @@ class Scoring:
     async def _score(self, reward: Reward) -> None:
         log = self._logs[reward.name]
         loggers = {name: _recorder(log, name) for name in LOGGERS if name in self._shared}
-        self._outcomes[reward.name] = await _score_one(reward, self._per_candidate, self._shared | loggers)
+        self._under_way[reward.name] = None
+        found = await _score_one(reward, self._per_candidate, self._shared | loggers, self._timeout)
+        self._under_way.pop(reward.name)
+        self._outcomes[reward.name] = found
+
+    def _wait(self, waiting: Future[None]) -> None:
+        """Until the asynchronous rewards are done; not for ever, where calls have a timeout.
+
+        They end themselves in time, unless one of them blocks the event loop, as `time.sleep` does. That loop and who
+        was on it are left behind then.
+        """
+        while True:
+            try:
+                return waiting.result(self._timeout)
+            except TimeoutError:
+                answers = threading.Event()
+                self._loop.call_soon_threadsafe(answers.set)
+                if not answers.wait(self._timeout):
+                    break
+        private_loop.cache_clear()
+        reason = f"was not done after {self._timeout:g} s: an asynchronous reward, this or another, does not `await`"
+        for reward in self._rewards:
+            if reward.is_async and reward.name not in self._outcomes:
+                self._outcomes[reward.name] = [Failed(reason, "timeout")] * len(self._labels)
+
+    def _say_what_is_slow(self) -> None:
+        logger.warning(
+            "still waiting for %s after %g s, on %d candidates from %s on%s",
+            ", ".join(f"reward {name!r}" for name in list(self._under_way)) or "the rewards of an earlier batch",
+            SLOW,
+            len(self._labels),
+            self._labels[0],
+            "" if self._timeout else "; reward_timeout counts calls that take too long as failed",
+        )
 
     def _begun(self) -> None:
         self.started = self.started or perf_counter()
@@ -214,76 +265,43 @@ def _recorder(log: list[tuple[str, tuple[Any, ...]]], name: str) -> Callable[[An
 
 
 async def _score_one(
-    reward: Reward, per_candidate: dict[str, list[Any]], shared: dict[str, Any]
-) -> list[float | str | None]:
-    """One outcome per candidate: a finite score, `None` for not applicable, or a string, the reason of a failure."""
+    reward: Reward, per_candidate: dict[str, list[Any]], shared: dict[str, Any], timeout: float | None
+) -> list[Outcome]:
+    """One outcome per candidate."""
     count = len(per_candidate["images"])
     try:
-        return await _call(reward, per_candidate, shared)
+        return await call(reward, per_candidate, shared, timeout)
     except RewardError:
         raise
+    except TookTooLong as error:
+        return [Failed(str(error), "timeout", error)] * count
     except Exception as error:
         if count == 1:
-            return [_reason(error)]
+            return [_raised(error)]
         logger.warning("reward %r raised on %d candidates; trying each alone", reward.name, count, exc_info=True)
 
     shared = {name: _ignore if name in LOGGERS else value for name, value in shared.items()}
-    outcomes: list[float | str | None] = []
+    outcomes: list[Outcome] = []
     in_a_row = 0
     for index in range(count):
         try:
             alone = {name: value[index : index + 1] for name, value in per_candidate.items()}
-            outcomes += await _call(reward, alone, shared)
+            outcomes += await call(reward, alone, shared, timeout)
             in_a_row = 0
         except RewardError:
             raise
+        except TookTooLong as error:
+            return outcomes + [Failed(str(error), "timeout", error)] * (count - len(outcomes))
         except Exception as error:
-            outcomes.append(_reason(error))
+            outcomes.append(_raised(error))
             in_a_row += 1
             if in_a_row == GIVE_UP_AFTER:
-                return outcomes + [_reason(error)] * (count - len(outcomes))
+                return outcomes + [_raised(error)] * (count - len(outcomes))
     return outcomes
 
 
-async def _call(
-    reward: Reward, per_candidate: dict[str, list[Any]], shared: dict[str, Any]
-) -> list[float | str | None]:
-    reasons: dict[int, str] = {}
-    # Copies, so that a reward which edits its arguments in place harms neither the next reward nor a repetition.
-    copies = {name: list(value) for name, value in per_candidate.items()}
-    returned = reward.function(**copies, **{**shared, "log_failure": reasons.__setitem__})
-    if reward.is_async:
-        returned = await returned
-    elif inspect.iscoroutine(returned):
-        returned.close()
-        raise RewardError(f"reward {reward.name!r} returned a coroutine; define it with `async def` itself")
-    if isinstance(returned, Tensor | np.ndarray):
-        returned = returned.tolist()
-    count = len(per_candidate["images"])
-    if not isinstance(returned, Sequence) or isinstance(returned, str | bytes):
-        kind = type(returned).__name__
-        raise RewardError(f"reward {reward.name!r} returned {kind}, expected a list of {count} numbers or None")
-    if len(returned) != count:
-        raise RewardError(
-            f"reward {reward.name!r} returned {len(returned)} scores, expected {count}, one per image; use None where "
-            "it does not apply"
-        )
-    return [reasons.get(index) if value is None else _outcome(value) for index, value in enumerate(returned)]
-
-
-def _outcome(value: Any) -> float | str | None:
-    if value is None:
-        return None
-    number = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
-    if not isinstance(number, numbers.Real):
-        return f"returned {value!r}, which is not a number"
-    if not abs(float(number)) <= torch.finfo(torch.float32).max:
-        return f"returned {value!r}, which is not finite in fp32"
-    return float(number)
-
-
-def _reason(error: Exception) -> str:
-    return f"raised {type(error).__name__}: {error}"
+def _raised(error: Exception) -> Failed:
+    return Failed(f"raised {type(error).__name__}: {error}", "raised", error)
 
 
 def _ignore(*args: Any) -> None:
@@ -300,7 +318,14 @@ def _run_here(coroutine: Coroutine[Any, Any, Result]) -> Result:
 
 
 @lru_cache(maxsize=1)
-def _private_loop() -> asyncio.AbstractEventLoop:
+def private_loop() -> asyncio.AbstractEventLoop:
+    """The event loop of asynchronous rewards, in a thread that lives as long as the process."""
     loop = asyncio.new_event_loop()
-    threading.Thread(target=loop.run_forever, name="rcgrpo-rewards", daemon=True).start()
+
+    def run() -> None:
+        while not loop.is_closed():
+            with suppress(KeyboardInterrupt, SystemExit):  # which end the loop, and are in the task's result besides
+                loop.run_forever()
+
+    threading.Thread(target=run, name="rcgrpo-rewards", daemon=True).start()
     return loop

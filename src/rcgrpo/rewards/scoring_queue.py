@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from .registry import Reward
-from .scoring import ScoredBatch, Scoring, hand_on_logs
+from .scoring import ScoredBatch, Scoring, hand_on_logs, private_loop
 
 
 class PendingScores:
@@ -69,13 +69,15 @@ class ScoringQueue:
     Args:
         workers: batches whose plain rewards are called at the same time. More than 1 only where every plain reward may
             be called from several threads at once. Asynchronous rewards are called for one batch more than that.
+        timeout: seconds that one call of a reward may take, as in `score`.
     """
 
-    def __init__(self, workers: int = 1) -> None:
+    def __init__(self, workers: int = 1, timeout: float | None = None) -> None:
         if workers < 1:
             raise ValueError(f"workers: got {workers}, expected at least 1")
         self._executor = ThreadPoolExecutor(workers, thread_name_prefix="rcgrpo-scoring")
-        self._turn = asyncio.Semaphore(workers + 1)
+        self._workers, self._timeout = workers, timeout
+        self._turns: dict[asyncio.AbstractEventLoop, asyncio.Semaphore] = {}  # a loop that hangs is left behind
 
     def submit(
         self,
@@ -94,7 +96,11 @@ class ScoringQueue:
             RewardError, ValueError: the arguments are such that `score` would not begin.
             RuntimeError: the queue is closed.
         """
-        scoring = Scoring(rewards, prompts, images, source_images, masks, columns, labels, context, self._turn)
+        turn = None
+        if any(reward.is_async for reward in rewards):
+            turn = self._turns.setdefault(private_loop(), asyncio.Semaphore(self._workers + 1))
+        given = (prompts, images, source_images, masks, columns, labels, context)
+        scoring = Scoring(rewards, *given, self._timeout, turn)
         # A new thread starts on the first GPU, whichever one this process was given.
         device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
 
