@@ -1,7 +1,7 @@
-"""Transformers that come to a run wrapped, or with an adapter: taken out of wrappers, and trained on from where they are.
+"""Transformers that come to a run wrapped, or with an adapter: taken out of wrappers, and trained on as they are.
 
-Where it fits: `models` opens pipelines through `unwrap` and asks here what is on the transformer; `continued` makes of a
-single LoRA, loaded by diffusers or by PEFT, the same `PeftModel` that a fresh one is trained in. Why: PEFT sets the
+Where it fits: `models` opens pipelines through `unwrap` and asks here what is on the transformer; `continued` makes of
+a single LoRA, loaded by diffusers or by PEFT, the same `PeftModel` that a fresh one is trained in. Why: PEFT sets the
 weights of an adapter back when the same layers are wrapped again, and a compiled transformer's names stand in every
 saved key. Gotcha: whatever it was called, the adapter is called "default" afterwards, so that checkpoints, which PEFT
 stores under the adapter's name, are found by a run that loaded it under another.
@@ -10,7 +10,7 @@ stores under the adapter's name, are found by a run that loaded it under another
 import logging
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from copy import copy
 from typing import Any
 
@@ -70,6 +70,32 @@ def adapters_of(module: nn.Module) -> list[str]:
     """The names of all adapters whose layers are in a module."""
     layers = (layer for layer in module.modules() if isinstance(layer, BaseTunerLayer))
     return sorted({name for layer in layers for name in layer._get_available_adapters()})
+
+
+def describe(transformer: nn.Module, names: Collection[str]) -> dict[str, Any]:
+    """The LoRA on a transformer in the words of the command line: `lora_r`, `lora_alpha`, `lora_target_modules`.
+
+    Ranks and alphas that differ between layers come as lists. The layers are `names`, as they were given, where these
+    mean the same ones, else their own names.
+    """
+    layers = {key: layer for key, layer in transformer.named_modules() if isinstance(layer, LoraLayer)}
+    (name,) = adapters_of(transformer)
+    ranks = sorted({layer.r[name] for layer in layers.values()})
+    alphas = sorted({_number(layer.lora_alpha[name]) for layer in layers.values()})
+    config = LoraConfig(target_modules=list(names))
+    return {
+        "lora_r": ranks[0] if len(ranks) == 1 else ranks,
+        "lora_alpha": alphas[0] if len(alphas) == 1 else alphas,
+        "lora_target_modules": list(names) if _means(config, transformer, layers) else sorted(layers),
+    }
+
+
+def _means(config: LoraConfig, transformer: nn.Module, layers: Mapping[str, LoraLayer]) -> bool:
+    """Whether a configuration's names are those of just these layers."""
+    inside = tuple(f"{key}." for key in layers)
+    linear = (key for key, module in transformer.named_modules() if isinstance(module, nn.Linear))
+    candidates = {*layers, *(key for key in linear if not key.startswith(inside))}
+    return {key for key in candidates if check_target_module_exists(config, key)} == layers.keys()
 
 
 def continued(transformer: nn.Module) -> PeftModel:
@@ -168,9 +194,7 @@ def _settled(
             setattr(config, common, Counter(of_layers.values()).most_common(1)[0][0])
             exact = {f"^{re.escape(k)}": v for k, v in of_layers.items() if v != getattr(config, common)}
             setattr(config, pattern, exact)
-    others = (key for key, module in transformer.named_modules() if isinstance(module, nn.Linear))
-    meant = {key for key in (*layers, *others) if check_target_module_exists(config, key)}
-    if {key for key in meant if not key.startswith(tuple(f"{layer}." for layer in layers))} != layers.keys():
+    if not _means(config, transformer, layers):
         config.target_modules = "|".join(map(re.escape, sorted(layers)))  # a regular expression, of whole names
         config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
     return config
@@ -189,7 +213,7 @@ def _rename(layer: LoraLayer, name: str) -> None:
 
 
 class StartingPoint:
-    """A model with the weights that it had when this was made, though it trains on: the reference of a run that goes on.
+    """A model with the weights that it had when this was made, while it trains on: a reference for a run that goes on.
 
     Args:
         model: what is trained; copies of its trainable weights are kept, on their device.

@@ -3,9 +3,9 @@
 Where it fits: the trainer calls `check_lora_config` before the first step, `save_lora` at every checkpoint and
 `model_card` before every push; uploading itself is `transformers.Trainer`'s and huggingface_hub's work. Why:
 `FluxKontextPipeline.load_lora_weights` cannot read PEFT's own `adapter_model.safetensors` (its keys start with
-`base_model.`), and TRL's card describes a language model. Gotchas: the scale stands in the file as one `.alpha` for each
-layer, which diffusers, ComfyUI and kohya's tools read alike, and not in diffusers' metadata, which others do not know
-and which diffusers refuses beside `.alpha`. So rank, alpha and layers can be read from the tensors, and the same
+`base_model.`), and TRL's card describes a language model. Gotchas: the scale stands in the file as one `.alpha` for
+each layer, which diffusers, ComfyUI and kohya's tools read alike, and not in diffusers' metadata, which others do not
+know and which diffusers refuses beside `.alpha`. So rank, alpha and layers can be read from the tensors, and the same
 weights give the same bytes.
 """
 
@@ -60,10 +60,14 @@ def check_lora_config(config: PeftConfig) -> None:
 
     Raises:
         ValueError: not a LoRA; an initialisation that changes the base weights (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA);
-            or an option that diffusers' LoRA format does not carry (`bias`, `modules_to_save`, ...).
+            an alpha of 0 or NaN; or an option that diffusers' LoRA format does not carry (`bias`, `modules_to_save`,
+            ...).
     """
     if type(config) is not LoraConfig:  # AdaLoraConfig is a subclass
         raise ValueError(f"Got {type(config).__name__} but expected a LoraConfig: diffusers loads no other adapter.")
+    for alpha in (config.lora_alpha, *config.alpha_pattern.values()):
+        if not (isfinite(alpha) and alpha):
+            raise ValueError(f"Got lora_alpha={alpha}, with which a LoRA does nothing. Use a positive number.")
     init = config.init_lora_weights
     if isinstance(init, str) and init.lower().startswith(_REWRITES_BASE):
         raise ValueError(

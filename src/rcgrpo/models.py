@@ -4,6 +4,7 @@ Between the pipeline and the trainer. Gotcha: a diffusers model has other names 
 transformers model, and `from_pretrained` wants objects where a YAML file has strings.
 """
 
+import logging
 import os
 import re
 from collections.abc import Mapping
@@ -20,6 +21,8 @@ from transformers import PreTrainedConfig, set_seed
 from .adapters import WAYS_OUT, adapters_of, continued, unwrap
 from .pipeline import RegionDecoupledFluxKontextPipeline
 from .tiny import WEIGHTS
+
+logger = logging.getLogger(__name__)
 
 
 def load_pipeline(model: Any, init_kwargs: Mapping[str, Any] | None = None) -> RegionDecoupledFluxKontextPipeline:
@@ -127,6 +130,11 @@ def trained_model(pipeline: FluxKontextPipeline, peft_config: PeftConfig | None,
         )
     else:
         wrapped = _with_new_lora(transformer, peft_config, seed)
+    if wrapped.peft_config["default"].use_dora:  # type: ignore[union-attr]
+        logger.warning(
+            "peft_config.use_dora: only diffusers and PEFT read DoRA's magnitudes from the saved file; other programs, "
+            "such as ComfyUI, would draw something else with it"
+        )
     public = {key: value for key, value in transformer.config.items() if not key.startswith("_")}
     wrapped.config = PreTrainedConfig(**public)
     wrapped.config._name_or_path = base_model_name(pipeline)
