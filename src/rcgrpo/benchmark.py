@@ -28,7 +28,6 @@ from typing import Any
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from diffusers import FluxKontextPipeline
-from huggingface_hub import hf_hub_download
 from PIL import Image
 from tqdm.auto import tqdm
 
@@ -37,6 +36,7 @@ from .data.edits import Edit, EditRows
 from .editors.flux_kontext import fit_size
 from .evaluation import Result, Scorer
 from .hub import LORA_FILE
+from .lora import find_lora, load_lora
 from .noise import keyed_generator
 from .report import write_atomically
 
@@ -60,14 +60,14 @@ def contenders(loras: Sequence[str]) -> list[Contender]:
     """The base and one contender per LoRA, named after its folder, file or repository.
 
     Args:
-        loras: each a file, a folder that holds `pytorch_lora_weights.safetensors`, or a Hub id.
+        loras: each a file, a folder that holds one, or a Hub id; see `lora.find_lora`.
 
     Raises:
-        ValueError: a folder without the file, or a name that is neither here nor on the Hub.
+        ValueError: a folder without a LoRA, or a name that is neither here nor on the Hub.
     """
     found = [Contender(BASE)]
     for lora in loras:
-        file = _lora_file(lora)
+        file = find_lora(lora)
         path = Path(lora).resolve() if Path(lora).exists() else Path(lora)
         if path.is_file():
             path = path.parent if path.name == LORA_FILE else path.with_suffix("")
@@ -77,31 +77,15 @@ def contenders(loras: Sequence[str]) -> list[Contender]:
     return found
 
 
-def _lora_file(lora: str) -> Path:
-    path = Path(lora)
-    if path.is_dir():
-        path /= LORA_FILE
-        if not path.is_file():
-            raise ValueError(f"lora: got the folder {lora}, expected {LORA_FILE} in it; name the file itself")
-    elif not path.exists():
-        try:
-            path = Path(hf_hub_download(lora, LORA_FILE))
-        except Exception as error:  # the client has a dozen kinds
-            raise ValueError(
-                f"lora: got {lora!r}, expected a folder or file that exists, or a Hub id whose repository holds "
-                f"{LORA_FILE} ({type(error).__name__}: {error})"
-            ) from error
-    return path
-
-
 def load_loras(pipeline: FluxKontextPipeline, entrants: Sequence[Contender]) -> None:
-    """Load every contender's LoRA beside the others; `switch_to` chooses among them."""
+    """Load every contender's LoRA beside the others; `switch_to` chooses among them.
+
+    Raises:
+        ValueError: one cannot be read or does not fit the model; see `lora.check_lora`.
+    """
     for contender in entrants:
         if contender.lora is not None:
-            file = contender.lora
-            pipeline.load_lora_weights(
-                str(file.parent), weight_name=file.name, adapter_name=_adapter(contender), local_files_only=True
-            )
+            load_lora(pipeline, contender.lora, _adapter(contender))
 
 
 def switch_to(pipeline: FluxKontextPipeline, contender: Contender) -> None:

@@ -3,10 +3,10 @@
 Where it fits: the trainer calls `check_lora_config` before the first step, `save_lora` at every checkpoint and
 `model_card` before every push; uploading itself is `transformers.Trainer`'s and huggingface_hub's work. Why:
 `FluxKontextPipeline.load_lora_weights` cannot read PEFT's own `adapter_model.safetensors` (its keys start with
-`base_model.`), and TRL's card describes a language model. Gotchas: without the metadata in the file diffusers takes
-`lora_alpha = r`, silently another model; with *all* of PEFT's metadata an older PEFT refuses the file for one unknown
-key, and a `lora_dropout` comes back switched on, so only what shapes the adapter is written. The order of the metadata
-in a safetensors file varies from run to run: compare files by their tensors, not by their hashes.
+`base_model.`), and TRL's card describes a language model. Gotchas: the scale stands in the file as one `.alpha` for
+each layer, which diffusers, ComfyUI and kohya's tools read alike, and not in diffusers' metadata, which others do not
+know and which diffusers refuses beside `.alpha`. So rank, alpha and layers can be read from the tensors, and the same
+weights give the same bytes.
 """
 
 import os
@@ -16,10 +16,13 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from torch import Tensor
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 CARD_TAGS = ("rcgrpo", "trl", "lora", "image-editing", "reinforcement-learning", "grpo")
@@ -57,10 +60,14 @@ def check_lora_config(config: PeftConfig) -> None:
 
     Raises:
         ValueError: not a LoRA; an initialisation that changes the base weights (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA);
-            or an option that diffusers' LoRA format does not carry (`bias`, `modules_to_save`, ...).
+            an alpha of 0 or NaN; or an option that diffusers' LoRA format does not carry (`bias`, `modules_to_save`,
+            ...).
     """
     if type(config) is not LoraConfig:  # AdaLoraConfig is a subclass
         raise ValueError(f"Got {type(config).__name__} but expected a LoraConfig: diffusers loads no other adapter.")
+    for alpha in (config.lora_alpha, *config.alpha_pattern.values()):
+        if not (isfinite(alpha) and alpha):
+            raise ValueError(f"Got lora_alpha={alpha}, with which a LoRA does nothing. Use a positive number.")
     init = config.init_lora_weights
     if isinstance(init, str) and init.lower().startswith(_REWRITES_BASE):
         raise ValueError(
@@ -103,8 +110,7 @@ def save_lora(
         adapter_name=adapter_name,
         save_embedding_layers=False,  # "auto" asks the Hub for the base model's vocabulary
     )
-    shaping = {"r": config.r, "lora_alpha": config.lora_alpha}
-    shaping |= {key: value for key, value in _non_default(config).items() if key in _SHAPING}
+    layers |= {f"{key}.alpha": torch.tensor(alpha) for key, alpha in _alphas(peft_model, layers, adapter_name).items()}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     target, unfinished = folder / LORA_FILE, folder / f"_{LORA_FILE}.tmp"  # Trainer uploads nothing that starts with _
@@ -112,13 +118,30 @@ def save_lora(
         pipeline.save_lora_weights(
             folder,
             transformer_lora_layers=layers,
-            transformer_lora_adapter_metadata={k: sorted(v) if isinstance(v, set) else v for k, v in shaping.items()},
             weight_name=unfinished.name,
         )
         os.replace(unfinished, target)
     finally:
         unfinished.unlink(missing_ok=True)
     return target
+
+
+def _alphas(peft_model: PeftModel, layers: dict[str, Tensor], adapter_name: str) -> dict[str, float]:
+    """What each layer's alpha has to be for readers whose scale is alpha / rank, whatever made the scale.
+
+    diffusers takes the name of a layer for all names that end in it: FLUX's last layer is called `proj_out`, as is one
+    in every single block. Where their alphas differ, the blocks' scale goes into `layers`, with alphas that are alike.
+    """
+    modules = peft_model.get_base_model().named_modules()
+    found = {key: m for key, m in modules if isinstance(m, LoraLayer) and adapter_name in m.scaling}
+    alphas = {key: float(layer.scaling[adapter_name]) * layer.r[adapter_name] for key, layer in found.items()}
+    for short in alphas:
+        for key in alphas:
+            if key.endswith(f".{short}") and alphas[key] != alphas[short]:
+                up = f"{key}.lora_B.weight"
+                layers[up] = layers[up] * (alphas[key] / alphas[short])
+                alphas[key] = alphas[short]
+    return alphas
 
 
 def model_card(

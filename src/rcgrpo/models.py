@@ -4,6 +4,7 @@ Between the pipeline and the trainer. Gotcha: a diffusers model has other names 
 transformers model, and `from_pretrained` wants objects where a YAML file has strings.
 """
 
+import logging
 import os
 import re
 from collections.abc import Mapping
@@ -17,15 +18,19 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedConfig, set_seed
 
+from .adapters import WAYS_OUT, adapters_of, continued, unwrap
 from .pipeline import RegionDecoupledFluxKontextPipeline
 from .tiny import WEIGHTS
+
+logger = logging.getLogger(__name__)
 
 
 def load_pipeline(model: Any, init_kwargs: Mapping[str, Any] | None = None) -> RegionDecoupledFluxKontextPipeline:
     """The pipeline of a Hub id or a folder, or the one that shares its parts with a given pipeline.
 
     Args:
-        model: a `FluxKontextPipeline` (any subclass), a Hub id or a folder.
+        model: a `FluxKontextPipeline` (any subclass), a Hub id or a folder. Its transformer is taken out of what it is
+            wrapped in (`adapters.unwrap`), whose names would stand in everything that is saved.
         init_kwargs: of `from_pretrained`, where `model` is a string; dtypes may be strings, also one for each part, and
             `quantization_config` a mapping with `PipelineQuantizationConfig`'s arguments.
 
@@ -45,11 +50,15 @@ def load_pipeline(model: Any, init_kwargs: Mapping[str, Any] | None = None) -> R
             f"model_init_kwargs: got {dict(init_kwargs)} with a pipeline that is loaded already, expected none; pass "
             "them to its from_pretrained, or name the model"
         )
-    if isinstance(model, RegionDecoupledFluxKontextPipeline):
-        return model
     if not all(hasattr(model, part) for part in ("transformer", "vae", "scheduler", "tokenizer_2")):
         raise TypeError(f"model: got {type(model).__name__}, expected a FluxKontextPipeline, a Hub id or a folder")
-    pipe = RegionDecoupledFluxKontextPipeline(**model.components)  # `from_pipe` would cast everything to fp32
+    transformer = unwrap(model.transformer)
+    if isinstance(model, RegionDecoupledFluxKontextPipeline):
+        if transformer is not model.transformer:
+            model.transformer = transformer
+        return model
+    # `from_pipe` would cast everything to fp32.
+    pipe = RegionDecoupledFluxKontextPipeline(**model.components | {"transformer": transformer})
     pipe.register_to_config(_name_or_path=model.config.get("_name_or_path"))
     return pipe
 
@@ -78,15 +87,24 @@ def trained_model(pipeline: FluxKontextPipeline, peft_config: PeftConfig | None,
 
     Args:
         pipeline: keeps its transformer, into which PEFT puts its layers.
-        peft_config: of the LoRA; None trains the whole transformer.
+        peft_config: of a new LoRA; None goes on training the one that is on the transformer, and without one trains
+            the whole transformer.
         seed: of the LoRA's initial weights.
 
     Raises:
-        ValueError: a VAE that tiles, a transformer with a step cache or inside PEFT, or layers that it does not have.
+        ValueError: a VAE that tiles, a transformer with a step cache, layers that it does not have, an adapter where a
+            new one is to be trained, one that `adapters.continued` refuses, or one on a text encoder.
     """
-    for part in (pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2):
+    for name in ("vae", "text_encoder", "text_encoder_2"):
+        part = getattr(pipeline, name)
         if part is not None:
             part.requires_grad_(False).eval()
+            if adapters_of(part):
+                raise ValueError(
+                    f"model: got the adapters {', '.join(adapters_of(part))} on {name}, which the trained LoRA would "
+                    f'not hold; make it part of the base with `pipe.fuse_lora(components=["{name}"])` and '
+                    "`pipe.unload_lora_weights()`, or load a LoRA without it"
+                )
     transformer = pipeline.transformer
     if getattr(transformer, "is_cache_enabled", False):
         raise ValueError("model: the transformer has a step cache enabled; call `transformer.disable_cache()` first")
@@ -100,13 +118,35 @@ def trained_model(pipeline: FluxKontextPipeline, peft_config: PeftConfig | None,
 
     transformer.activation_checkpointing_enable = transformer.gradient_checkpointing_enable = enable
     transformer.gradient_checkpointing_disable = transformer.disable_gradient_checkpointing
-    if peft_config is None:
+    there = adapters_of(transformer)
+    if peft_config is None and not there:
         return transformer.requires_grad_(True)
-    if isinstance(transformer, PeftModel):
-        raise ValueError("model: the pipeline's transformer is wrapped by PEFT already, expected the bare one")
+    if peft_config is None:
+        wrapped = continued(transformer)
+    elif there:
+        raise ValueError(
+            f"peft_config: got one for a transformer with the adapter {', '.join(there)}, expected one or the other; "
+            f"{WAYS_OUT}"
+        )
+    else:
+        wrapped = _with_new_lora(transformer, peft_config, seed)
+    if wrapped.peft_config["default"].use_dora:  # type: ignore[union-attr]
+        logger.warning(
+            "peft_config.use_dora: only diffusers and PEFT read DoRA's magnitudes from the saved file; other programs, "
+            "such as ComfyUI, would draw something else with it"
+        )
+    public = {key: value for key, value in transformer.config.items() if not key.startswith("_")}
+    wrapped.config = PreTrainedConfig(**public)
+    wrapped.config._name_or_path = base_model_name(pipeline)
+    return wrapped
+
+
+def _with_new_lora(transformer: nn.Module, peft_config: PeftConfig, seed: int) -> PeftModel:
+    if hasattr(transformer, "peft_config"):  # left by an adapter that was merged and removed
+        del transformer.peft_config
     set_seed(seed)  # the LoRA's initial weights belong to the run, not to what ran before it
     try:
-        wrapped = get_peft_model(transformer, peft_config)
+        return get_peft_model(transformer, peft_config)  # type: ignore[arg-type, return-value]
     except ValueError as error:
         names = (name for name, layer in transformer.named_modules() if isinstance(layer, nn.Linear))
         endings = sorted({re.sub(r".*?([^.]+(\.\d+)?)$", r"\1", name) for name in names})
@@ -114,7 +154,3 @@ def trained_model(pipeline: FluxKontextPipeline, peft_config: PeftConfig | None,
             f"peft_config.target_modules: got {peft_config.target_modules!r}, expected names of layers in "
             f"{type(transformer).__name__}, ending in {', '.join(endings)} ({error})"
         ) from error
-    public = {key: value for key, value in transformer.config.items() if not key.startswith("_")}
-    wrapped.config = PreTrainedConfig(**public)
-    wrapped.config._name_or_path = base_model_name(pipeline)
-    return wrapped

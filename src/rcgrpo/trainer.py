@@ -15,8 +15,8 @@ import itertools
 import logging
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 from trl.trainer.utils import RepeatSampler
 
+from .adapters import StartingPoint, adapters_of
 from .attention import AttentionOptions, AttentionRecorder, Concentration
 from .completions import SHOWN, Completions, record, show, shown_rows, write_completions
 from .config import RCGRPOConfig
@@ -108,7 +109,8 @@ class RCGRPOTrainer(SavingTrainer):
         train_dataset: rows with a source picture, an instruction, a mask (1 = edit; in pictures 255) and the columns
             that the rewards read; a `datasets.Dataset` or a sequence of dictionaries.
         eval_dataset: held-out rows of the same kind.
-        peft_config: LoRA on the transformer. Without it the whole transformer is trained.
+        peft_config: a new LoRA on the transformer. Without it the LoRA that is on the transformer already, loaded by
+            diffusers or by PEFT, goes on being trained; if there is none, the whole transformer is trained.
         callbacks, optimizers: as in `transformers.Trainer`.
 
     Raises:
@@ -161,10 +163,11 @@ class RCGRPOTrainer(SavingTrainer):
                     f"peft_config.lora_dropout: got {peft_config.lora_dropout}, expected 0: dropout makes the "
                     "update see another policy than the rollout"
                 )
-        elif args.beta:
-            raise ValueError(f"beta: got {args.beta} without peft_config, expected LoRA, whose base is the reference")
 
         self.pipeline = load_pipeline(model, args.model_init_kwargs)  # type: ignore[arg-type]
+        goes_on = peft_config is None and bool(adapters_of(self.pipeline.transformer))
+        if args.beta and peft_config is None and not goes_on:
+            raise ValueError(f"beta: got {args.beta} without peft_config, expected LoRA, whose base is the reference")
         self.editor = FluxKontextEditor(
             self.pipeline,
             args.resolution,
@@ -184,8 +187,11 @@ class RCGRPOTrainer(SavingTrainer):
                 f"is recorded without log_attention=True or one of the rewards {', '.join(ATTENTION_REWARDS)}"
             )
         self.policy = make_policy(args, args.named_regions)
+        trained = trained_model(self.pipeline, peft_config, args.seed)
+        self._start = StartingPoint(trained) if args.beta and goes_on else None
+        self._check_optimizer(trained, optimizers[0])
         super().__init__(
-            model=trained_model(self.pipeline, peft_config, args.seed),
+            model=trained,
             args=args,
             data_collator=list,
             train_dataset=train_rows,
@@ -247,6 +253,18 @@ class RCGRPOTrainer(SavingTrainer):
                 f"reward_funcs: got {names}, expected different names; attention_reward_weight adds its own"
             )
         return rewards, torch.tensor(weights, dtype=torch.float32)
+
+    @staticmethod
+    def _check_optimizer(trained: nn.Module, optimizer: Any) -> None:
+        """Refuse an optimizer of other weights, with which nothing would be trained."""
+        if optimizer is not None:
+            held = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
+            if not any(id(weight) in held for weight in trained.parameters() if weight.requires_grad):
+                raise ValueError(
+                    "optimizers: got an optimizer of none of the weights that are trained, expected one of the LoRA's "
+                    "own, which are there beforehand only where a run goes on with peft_config=None; or set optim and "
+                    "optim_args in the configuration"
+                )
 
     @staticmethod
     def _regions_of_rewards(rewards: Sequence[Reward], args: RCGRPOConfig) -> list[str]:
@@ -690,8 +708,8 @@ class RCGRPOTrainer(SavingTrainer):
         loss, numbers = self.policy.loss(velocity, inputs)
         metrics, args = self._metrics["train"], self.args
         if args.beta:
-            with torch.no_grad(), self.accelerator.unwrap_model(model).disable_adapter():
-                reference = self.editor.velocity(model, inputs.latents, inputs.timestep, inputs.conditions)
+            with torch.no_grad(), self._reference(model) as still:
+                reference = self.editor.velocity(still, inputs.latents, inputs.timestep, inputs.conditions)
             kl = velocity_kl(velocity, reference, region_weights(inputs.region, args.beta_keep))
             numbers["kl"] = float(kl.detach().mean())
             loss = loss + args.beta * kl * inputs.taught
@@ -703,6 +721,15 @@ class RCGRPOTrainer(SavingTrainer):
         for name, value in numbers.items():
             metrics[name].append(value)
         return loss.mean()
+
+    @contextmanager
+    def _reference(self, model: nn.Module) -> Iterator[Any]:
+        """The model as it was at the start: its base, or with the LoRA that the run went on from."""
+        if self._start is not None:
+            yield self._start.of(model)
+        else:
+            with self.accelerator.unwrap_model(model).disable_adapter():
+                yield model
 
     def training_step(  # type: ignore[override]
         self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None

@@ -88,12 +88,14 @@ def run(arguments: Sequence[str]) -> None:
     from ..rewards import resolve_rewards
     from ..rollout import Exploration
     from ..survey import JUDGES, match_strength, survey
-    from .opening import open_pipeline
+    from .opening import check_loras, open_pipeline
 
     folder = Path(args.output)
     names = (args.reward, args.edit_reward, args.keep_reward, args.held_out_reward)
     judges = {judge: resolve_rewards(name)[0] for judge, name in zip(JUDGES, names, strict=True)}
-    entrants = contenders([] if args.lora is None else [args.lora])
+    loras = [] if args.lora is None else [args.lora]
+    check_loras(args.model, loras)
+    entrants = contenders(loras)
     required = sorted({column for reward in judges.values() for column in reward.columns})
     rows = EditRows(load_rows(args), "diagnosis", required_columns=required)
     count = min(args.num_edits, len(rows))

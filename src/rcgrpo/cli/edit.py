@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .opening import open_pipeline
+from .opening import check_loras, open_pipeline
 from .parsing import TINY, UsageError, at_least, check_picture, in_unit, parse, use_embedded_model
 
 
@@ -42,28 +42,22 @@ def run(arguments: Sequence[str]) -> None:
     if args.model == TINY:
         use_embedded_model([] if args.lora is None else [args.lora])
     import torch
-    from diffusers import FluxKontextPipeline
     from PIL import Image
 
     from ..data.edits import decode_picture
+    from ..lora import load_lora
     from ..pipeline import RegionDecoupledFluxKontextPipeline
     from ..report import write_atomically
     from ..tiny import CALL
 
     source = decode_picture(Path(args.image), "--image").convert("RGB")
     mask = None if args.mask is None else read_mask(Path(args.mask), source.size)
-    if args.lora is not None:  # before a large model is loaded
-        try:
-            FluxKontextPipeline.lora_state_dict(args.lora)
-        except Exception as error:  # the Hub's client alone has a dozen kinds
-            raise UsageError(
-                f"--lora: got {args.lora!r}, expected a folder or file that is there, or a Hub id, with a LoRA that "
-                f"diffusers can read ({type(error).__name__}: {error})"
-            ) from error
+    loras = [] if args.lora is None else [args.lora]
+    check_loras(args.model, loras)
     tiny = args.model == TINY
     pipe = open_pipeline(RegionDecoupledFluxKontextPipeline, args.model)
-    if args.lora is not None:
-        load_lora(pipe, args.lora, args.model)
+    for lora in loras:
+        load_lora(pipe, lora, "lora", "--lora")
     call: dict[str, Any] = dict(CALL) if tiny else {}
     if tiny:
         args.instruction = args.instruction.lower().strip(" .!")  # its vocabulary is the data set's
@@ -107,18 +101,3 @@ def read_mask(path: Path, size: tuple[int, int]) -> Any:
         raise UsageError(f"--mask: got {str(path)!r}, which is black, expected white where to edit")
     refuse_dim(mask, "--mask", "multiply a mask of 0 and 1 by 255")
     return mask
-
-
-def load_lora(pipe: Any, lora: str, model: str) -> None:
-    """Load a LoRA, and refuse one that is for another model.
-
-    Raises:
-        UsageError: its shapes do not fit, or nothing in it is for the model's transformer.
-    """
-    try:
-        pipe.load_lora_weights(lora)
-    except (RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UsageError(f"--lora: got {lora!r}, expected one for {model} ({reason})") from error
-    if not pipe.get_list_adapters():
-        raise UsageError(f"--lora: got {lora!r}, expected one for {model}; it holds nothing for its transformer")

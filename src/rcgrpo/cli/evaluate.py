@@ -108,10 +108,11 @@ def run(arguments: Sequence[str]) -> None:
     from ..data.edits import EditRows
     from ..evaluation import Scorer
     from ..results import write_results
-    from .opening import open_pipeline
+    from .opening import check_loras, open_pipeline
 
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
     folder = Path(*broadcast_object_list([args.output_dir]))
+    check_loras(args.model, args.lora)
     entrants = contenders(args.lora)
     with state.local_main_process_first():
         rows = EditRows(load_rows(args), "evaluation")

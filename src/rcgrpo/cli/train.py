@@ -62,6 +62,13 @@ class ScriptArguments:
         default_factory=lambda: ["compbench_mini"],
         metadata={"help": "Registered rewards or dotted paths to callables; see `rcgrpo rewards`."},
     )
+    init_lora: str | None = field(
+        default=None,
+        metadata={
+            "help": "A LoRA to go on training: folder, file or Hub id. Its rank, alpha and layers are kept, and "
+            "'before' in the report is the model with it."
+        },
+    )
     lora_r: int = field(default=32, metadata={"help": "Rank of the LoRA."})
     lora_alpha: int = field(default=64, metadata={"help": "Scale of the LoRA."})
     lora_target_modules: list[str] = field(
@@ -103,6 +110,41 @@ def settle_splits(script: ScriptArguments) -> None:
             f"--eval_split: got {script.eval_split!r}, expected other rows than --train_split {script.train_split} "
             f"trains on; pass {ways}"
         )
+
+
+def load_model(script: ScriptArguments, config: "RCGRPOConfig", named: Collection[str]) -> Any:
+    """What to train: the model's name, or its pipeline with the LoRA to go on with.
+
+    Args:
+        named: the flags and keys that somebody set.
+
+    Raises:
+        UsageError: the LoRA does not fit the model, or has another rank, alpha or layers than were asked for.
+    """
+    from ..tiny import WEIGHTS
+
+    model = str(WEIGHTS) if script.model == TINY else script.model
+    if script.init_lora is None:
+        return model
+    from ..adapters import describe
+    from ..lora import load_lora
+    from ..models import load_pipeline
+
+    pipeline = load_pipeline(model, config.model_init_kwargs)  # type: ignore[arg-type]
+    config.model_init_kwargs = None  # they have had their effect
+    try:
+        load_lora(pipeline, script.init_lora, "default", "--init_lora")
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    own = describe(pipeline.transformer, script.lora_target_modules)
+    for name, value in own.items():
+        asked = getattr(script, name)
+        if name in named and value != asked:
+            raise UsageError(
+                f"--{name}: got {asked}, expected {value}, which --init_lora {script.init_lora} has; leave the flag out"
+            )
+        setattr(script, name, value)
+    return pipeline
 
 
 def load_rows(script: ScriptArguments, config: "RCGRPOConfig") -> tuple[Any, Any]:
@@ -188,32 +230,36 @@ def run(arguments: Sequence[str]) -> None:
     check_folder("output_dir", folder)
     resume = settle_resume(config)
     settle_splits(script)
+    loras = [] if script.init_lora is None else [script.init_lora]
     if script.model == TINY:
-        use_embedded_model()
+        use_embedded_model(loras)
         fill_in(config, given(arguments, recipe))
     from peft import LoraConfig
 
     from ..data.edits import EditRows
     from ..evaluation import judge_held_out, write_report
     from ..report import markdown_table
-    from ..tiny import WEIGHTS
     from ..trainer import RCGRPOTrainer
+    from .opening import check_loras
 
+    check_loras(script.model, loras, "--init_lora")
     train_rows, eval_rows = load_rows(script, config)
+    model = load_model(script, config, given(arguments))
+    new_lora = LoraConfig(
+        r=script.lora_r, lora_alpha=script.lora_alpha, target_modules=list(script.lora_target_modules)
+    )
     trainer = RCGRPOTrainer(
-        model=str(WEIGHTS) if script.model == TINY else script.model,
+        model=model,
         reward_funcs=list(script.reward_funcs),
         args=config,
         train_dataset=train_rows,
         eval_dataset=eval_rows,
-        peft_config=LoraConfig(
-            r=script.lora_r, lora_alpha=script.lora_alpha, target_modules=list(script.lora_target_modules)
-        ),
+        peft_config=None if loras else new_lora,
     )
     _announce(trainer, script)
     held_out = trainer.eval_dataset if isinstance(trainer.eval_dataset, EditRows) else None
     main_process = trainer.is_world_process_zero()
-    # The reference is the base itself, also when a run goes on from a checkpoint.
+    # The model as the run starts from it, with --init_lora if given, also when it goes on from a checkpoint.
     before = judge_held_out(trainer, held_out, "held-out edits before") if held_out else []
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()  # before anything that may still fail, such as a judge
