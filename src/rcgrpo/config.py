@@ -303,10 +303,10 @@ class RCGRPOConfig(_BaseConfig):
             self.gradient_checkpointing = True
         if getattr(self, "bf16", None) is None and not self.fp16:
             # TRL assumes bf16 everywhere; a laptop's CPU is slower with it and transformers refuses it there.
-            self.bf16 = bool(is_torch_bf16_gpu_available()) and not self.use_cpu
+            self.bf16 = bool(is_torch_bf16_gpu_available()) and not self.use_cpu  # type: ignore[has-type]
         launched = int(os.environ.get("WORLD_SIZE") or 1)
         if launched > 1 and not torch.accelerator.is_available():
-            self.use_cpu = True  # type: ignore[has-type]  # or each would train by itself, as accelerate makes no group
+            self.use_cpu = True  # or each would train by itself, as accelerate makes no process group
         super().__post_init__()
         if self.world_size != launched:
             raise ValueError(

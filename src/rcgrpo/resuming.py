@@ -223,8 +223,7 @@ class ResumingTrainer(_BaseTrainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
-        sealed = checkpoints.read_seal(checkpoint)
-        ours, theirs = self._optimizer_name(), sealed.get("optimizer")
+        ours, theirs = self._optimizer_name(), checkpoints.read_seal(checkpoint).get("optimizer", "its own optimizer")
         if not Path(checkpoint, OPTIMIZER_NAME).exists():
             if self.is_world_process_zero():
                 logger.warning(
@@ -239,10 +238,10 @@ class ResumingTrainer(_BaseTrainer):
                     self.lr_scheduler.step()
             return
         other = ValueError(
-            f"optim: got {self.args.optim} ({ours}), expected {sealed.get('optim')} ({theirs}), whose state "
-            f"{checkpoint} has; set it back, or train anew in another output_dir"
+            f"optim: got {ours}, expected {theirs}, whose state {checkpoint} has; set it back, or train anew in "
+            "another output_dir"
         )
-        if theirs is not None and theirs != ours:
+        if theirs not in (ours, "its own optimizer"):
             raise other
         try:
             super()._load_optimizer_and_scheduler(checkpoint)
@@ -250,8 +249,10 @@ class ResumingTrainer(_BaseTrainer):
             raise other from error
 
     def _optimizer_name(self) -> str:
+        """Its class, as several values of `optim` give the same one."""
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate wraps it
-        return f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
+        kind = type(optimizer)
+        return f"{kind.__module__.removesuffix('.' + kind.__name__.lower())}.{kind.__qualname__}"
 
     def _warn_in_mid_cycle(self, checkpoint: Path, step: int) -> None:
         """Say it where a resume from here is not bit-exact: the cycle's rollouts are not in checkpoints."""
@@ -305,7 +306,7 @@ class ResumingTrainer(_BaseTrainer):
         with failing_together(self.accelerator, can_stop=False), _writing_to(folder, name):
             if self.args.should_save:
                 state.save_to_json(str(unfinished / TRAINER_STATE_NAME))
-                checkpoints.seal(unfinished, {"optimizer": self._optimizer_name(), "optim": str(self.args.optim)})
+                checkpoints.seal(unfinished, {"optimizer": self._optimizer_name()})
                 checkpoints.publish(unfinished)
                 checkpoints.rotate(folder, self.args.save_total_limit, keep)
         self._last_saved = step
