@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 import rcgrpo
+from checkpoint_files import write_checkpoint
 from rcgrpo import RCGRPOConfig
 from rcgrpo.cli import main
 from rcgrpo.cli.edit import EditArguments
@@ -159,7 +160,7 @@ def test_errors_in_a_config_file(text, said):
 
 
 def test_earlier_results_are_not_overwritten():
-    Path("out/checkpoint-5").mkdir(parents=True)
+    write_checkpoint(Path("out"), 5)
     answer = refused("train", "--output_dir", "out", "--use_cpu", "true")
     assert "--output_dir: out holds checkpoint-5 of an earlier run" in answer and "--resume_from_checkpoint" in answer
     assert free_folder("out") == "out-2"

@@ -7,6 +7,7 @@ import pytest
 from datasets import Dataset
 from PIL import Image
 
+from checkpoint_files import write_checkpoint
 from rcgrpo import RCGRPOConfig
 from rcgrpo.cli.parsing import UsageError
 from rcgrpo.cli.train import ScriptArguments, load_rows, run, settle_resume, settle_splits
@@ -126,24 +127,33 @@ def resume(asked, folder="out"):
 def test_no_is_no_checkpoint_and_true_the_newest_one():
     for asked in (None, "false", "None", False):
         assert resume(asked) == (None, None)
-    Path("out/checkpoint-5").mkdir(parents=True)
-    with pytest.raises(UsageError, match="--resume_from_checkpoint: got true, expected a complete checkpoint-N"):
-        resume("true")  # it was not written to its end
-    Path("out/checkpoint-5/trainer_state.json").touch()
-    assert resume("true")[0] is resume(True)[0] is True
+    assert resume("true")[0] is resume(True)[0] is True  # the first call of a job script, too
+    write_checkpoint(Path("out"), 5)
     assert resume("out/checkpoint-5", "new")[0] == "out/checkpoint-5"
     with pytest.raises(UsageError, match="--output_dir: out holds checkpoint-5 of an earlier run"):
         resume("false")
+
+
+def test_broken_checkpoints_are_no_earlier_run(capsys):
+    """Killed in the first checkpoint, either way of starting again must work."""
+    (write_checkpoint(Path("out"), 5) / "trainer_state.json").write_text("{")
+    Path("out/checkpoint-6").mkdir()
+    assert resume("false") == (None, None) and resume("true")[0] is True
+    said = capsys.readouterr().out
+    assert "checkpoint-5" in said and "checkpoint-6" in said and said.count("starting anew") == 2
+    with pytest.raises(
+        UsageError, match=r"--resume_from_checkpoint: got 'out/checkpoint-5'.*trainer_state.json cannot"
+    ):
+        resume("out/checkpoint-5")
 
 
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
         (["--output_dir", "taken/out"], "--output_dir: got 'taken/out', expected a folder that can be written to"),
-        (["--resume_from_checkpoint", "true"], "expected a complete checkpoint-N in --output_dir rcgrpo-output, with"),
         (
             ["--resume_from_checkpoint", "gone"],
-            "got gone, expected the folder of a complete checkpoint",
+            "--resume_from_checkpoint: got 'gone', expected a whole checkpoint, but there is no such folder",
         ),
     ],
 )

@@ -1,11 +1,13 @@
 """Settings of a run: `GRPOConfig`'s names where the idea is the same, the paper's where it is not."""
 
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import inf, isfinite
 from typing import Any, ClassVar
 
+import torch
 import transformers
 from packaging.version import Version
 from transformers.utils import is_torch_bf16_gpu_available
@@ -311,8 +313,16 @@ class RCGRPOConfig(_BaseConfig):
             self.gradient_checkpointing = True
         if getattr(self, "bf16", None) is None and not self.fp16:
             # TRL assumes bf16 everywhere; a laptop's CPU is slower with it and transformers refuses it there.
-            self.bf16 = bool(is_torch_bf16_gpu_available()) and not self.use_cpu
+            self.bf16 = bool(is_torch_bf16_gpu_available()) and not self.use_cpu  # type: ignore[has-type]
+        launched = int(os.environ.get("WORLD_SIZE") or 1)
+        if launched > 1 and not torch.accelerator.is_available():
+            self.use_cpu = True  # or each would train by itself, as accelerate makes no process group
         super().__post_init__()
+        if self.world_size != launched:
+            raise ValueError(
+                f"WORLD_SIZE: got {launched} processes from the launcher, expected the {self.world_size} of a process "
+                f"group, as accelerate finds none for {self.device.type}; pass use_cpu=True, or launch one process"
+            )
 
     def _check(self) -> None:
         """Refuse what cannot work before anything is loaded.

@@ -1,11 +1,11 @@
-"""What a run leaves on disk: checkpoints to go on from, the LoRA in diffusers' format, the model card, the Hub.
+"""What a run leaves on disk: weights and LoRA in diffusers' format, the model card, the Hub.
 
-The trainer's base class; it knows nothing of groups and rewards beyond the rewards' names for the card.
+The trainer's base class, on the one that stops and resumes; it knows nothing of groups and rewards beyond the rewards'
+names for the card.
 """
 
 import dataclasses
 import json
-import logging
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,89 +14,19 @@ from typing import Any
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from trl.trainer.base_trainer import _BaseTrainer
 
 from .hub import LORA_FILE, model_card, save_lora
 from .models import base_model_name
 from .pipeline import RegionDecoupledFluxKontextPipeline
-from .rewards import Reward, failing_together, is_agreed
+from .resuming import ResumingTrainer
+from .rewards import Reward
 
-logger = logging.getLogger(__name__)
 
-
-class SavingTrainer(_BaseTrainer):
-    """TRL's base trainer that saves a diffusers LoRA (or transformer) and a card, and saves before it stops."""
+class SavingTrainer(ResumingTrainer):
+    """Saves a diffusers LoRA (or transformer) and a card."""
 
     pipeline: RegionDecoupledFluxKontextPipeline
     rewards: list[Reward]
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
-        """As `Trainer.train`; stopping after a new update, on all processes alike, saves what was trained first."""
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = self._last_complete_checkpoint()
-        # Until the first new update there is nothing to save: not while resuming, nor what an earlier call left.
-        self._last_saved = self.state.global_step = self._step_of(resume_from_checkpoint)
-        if resume_from_checkpoint:
-            self._warn_in_mid_cycle(Path(resume_from_checkpoint), self._last_saved)
-        try:
-            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-        except BaseException as error:
-            # Saving takes every process. Where one failed alone, the others wait elsewhere; its end is theirs.
-            together = self.accelerator.num_processes == 1 or is_agreed(error)
-            if together and self.state.global_step > self._last_saved:
-                logger.error("%s: saving checkpoint-%d before stopping", type(error).__name__, self.state.global_step)
-                try:
-                    self._save_checkpoint(self.model, trial=None)
-                except FloatingPointError as refused:
-                    logger.error("%s", refused)
-            raise
-
-    def close(self) -> None:
-        """Take the process group of a launch down, at the end of a script; without one nothing happens.
-
-        A process that leaves with gloo's threads at work may abort on its way out. The wrapped model goes first, as it
-        keeps the group and its threads alive.
-        """
-        self.model_wrapped = self.model
-        self.accelerator.free_memory()
-        self.accelerator.end_training()
-
-    @staticmethod
-    def _step_of(checkpoint: str | bool | None) -> int:
-        """The updates that a checkpoint has behind it; 0 without one, or where the Trainer will say what is missing."""
-        file = Path(checkpoint, TRAINER_STATE_NAME) if isinstance(checkpoint, str | Path) else None
-        return int(json.loads(file.read_text())["global_step"]) if file and file.exists() else 0
-
-    @staticmethod
-    def _complete_checkpoints(folder: Path) -> dict[int, Path]:
-        """The checkpoints in a folder that were written to their end, by step; the state file is written last."""
-        found = {f.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-"): f for f in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")}
-        return {int(n): f for n, f in found.items() if n.isdigit() and (f / TRAINER_STATE_NAME).exists()}
-
-    def _last_complete_checkpoint(self) -> str:
-        complete = self._complete_checkpoints(Path(self.args.output_dir))
-        if not complete:
-            raise ValueError(
-                f"resume_from_checkpoint: found no complete checkpoint in {self.args.output_dir!r}, expected a folder "
-                f"{PREFIX_CHECKPOINT_DIR}-N with trainer_state.json; give its path, or train from the start"
-            )
-        return str(complete[max(complete)])
-
-    def _warn_in_mid_cycle(self, checkpoint: Path, step: int) -> None:
-        """Say it where a resume from here is not bit-exact: the cycle's rollouts are not in checkpoints."""
-        cycle = self.args.num_iterations
-        if step % cycle and self.is_world_process_zero():
-            whole = [s for s in self._complete_checkpoints(checkpoint.parent) if s < step and s % cycle == 0]
-            last = f"{PREFIX_CHECKPOINT_DIR}-{max(whole)} is" if whole else "no earlier checkpoint is"
-            logger.warning(
-                "%s is in the middle of a cycle (num_iterations=%d): a resume from it rolls out again, which is sound "
-                "but not bit-exact; %s at the end of a whole cycle",
-                checkpoint,
-                cycle,
-                last,
-            )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if isinstance(self.accelerator.unwrap_model(self.model), PeftModel):
@@ -105,31 +35,19 @@ class SavingTrainer(_BaseTrainer):
         weights: dict[str, Tensor] = {}
         for file in sorted(Path(resume_from_checkpoint, "transformer").glob("*.safetensors")):
             weights |= load_file(file)
-        self.accelerator.unwrap_model(self.model).load_state_dict(weights)
+        try:
+            self.accelerator.unwrap_model(self.model).load_state_dict(weights)
+        except RuntimeError as error:
+            raise ValueError(
+                f"resume_from_checkpoint: {resume_from_checkpoint} holds another model's weights, expected this one's "
+                f"({' '.join(str(error).split())[:200]}); set model back, or train from the start"
+            ) from error
 
     def _load_best_model(self) -> None:
         if isinstance(self.accelerator.unwrap_model(self.model), PeftModel):
             super()._load_best_model()
         else:
             self._load_from_checkpoint(str(self.state.best_model_checkpoint))
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        step = self.state.global_step
-        with failing_together(self.accelerator):
-            self._refuse_non_finite_weights()
-        super()._save_checkpoint(model, trial)
-        self._last_saved = step
-        self._warn_in_mid_cycle(Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{step}"), step)
-
-    def _refuse_non_finite_weights(self) -> None:
-        """Before a checkpoint is written, as a newer one takes the place of a good one."""
-        for name, weight in self.accelerator.unwrap_model(self.model).named_parameters():
-            if weight.requires_grad and not bool(weight.isfinite().all()):
-                raise FloatingPointError(
-                    f"{name}: got NaN or infinity in this weight after step {self.state.global_step}, expected finite "
-                    "numbers, so no checkpoint is written; lower learning_rate, or train in bf16 instead of fp16, and "
-                    "go on from an earlier checkpoint"
-                )
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
@@ -190,6 +108,8 @@ class SavingTrainer(_BaseTrainer):
             self._write_card(Path(self.args.output_dir), model_name, dataset_name, given)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self._writing:
+            return  # it is pushed when it has its name
         source = Path(checkpoint_folder, LORA_FILE)
         if source.exists():
             shutil.copy(source, Path(self.args.output_dir, LORA_FILE))

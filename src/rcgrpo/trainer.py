@@ -7,7 +7,7 @@ another order sees the same noise.
 
 Gotchas: rollout and update call the same wrapped module through `editor.velocity`, else the policy ratio is not 1. One
 generation cycle is one gradient-accumulation window, repeated `num_iterations` times; what is kept between repetitions
-is not in checkpoints, hence `save_steps` must be a multiple of it.
+is not in checkpoints, hence `save_steps` must be a multiple of it, and a signal stops a run at the end of a cycle.
 """
 
 import dataclasses
@@ -58,6 +58,7 @@ from .rewards import (
 )
 from .rollout import Exploration, Group, make_groups, words_of
 from .saving import SavingTrainer
+from .stopping import interruptible
 from .transitions import Transitions, Where, choose, gather, micro_batches
 from .turns import REGIONS, best_candidate, join_turns, next_edit
 
@@ -735,6 +736,11 @@ class RCGRPOTrainer(SavingTrainer):
         self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None
     ) -> Tensor:
         """One micro-step: rollout (or buffer), then backward through the transitions in micro-batches."""
+        # Several processes can only stop together, where they meet.
+        with interruptible() if self.accelerator.num_processes == 1 else nullcontext():
+            return self._micro_step(model, inputs)
+
+    def _micro_step(self, model: nn.Module, inputs: Any) -> Tensor:
         began = time.perf_counter()
         model.train()
         if hasattr(self.optimizer, "train") and callable(self.optimizer.train):  # schedule-free ones have modes

@@ -192,29 +192,32 @@ def fill_in(config: "RCGRPOConfig", named: Collection[str]) -> None:
 
 
 def settle_resume(config: "RCGRPOConfig") -> str | bool | None:
-    """What `Trainer.train` takes: a checkpoint's folder, True for the newest one, or None to start anew.
+    """What `Trainer.train` takes: a checkpoint's folder, True for the newest whole one, or None to start anew.
 
     Raises:
         UsageError: there is no such checkpoint, or there are checkpoints and nobody said to go on from them.
     """
+    from ..checkpoints import newest_whole, require_whole
+
     folder, asked = Path(config.output_dir), str(config.resume_from_checkpoint)
-    if asked.lower() in ("none", "false", ""):
-        config.resume_from_checkpoint = None
-        if earlier := sorted(folder.glob("checkpoint-*")):
-            raise UsageError(
-                f"--output_dir: {folder} holds {earlier[-1].name} of an earlier run, expected a new folder; name "
-                "another, or pass --resume_from_checkpoint true to go on"
-            )
-        return None
-    newest = asked.lower() == "true"
-    where = folder.glob("checkpoint-*") if newest else [Path(asked)]
-    if not any((checkpoint / "trainer_state.json").is_file() for checkpoint in where):
+    if asked.lower() == "true":
+        return True  # where there is none yet, the first call of a job script begins
+    if asked.lower() not in ("none", "false", ""):
+        try:
+            require_whole(asked)
+        except ValueError as error:
+            raise UsageError(f"--{error}") from error
+        return asked
+    config.resume_from_checkpoint = None
+    newest, broken = newest_whole(folder)
+    if newest is not None:
         raise UsageError(
-            f"--resume_from_checkpoint: got {asked}, expected "
-            + (f"a complete checkpoint-N in --output_dir {folder}" if newest else "the folder of a complete checkpoint")
-            + ", with trainer_state.json in it; name one, or leave the flag out to start anew"
+            f"--output_dir: {folder} holds {newest.name} of an earlier run, expected a new folder; name another, or "
+            "pass --resume_from_checkpoint true to go on"
         )
-    return True if newest else asked
+    for name, wrong in broken.items():
+        print(f"{folder} holds {name} of an earlier run, which cannot be gone on from ({wrong}): starting anew")
+    return None
 
 
 def run(arguments: Sequence[str]) -> None:

@@ -7,11 +7,12 @@ its log, and does `with failing_together(...)` what may fail on one process of s
 import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 
+from ..stopping import Interrupted, Stopped, interruptible
 from .registry import Reward, RewardError
 from .scoring import RewardFailure, ScoredBatch
 
@@ -34,7 +35,7 @@ def fault_counts(rewards: Sequence[Reward]) -> dict[str, int]:
     }
 
 
-def agree_on_failure(accelerator: Any, error: Exception | None) -> None:
+def agree_on_failure(accelerator: Any, error: BaseException | None) -> None:
     """Raise on every process of a run when any of them has an error, the same one everywhere.
 
     A process that raises alone leaves the others waiting for it in the next collective operation, until a timeout of
@@ -48,6 +49,7 @@ def agree_on_failure(accelerator: Any, error: Exception | None) -> None:
     Raises:
         RewardError, RequiredRewardError, FloatingPointError: the lowest failed process has one of these; with its
             message and rank.
+        Stopped: a signal stops the lowest of those processes.
         RuntimeError: it has any other error. On a single process `error` itself is raised.
     """
     if accelerator.num_processes == 1:
@@ -61,12 +63,19 @@ def agree_on_failure(accelerator: Any, error: Exception | None) -> None:
 
     told = gather_object([None if error is None else (type(error).__name__, str(error))])
     rank, (kind, text) = next((rank, report) for rank, report in enumerate(told) if report is not None)
+    stops: dict[str, type[Stopped]] = {c.__name__: c for c in (Stopped, Interrupted)}
     known: dict[str, type[Exception]] = {c.__name__: c for c in (RewardError, RequiredRewardError, FloatingPointError)}
+    if kind in stops:
+        raise agreed(stops[kind](text)) from error
     if kind not in known:
         text = f"{kind}: {text}"
-    agreed = known.get(kind, RuntimeError)(f"process {rank}: {text}")
-    agreed.agreed = True  # type: ignore[attr-defined]
-    raise agreed from error
+    raise agreed(known.get(kind, RuntimeError)(f"process {rank}: {text}")) from error
+
+
+def agreed(error: BaseException) -> BaseException:
+    """The error, marked as one that every process raises at this place."""
+    error.agreed = True  # type: ignore[attr-defined]
+    return error
 
 
 def is_agreed(error: BaseException) -> bool:
@@ -75,15 +84,17 @@ def is_agreed(error: BaseException) -> bool:
 
 
 @contextmanager
-def failing_together(accelerator: Any) -> Iterator[None]:
+def failing_together(accelerator: Any, can_stop: bool = True) -> Iterator[None]:
     """Run a block on every process; where it raises on any of them, all raise what `agree_on_failure` says.
 
-    Inside, nothing may wait for the other processes. An interrupt is nobody's failure and is not agreed on.
+    Inside, nothing may wait for the other processes. A signal that stops a run for good is agreed on too, and may end
+    the block half-way unless `can_stop` is False. Any other interrupt is nobody's failure and is not agreed on.
     """
-    error = None
+    error: BaseException | None = None
     try:
-        yield
-    except Exception as caught:
+        with interruptible() if can_stop else nullcontext():
+            yield
+    except (Exception, Stopped) as caught:
         error = caught
     agree_on_failure(accelerator, error)
 
