@@ -20,6 +20,9 @@ from .pictures import has_alpha, is_stored, open_picture, short
 MAX_LABELS = 32
 """Grey levels, besides 0, up to which areas of one level are taken for labels rather than for a soft mask."""
 
+NEARLY_BLACK = 8
+"""What lossy compression (WebP) may make of black, of 255, in areas."""
+
 COLOURED = 32
 """Difference of two channels, of 255, that compression does not make of a grey pixel."""
 
@@ -191,12 +194,14 @@ def _weights(values: np.ndarray, where: str) -> np.ndarray:
 
 
 def _has_areas(values: np.ndarray, half: int) -> bool:
-    """Whether few levels, one of them at most half but not 0 on 3×3 pixels in a row: a soft edge has no such areas."""
+    """Whether few levels, one of them at most half but not 0, fill 3×3 pixels: soft edges and compression do not."""
     counts = np.bincount(values.ravel())
     if np.count_nonzero(counts[1:]) > MAX_LABELS or not counts[1 : half + 1].any():
         return False
-    levels = minimum_filter(values, 3, mode="constant")
-    return bool(((levels > 0) & (levels <= half) & (levels == maximum_filter(values, 3))).any())
+    compressed = np.count_nonzero(counts[half + 1 :]) > 1  # white is not one white, so black need not be one black
+    lowest = minimum_filter(values, 3, mode="constant")  # beyond the border is 0, so nothing there is level
+    level = (lowest > NEARLY_BLACK * compressed) & (lowest <= half) & (lowest == maximum_filter(values, 3))
+    return bool(level.any())
 
 
 def _refuse(where: str, got: str, expected: str, remedy: str) -> NoReturn:

@@ -593,7 +593,7 @@ def test_labels_are_refused_unless_they_are_said_to_be_one_region(high):
     labels = REGION.astype(np.uint8) * np.uint8(high)
     labels[0, 0] = 9
     rows = [{"input_image": photo(), "instruction": "x", "mask": Image.fromarray(labels)}]
-    with pytest.raises(ValueError, match="train/0, column 'mask': got .* brightest is 9 of 255, .*'nonzero'"):
+    with pytest.raises(ValueError, match=r"train/0, column 'mask': got .* brightest is 9 of 255, .*'nonzero'"):
         load_edit_dataset(rows)[0]
     mask = load_edit_dataset(rows, mask_encoding="nonzero")[0]["mask"]
     assert np.array_equal(np.asarray(mask) == 255, labels > 0)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .opening import call_defaults, open_pipeline
 from .parsing import TINY, UsageError, at_least, check_picture, in_unit, parse, use_embedded_model
 
 
@@ -52,7 +53,6 @@ def run(arguments: Sequence[str]) -> None:
     from ..pipeline import RegionDecoupledFluxKontextPipeline
     from ..regions import at_size
     from ..report import write_atomically
-    from .opening import call_defaults, open_pipeline
 
     source = to_rgb(decode_picture(Path(args.image), "--image"))
     mask = None if args.mask is None else read_mask(Path(args.mask), (source.height, source.width))
