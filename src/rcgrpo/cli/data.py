@@ -43,7 +43,7 @@ class DataArguments:
     root: str | None = field(default=None, metadata={"help": "Where relative paths of pictures start."})
     allow_outside: bool = field(
         default=False,
-        metadata={"help": "Let rows name files outside the data set's own folder; only for data sets that you trust."},
+        metadata={"help": "Let rows name files outside the data set's own folder; if you trust it."},
     )
     revision: str | None = field(default=None, metadata={"help": "Revision of a data set on the Hub."})
     streaming: bool = field(default=False, metadata={"help": "Read as a stream, downloading only what is looked at."})

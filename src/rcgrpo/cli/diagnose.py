@@ -37,7 +37,7 @@ class DiagnoseArguments:
     )
     allow_outside: bool = field(
         default=False,
-        metadata={"help": "Let rows name files outside the data set's own folder; only for data sets that you trust."},
+        metadata={"help": "Let rows name files outside the data set's own folder; if you trust it."},
     )
     num_edits: int = field(default=24, metadata={"help": "Edits, evenly spaced over the split."})
     num_generations: int = field(default=8, metadata={"help": "Candidates of each edit, at least 2."})

@@ -45,7 +45,7 @@ class EvaluateArguments:
     )
     allow_outside: bool = field(
         default=False,
-        metadata={"help": "Let rows name files outside the data set's own folder; only for data sets that you trust."},
+        metadata={"help": "Let rows name files outside the data set's own folder; if you trust it."},
     )
     held_out: float = field(
         default=0.0,
@@ -213,8 +213,10 @@ def load_rows(args: EvaluateArguments) -> Any:
 
     from ..data.loading import load_edit_dataset
 
-    settings = {"held_out": args.held_out, "allow_outside": args.allow_outside}
-    parts = [load_edit_dataset(args.dataset, split=split, **settings) for split in args.splits]
+    parts = [
+        load_edit_dataset(args.dataset, split=split, held_out=args.held_out, allow_outside=args.allow_outside)
+        for split in args.splits
+    ]
     if len(parts) == 1:
         return parts[0]
     transform = parts[0].format["format_kwargs"]["transform"]  # the same for all splits, and lost when they are joined

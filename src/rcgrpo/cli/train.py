@@ -50,7 +50,7 @@ class ScriptArguments:
     )
     allow_outside: bool = field(
         default=False,
-        metadata={"help": "Let rows name files outside the data set's own folder; only for data sets that you trust."},
+        metadata={"help": "Let rows name files outside the data set's own folder; if you trust it."},
     )
     held_out: float = field(
         default=0.0, metadata={"help": "Share of the groups (videos) kept from training, for the report on them."}
