@@ -127,7 +127,7 @@ def test_a_thin_line_survives_being_reduced(pipeline):
     [
         ({"instruction": " "}, "instruction: got nothing"),
         ({"num_candidates": 0}, "num_candidates: got 0"),
-        ({"mask": Image.new("L", (32, 32))}, "mask: got nothing painted"),
+        ({"mask": Image.new("L", (32, 32))}, "mask: got an empty mask"),
         ({"mask": Image.new("L", (16, 32), 255)}, r"mask: got \(16, 32\), expected the source's size \(32, 32\)"),
         ({"edit_strength": 1.5}, "strength"),
     ],

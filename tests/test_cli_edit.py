@@ -86,12 +86,20 @@ def draw(name, value, size=(64, 64)):
     return ["--mask", name]
 
 
+def draw_labels(name):
+    image = Image.new("L", (64, 64))
+    image.paste(1, (0, 0, 9, 9))
+    image.paste(2, (20, 20, 40, 40))
+    image.save(name)
+    return ["--mask", name]
+
+
 def test_masks_that_would_not_do_what_they_say_are_refused_before_a_model_is_loaded(monkeypatch):
     monkeypatch.setattr("rcgrpo.cli.edit.open_pipeline", None)
     for flags, said in (
-        (draw("small.png", 255, (32, 16)), "--mask: got 32×16, expected the source's size 64×64"),
-        (draw("ones.png", 1), "--mask: got a mask whose brightest pixel is 1 of 255, .*; multiply a mask of 0 and 1"),
-        (draw("black.png", 0), "--mask: got 'black.png', which is black, expected white where to edit"),
+        (draw("small.png", 255, (32, 16)), r"--mask: got a mask of height × width \(16, 32\), .* \(64, 64\)"),
+        (draw_labels("labels.png"), "--mask: got several values, whose brightest is 2 of 255, expected white = edit"),
+        (draw("black.png", 0), "--mask: got an empty mask, expected at least one edit pixel"),
     ):
         with pytest.raises((UsageError, ValueError), match=said):
             run([*EDIT, *flags])

@@ -533,7 +533,7 @@ def test_measuring_attention_changes_no_picture(pipe):
         ({"mask_image": MASKS[0], "image": np.ones((1, 16, 32, 3))}, r"\(32, 32\), expected .* \(16, 32\)"),
         ({"mask_image": np.zeros((2, 2, 32, 32))}, "mask_image: got 2, expected one"),
         ({"mask_image": np.zeros((3, 32, 32, 2))}, "mask_image: got 3, expected one"),
-        ({"mask_image": np.full((32, 32), 2.0)}, r"mask: got values in \[2.0, 2.0\], expected \[0, 1\]"),
+        ({"mask_image": np.full((32, 32), 1.5)}, r"mask_image\[0\]: got values in \[1.5, 1.5\], expected \[0, 1\]"),
         ({"mask_image": MASKS[0], "prompt": None}, "prompt: got neither prompt nor prompt_embeds"),
         ({"mask_image": MASKS[0], "generator": [generator()] * 2}, "generator: got 2, expected one, or one for each"),
         (

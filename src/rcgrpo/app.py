@@ -21,8 +21,11 @@ from torch import Tensor
 
 from .benchmark import Contender, Sampling, contenders, load_loras, switch_to
 from .data import compbench_mini
+from .mask_reader import mask_picture, mask_to_tensor
 from .metrics import first_words, masked_psnr
+from .pictures import to_rgb
 from .pipeline import RegionDecoupledFluxKontextPipeline
+from .regions import at_size, check_mask
 from .rewards.transport import is_loopback
 from .sheets import heatmap, outline
 
@@ -95,7 +98,7 @@ def compare(
         pipeline: with the contenders' LoRAs loaded.
         entrants: of `benchmark.contenders`.
         source: any size; it is edited at `sampling.resolution²` pixels, keeping its aspect ratio.
-        mask: of the source's size, 255 = edit. Any painted pixel counts when it is reduced.
+        mask: of the source's size, as `mask_to_tensor` reads it. Any edit pixel counts when it is reduced.
         instruction: what to do.
         sampling: resolution, steps, guidance and seed.
         num_candidates: how many, at least 1; they differ inside the region.
@@ -110,11 +113,11 @@ def compare(
         raise ValueError(f"num_candidates: got {num_candidates}, expected at least 1")
     if mask.size != source.size:
         raise ValueError(f"mask: got {mask.size}, expected the source's size {source.size}")
-    if mask.getbbox() is None:
-        raise ValueError("mask: got nothing painted, expected the region to edit")
     height, width = sampling.size_for(pipeline, source)
-    source = pipeline.image_processor.resize(source.convert("RGB"), height, width)
-    mask = mask.convert("L").resize(source.size, Image.Resampling.BOX).point(lambda value: 255 * (value > 0))
+    region = at_size(mask_to_tensor(mask), (height, width))
+    check_mask(region)
+    source = pipeline.image_processor.resize(to_rgb(source), height, width)
+    mask = mask_picture((region > 0).float())
     outcomes = []
     for contender in entrants:
         switch_to(pipeline, contender)
@@ -237,7 +240,7 @@ def read_painting(painting: Any) -> tuple[Image.Image, Image.Image]:
     """
     if not painting or painting["background"] is None:
         raise ValueError("picture: got none, expected one; open a picture, or click an example")
-    source = painting["background"].convert("RGB")
+    source = to_rgb(painting["background"])
     covered = np.zeros((source.height, source.width), dtype=bool)
     for layer in painting["layers"]:
         alpha = layer.convert("RGBA").getchannel("A").resize(source.size, Image.Resampling.NEAREST)
@@ -252,7 +255,7 @@ def painting_of(source: Image.Image, mask: Image.Image) -> dict[str, Any]:
     layer = Image.new("RGBA", source.size, PAINT)
     layer.putalpha(mask.convert("L").point(lambda value: round(PAINT_OPACITY * value)))
     together = Image.alpha_composite(source.convert("RGBA"), layer)
-    return {"background": source.convert("RGB"), "layers": [layer], "composite": together}
+    return {"background": to_rgb(source), "layers": [layer], "composite": together}
 
 
 def create_app(

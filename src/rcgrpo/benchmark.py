@@ -188,8 +188,19 @@ class Sampling:
     seed: int = 0
 
     def size_for(self, pipeline: FluxKontextPipeline, picture: Image.Image) -> tuple[int, int]:
-        """The (height, width) in pixels at which a picture is edited."""
-        return fit_size(picture.height, picture.width, self.resolution**2, pipeline.vae_scale_factor * 2)
+        """The (height, width) in pixels at which a picture is edited.
+
+        Raises:
+            ValueError: the picture is too long and thin to be one token high or wide.
+        """
+        multiple = pipeline.vae_scale_factor * 2
+        height, width = fit_size(picture.height, picture.width, self.resolution**2, multiple)
+        if not height or not width:
+            raise ValueError(
+                f"resolution: got {self.resolution} for a picture of {picture.width}×{picture.height}, expected at "
+                f"least {multiple} pixels on its short side; raise it, or crop the picture"
+            )
+        return height, width
 
     def call(self, height: int, width: int) -> dict[str, Any]:
         """The pipeline's arguments for a source that has this size, and keeps it."""

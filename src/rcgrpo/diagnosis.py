@@ -16,7 +16,7 @@ from PIL import Image
 
 from . import __version__
 from .diagnostics import mean_curve, variance_split
-from .evaluation import mask_picture
+from .mask_reader import mask_picture
 from .report import PairedDifference, macro_bootstrap, pad_table, paired_bootstrap, write_atomically
 from .sheets import contact_sheet, heatmap, outline
 from .survey import Finding, Match

@@ -20,6 +20,7 @@ from torchmetrics.functional.image import image_gradients
 from torchmetrics.functional.regression import spearman_corrcoef
 
 from .objective import total_scores
+from .pictures import to_rgb
 from .rewards import background_keep
 from .rewards.pictures import image_tensor
 from .rollout import Group
@@ -238,7 +239,7 @@ def target_closeness(
         if target is None or not bool(inside.any()):
             scores.append(None)
             continue
-        wanted = image_tensor(target.convert("RGB").resize(image.size, Image.Resampling.BICUBIC))
+        wanted = image_tensor(to_rgb(target).resize(image.size, Image.Resampling.BICUBIC))
         scores.append(1 - float((image_tensor(image) - wanted).abs()[:, inside].mean()))
     return scores
 

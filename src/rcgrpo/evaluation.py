@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.utils import gather_object
 from PIL import Image
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from .compbench import CLIP_MODEL, Clip, local_clip_scores
 from .data.edits import Edit, EditRows
+from .mask_reader import mask_picture
 from .metrics import background_lpips, background_psnr, background_ssim, load_lpips
+from .pictures import to_rgb
 from .report import PairedDifference, compare, markdown_table, plot_curves, write_atomically
 from .rewards import failing_together
 from .sheets import contact_sheet, heatmap, outline
@@ -94,13 +95,8 @@ class Result:
             self,
             source=self.source.resize(size, Image.Resampling.BICUBIC),
             mask=self.mask.resize(size, Image.Resampling.NEAREST),
-            target=None if self.target is None else self.target.convert("RGB").resize(size, Image.Resampling.BICUBIC),
+            target=None if self.target is None else to_rgb(self.target).resize(size, Image.Resampling.BICUBIC),
         )
-
-
-def mask_picture(mask: Tensor) -> Image.Image:
-    """A `[height, width]` mask in 0..1 as a picture with 255 = edit."""
-    return Image.fromarray((mask * 255).round().to(torch.uint8).numpy())
 
 
 class Scorer:

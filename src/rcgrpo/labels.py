@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .regions import mask_to_tensor
+from .mask_reader import is_numbers, mask_to_tensor, of_lists
 
 MAX_REGIONS = 32
 """More labels than this are a mistake: most likely a mask of 0 and 255 was given for a labelled one."""
@@ -23,15 +23,21 @@ def split_regions(value: Any, size: tuple[int, int] | None = None, where: str = 
 
     Args:
         value: labels 0 (keep) and 1..K, as a palette or greyscale picture (the pixel's *number*, not its colour) or an
-            integer array or tensor `[height, width]`; or a list of K masks as `mask_to_tensor` takes them. A label that
-            does not occur, or an empty mask in the list, is a region that this picture does not have.
+            integer array, tensor or nested list `[height, width]`; or a list of K masks as `mask_to_tensor` takes them,
+            or numbers `[K, height, width]`. A label that does not occur, or an empty mask in the list, is a region that
+            this picture does not have.
         size: the source picture's (height, width); by default that of the first region.
         where: what messages call the value.
 
     Raises:
         ValueError: no region at all, more than 32 labels, another size than the source's, or colours instead of labels.
     """
-    masks = _masks_of_labels(value, where) if not isinstance(value, Sequence) else [mask_to_tensor(m) for m in value]
+    if is_numbers(value):
+        value = of_lists(value, where)
+    if isinstance(value, Sequence) or (isinstance(value, np.ndarray | Tensor) and value.ndim == 3):
+        masks = [mask_to_tensor(mask, f"{where}[{i}]") for i, mask in enumerate(value)]
+    else:
+        masks = _masks_of_labels(value, where)
     if not masks or not any(bool((mask > 0).any()) for mask in masks):
         raise ValueError(f"{where}: got no region, expected at least one pixel with a label of 1 or more")
     expected = tuple(masks[0].shape if size is None else size)

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from .attention import AttentionOptions, AttentionRecorder, Concentration
 from .editors.flux_kontext import fit_size, instruction_token_weights
+from .mask_reader import mask_to_tensor, split_masks
 from .noise import perturb, region_strength
-from .regions import check_mask, mask_to_tensor, to_tokens
+from .regions import check_mask, to_tokens
 
 
 @dataclass
@@ -44,16 +45,6 @@ def _repeat_each(batch: Any, times: int) -> Any:
     if isinstance(batch, Tensor):
         return batch.repeat_interleave(times, dim=0)
     return batch.repeat(times, axis=0) if isinstance(batch, np.ndarray) else [x for x in batch for _ in range(times)]
-
-
-def _as_list(masks: Any) -> list[Any]:
-    """One mask, or several as a list or a batch, as a list."""
-    if isinstance(masks, (list, tuple)):
-        return list(masks)
-    if isinstance(masks, Image.Image):
-        return [masks]
-    batched = masks.ndim == 4 or (masks.ndim == 3 and 1 not in (masks.shape[0], masks.shape[-1]))
-    return list(masks) if batched else [masks]
 
 
 def _words(words: str | list[Any]) -> list[list[str]]:
@@ -207,13 +198,13 @@ class RegionDecoupledFluxKontextPipeline(FluxKontextPipeline):
         images = [image] if isinstance(image, Image.Image) else image
         if len(images) == 1 and count > 1:
             images = _repeat_each(images, count)
-        given = _as_list(mask_image)
+        given = split_masks(mask_image, "mask_image")
         given = given * count if len(given) == 1 else given
         generators = kwargs["generator"] if isinstance(kwargs.get("generator"), list) else [None]
         for name, values in (("image", images), ("mask_image", given), ("generator", generators)):
             if len(values) not in (1, count):
                 raise ValueError(f"{name}: got {len(values)}, expected one, or one for each of the {count} prompts")
-        masks = [mask_to_tensor(mask) for mask in given]
+        masks = [mask_to_tensor(mask, f"mask_image[{i}]") for i, mask in enumerate(given)]
         for i, (mask, picture) in enumerate(zip(masks, images, strict=True)):
             check_mask(mask, self._picture_size(picture), f"mask_image[{i}]")
         return prompts, images, masks

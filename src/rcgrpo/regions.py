@@ -1,4 +1,4 @@
-"""The region: from whatever a user calls a mask to weights on the token grid. `mask` is always 1 = edit.
+"""The region: from a mask in pixels to weights on the token grid. `mask` is always 1 = edit.
 
 Everything downstream (noise, distances, attention, rewards) reads the region through these few functions. Gotcha: a
 token covers many pixels; exploration must reach every pixel of the region (`"max"`), a measure of attention must not
@@ -13,38 +13,11 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from scipy.ndimage import distance_transform_edt, find_objects, label
 from torch import Tensor
 
+from .mask_reader import mask_to_tensor
 from .noise import keyed_generator
-
-
-def mask_to_tensor(mask: Any) -> Tensor:
-    """Any usual mask as fp32 `[height, width]` in [0, 1], 1 = edit.
-
-    Args:
-        mask: PIL image (read as luminance, 255 = edit; palette and RGBA pictures are converted), array or tensor
-            `[H, W]`, `[1, H, W]` or `[H, W, 1]`, boolean, uint8 (0..255; an array with no value above 1 is read as
-            0/1) or floating (0..1).
-
-    Raises:
-        ValueError: another shape, NaN, or values outside these ranges.
-    """
-    if isinstance(mask, Image.Image):
-        return torch.from_numpy(np.asarray(mask.convert("L"), dtype=np.float32) / 255)
-    tensor = torch.as_tensor(np.asarray(mask) if not isinstance(mask, Tensor) else mask)
-    if tensor.ndim == 3 and 1 in (tensor.shape[0], tensor.shape[-1]):
-        tensor = tensor.squeeze(0 if tensor.shape[0] == 1 else -1)
-    if tensor.ndim != 2:
-        raise ValueError(f"mask: got shape {tuple(tensor.shape)}, expected [height, width] with 1 = edit")
-    if tensor.dtype == torch.bool:
-        return tensor.float()
-    if not tensor.is_floating_point():
-        tensor = tensor.float() / (255 if tensor.numel() and tensor.max() > 1 else 1)
-    if not bool(((tensor >= 0) & (tensor <= 1)).all()):
-        raise ValueError(f"mask: got values in [{tensor.min()}, {tensor.max()}], expected [0, 1] with 1 = edit")
-    return tensor.float()
 
 
 def check_mask(mask: Tensor, size: tuple[int, int] | None = None, where: str = "mask") -> None:
@@ -78,9 +51,22 @@ def grow(mask: Tensor, pixels: int) -> Tensor:
         raise ValueError(f"pixels: got {pixels}, expected a radius of 0 or more")
     if pixels == 0:
         return mask
-    height, width = mask.shape[-2:]
-    flat = mask.reshape(-1, 1, height, width)
-    return F.max_pool2d(flat, 2 * pixels + 1, stride=1, padding=pixels).reshape(mask.shape)
+    for dim in (-2, -1):  # the maximum over a square is that of its rows' maxima
+        reach = min(pixels, mask.shape[dim])
+        padding = (reach, reach) if dim == -1 else (0, 0, reach, reach)
+        mask = F.pad(mask, padding, value=-math.inf)
+        covered = 1
+        while covered < 2 * reach + 1:  # each entry is the maximum over `covered` of them
+            step = min(covered, 2 * reach + 1 - covered)
+            length = mask.shape[dim] - step
+            mask = torch.maximum(mask.narrow(dim, 0, length), mask.narrow(dim, step, length))
+            covered += step
+    return mask
+
+
+def at_size(mask: Tensor, size: tuple[int, int]) -> Tensor:
+    """A mask `[height, width]` at another (height, width), for a source that is edited there: no edit pixel is lost."""
+    return to_tokens(mask, size, "max").reshape(size)
 
 
 def to_tokens(mask: Tensor, grid: tuple[int, int], reduce: Literal["max", "mean"]) -> Tensor:

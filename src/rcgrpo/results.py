@@ -14,9 +14,11 @@ import numpy as np
 
 from .benchmark import Plan, Record, picture_path
 from .compbench import PUBLISHED, PUBLISHED_SOURCE, categorise, video_id
-from .data.edits import EditRows, decode_picture
-from .evaluation import COMPBENCH_METRICS, METRICS, mask_picture
+from .data.edits import EditRows
+from .evaluation import COMPBENCH_METRICS, METRICS
 from .gallery import Card, Table, write_gallery
+from .mask_reader import mask_picture
+from .pictures import decode_picture
 from .report import Estimate, macro_bootstrap, pad_table, write_atomically
 from .sheets import outline
 

@@ -181,7 +181,11 @@ class Exploration:
     sde_window: int | None = None
 
     def masks(self, edit: Edit) -> Tensor:
-        """The edit's grown regions, `[regions, height, width]`.
+        """The edit's grown regions, `[regions, height, width]`; raises what `regions` raises."""
+        return grow(self.regions(edit), round(self.mask_growth * min(edit.mask.shape)))
+
+    def regions(self, edit: Edit) -> Tensor:
+        """The edit's regions as its row holds them, `[regions, height, width]`.
 
         Raises:
             ValueError: without the column that holds several, or with more regions than strengths.
@@ -196,7 +200,7 @@ class Exploration:
                 raise ValueError(
                     f"region_strengths: got {len(self.region_strengths)} of them, expected {len(masks)} for {where}"
                 )
-        return grow(masks, round(self.mask_growth * min(edit.mask.shape)))
+        return masks
 
     def strength(self, regions: Tensor, size: int) -> Tensor:
         """Elementwise strength of a group, `[group, tokens]`, for regions `[tokens]` or `[regions, tokens]`."""
@@ -279,8 +283,7 @@ class Group:
     @property
     def mask(self) -> Image.Image:
         """The edit's own mask (not grown) at the candidates' size, 255 = edit."""
-        mask = Image.fromarray((self.edit.mask * 255).byte().numpy())
-        return mask.resize(self.images[0].size, Image.Resampling.NEAREST)
+        return self.edit.mask_at(self.images[0].size)
 
 
 def words_of(edit: Edit, column: str) -> list[str]:

@@ -36,7 +36,7 @@ from .config import RCGRPOConfig
 from .data.edits import Edit, EditRows
 from .diagnostics import group_diagnostics, reward_parts, variance_by_step
 from .editors import ConditionCache, FluxKontextEditor
-from .editors.flux_kontext import instruction_token_weights
+from .editors.flux_kontext import fit_size, instruction_token_weights
 from .hub import check_lora_config
 from .metrics import masked_psnr
 from .models import load_pipeline, trained_model
@@ -301,7 +301,9 @@ class RCGRPOTrainer(SavingTrainer):
 
         def look(edit: Edit) -> None:
             nonlocal most
-            most = max(most, self._check_edit(edit, args))
+            # Before a model is loaded; a token of every FLUX.1-Kontext covers 16 × 16 pixels.
+            height, width = fit_size(edit.source.height, edit.source.width, args.resolution**2, 16)
+            most = max(most, self._check_edit(edit, args, (max(height, 16), max(width, 16))))
 
         full = rows.check(args.check_rows, look)
         missing = [n for n in args.named_regions if n.startswith("region_") and int(n.removeprefix("region_")) > most]
@@ -330,12 +332,20 @@ class RCGRPOTrainer(SavingTrainer):
             return None
         return next_edit(edit, result, args.turns_column, number, args.regions_column)
 
-    def _check_edit(self, edit: Edit, args: RCGRPOConfig) -> int:
-        """Regions and words that cannot be read are known before the first rollout; the number of regions."""
+    def _check_edit(self, edit: Edit, args: RCGRPOConfig, size: tuple[int, int]) -> int:
+        """Regions and words that cannot be read are known before the first rollout; the number of regions.
+
+        A region may vanish at the (height, width) of the edit, where rewards look at it.
+        """
         self._check_columns(edit)
         if args.attention_words_column is not None:
             words_of(edit, args.attention_words_column)
-        return len(self.exploration.masks(edit))
+        if edit.mask_at((size[1], size[0])).getbbox() is None:
+            raise ValueError(
+                f"{edit.label}: got a region that vanishes at the edit's height × width {size}, expected at least one "
+                "pixel of it to stay; drop the row, grow its mask, or raise `resolution`"
+            )
+        return len(self.exploration.regions(edit))
 
     @staticmethod
     def _check_columns(edit: Edit) -> None:
@@ -350,11 +360,11 @@ class RCGRPOTrainer(SavingTrainer):
         args = self.args
 
         def play(edit: Edit, following: int = 2) -> None:
-            self._check_edit(edit, args)
+            height, width = self.editor.size_for(edit.source)
+            self._check_edit(edit, args, (height, width))
             if args.attention_words_column is not None:
                 words = words_of(edit, args.attention_words_column)
                 instruction_token_weights(self.pipeline, [edit.prompt], args.max_sequence_length, [words])
-            height, width = self.editor.size_for(edit.source)
             turn = self._next_edit(edit, Image.new("RGB", (width, height)), following)
             if turn is not None:
                 play(turn, following + 1)

@@ -12,15 +12,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from .data.edits import Edit, decode_picture, open_regions
+from .data.edits import Edit, open_regions
 from .labels import split_regions
+from .mask_reader import mask_picture, mask_to_tensor
 from .objective import total_scores
-from .regions import check_mask, mask_to_tensor
+from .regions import check_mask
 from .rollout import Group
 
 REGIONS = "regions"
@@ -68,7 +68,9 @@ def next_edit(
     others = {key: value for key, value in turn.items() if key not in ("instruction", "mask")}
     if regions_column is not None:
         own = others.get(regions_column)
-        others[regions_column] = [_picture(mask)] if own is None else _regions_of_size(own, first, result.size, where)
+        others[regions_column] = (
+            [mask_picture(mask)] if own is None else _regions_of_size(own, first, result.size, where)
+        )
     columns = {**edit.columns, **others, "turn": number}
     source = result.convert("RGB")
     return replace(edit, label=label, source=source, prompt=prompt, mask=mask, columns=columns, first_size=first)
@@ -97,7 +99,7 @@ def join_turns(edit: Edit, column: str) -> Edit:
         for number, turn in enumerate(_turns_of(edit, column), start=2)
     ]
     prompts, masks = zip((edit.prompt, edit.mask), *pairs, strict=True)
-    columns = {**edit.columns, REGIONS: [_picture(mask) for mask in masks]}
+    columns = {**edit.columns, REGIONS: [mask_picture(mask) for mask in masks]}
     return replace(edit, prompt=join_instructions(prompts), mask=torch.stack(masks).amax(0), columns=columns)
 
 
@@ -131,9 +133,9 @@ def _read_pair(turn: Any, first: tuple[int, int], size: tuple[int, int], where: 
     prompt = turn["instruction"]
     if not isinstance(prompt, str) or not prompt.strip(". \n"):
         raise ValueError(f"{where}: got {prompt!r}, expected an instruction")
-    given = mask_to_tensor(_opened(turn["mask"], where))
+    given = mask_to_tensor(turn["mask"], where)
     _check_shape(given, first, where)
-    mask = mask_to_tensor(_picture(given).resize(size, Image.Resampling.NEAREST))
+    mask = mask_to_tensor(mask_picture(given).resize(size, Image.Resampling.NEAREST))
     check_mask(mask, where=where)
     return prompt, mask
 
@@ -152,12 +154,4 @@ def _regions_of_size(value: Any, first: tuple[int, int], size: tuple[int, int], 
     """A mask for each of a turn's own regions, of the first source's shape, at the result's size."""
     masks = split_regions(open_regions(value, where), where=where)
     _check_shape(masks[0], first, where)
-    return [_picture(mask).resize(size, Image.Resampling.NEAREST) for mask in masks]
-
-
-def _opened(value: Any, where: str) -> Any:
-    return value if isinstance(value, Tensor | np.ndarray | Image.Image) else decode_picture(value, where)
-
-
-def _picture(mask: Tensor) -> Image.Image:
-    return Image.fromarray((mask * 255).round().byte().numpy())
+    return [mask_picture(mask).resize(size, Image.Resampling.NEAREST) for mask in masks]

@@ -60,12 +60,12 @@ def own(**columns):
 
 def test_any_column_can_be_the_mask_and_another_the_wrong_object():
     corner = [[0, 0], [0, 255]]
-    dataset = own(region=[[[255, 0], [0, 0]], None, [[128, 0], [0, 0]]], distractor=[corner, corner, None])
+    dataset = own(region=[[[255, 0], [0, 0]], None, [[128, 0], [255, 0]]], distractor=[corner, corner, None])
     spoilt = corrupt_dataset(dataset, "wrong_object", 1, mask_column="region", other_column="distractor")
     region = spoilt["region"]
     assert np.asarray(region[0]).tolist() == corner
     assert region[1] is None  # no mask stays no mask
-    assert np.asarray(region[2]).tolist() == [[0, 128], [0, 0]]  # no other object: mirrored, softness kept
+    assert np.asarray(region[2]).tolist() == [[0, 128], [0, 255]]  # no other object: mirrored, softness kept
     assert undecoded(spoilt, "distractor") == undecoded(dataset, "distractor")
 
 

@@ -589,13 +589,14 @@ def test_a_row_without_a_source_is_named():
 
 
 @pytest.mark.parametrize("high", [1, 7])
-def test_a_mask_of_small_numbers_is_refused_unless_it_is_said_to_be_one(high):
-    labels = Image.fromarray(REGION.astype(np.uint8) * np.uint8(high))
-    rows = [{"input_image": photo(), "instruction": "x", "mask": labels}]
-    with pytest.raises(ValueError, match=rf"brightest pixel is {high} of 255, expected white = edit.*'nonzero'"):
+def test_labels_are_refused_unless_they_are_said_to_be_one_region(high):
+    labels = REGION.astype(np.uint8) * np.uint8(high)
+    labels[0, 0] = 9
+    rows = [{"input_image": photo(), "instruction": "x", "mask": Image.fromarray(labels)}]
+    with pytest.raises(ValueError, match=r"train/0, column 'mask': got .* brightest is 9 of 255, .*'nonzero'"):
         load_edit_dataset(rows)[0]
     mask = load_edit_dataset(rows, mask_encoding="nonzero")[0]["mask"]
-    assert np.array_equal(np.asarray(mask) == 255, REGION)
+    assert np.array_equal(np.asarray(mask) == 255, labels > 0)
 
 
 def test_a_field_that_is_not_in_a_mapping_is_named():

@@ -224,7 +224,8 @@ def test_boxes_cover_every_pixel_they_touch_and_are_cut_at_the_border():
         ([5, 0, 1, 1], "boxes-xyxy", "ends before it begins"),
         ([0, 0, float("nan"), 1], "boxes-xyxy", "ends before it begins"),
         ("{not json", "rle", "Expecting"),
-        (7, "luma", "expected a picture that Pillow can decode"),
+        (7, "luma", "7, expected [height, width] with 1 = edit, or a picture"),
+        ("gone.png", "luma", "expected a picture that Pillow can decode"),
     ],
 )
 def test_what_an_encoding_cannot_read_is_named(value, encoding, said):

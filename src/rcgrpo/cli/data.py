@@ -41,6 +41,10 @@ class DataArguments:
     )
     mask_encoding: str | None = field(default=None, metadata={"help": "How masks are encoded, over the preset's."})
     root: str | None = field(default=None, metadata={"help": "Where relative paths of pictures start."})
+    allow_outside: bool = field(
+        default=False,
+        metadata={"help": "Let rows name files outside the data set's own folder; if you trust it."},
+    )
     revision: str | None = field(default=None, metadata={"help": "Revision of a data set on the Hub."})
     streaming: bool = field(default=False, metadata={"help": "Read as a stream, downloading only what is looked at."})
 
@@ -140,6 +144,7 @@ def load(args: DataArguments, **settings: Any) -> Any:
         streaming=args.streaming,
         mask_encoding=args.mask_encoding,
         root=args.root,
+        allow_outside=args.allow_outside,
         **settings,
     )
 

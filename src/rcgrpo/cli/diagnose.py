@@ -35,6 +35,10 @@ class DiagnoseArguments:
     split: str | None = field(
         default=None, metadata={"help": "Split to take edits from; by default test, train of a single table."}
     )
+    allow_outside: bool = field(
+        default=False,
+        metadata={"help": "Let rows name files outside the data set's own folder; if you trust it."},
+    )
     num_edits: int = field(default=24, metadata={"help": "Edits, evenly spaced over the split."})
     num_generations: int = field(default=8, metadata={"help": "Candidates of each edit, at least 2."})
     edit_strength: float = field(default=0.5, metadata={"help": "Perturbation inside the region, in [0, 1]."})
@@ -191,4 +195,4 @@ def load_rows(args: DiagnoseArguments) -> Any:
         return compbench_mini(split, args.num_edits)
     from ..data.loading import load_edit_dataset
 
-    return load_edit_dataset(args.dataset, split=split)
+    return load_edit_dataset(args.dataset, split=split, allow_outside=args.allow_outside)

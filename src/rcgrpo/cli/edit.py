@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .opening import check_loras, open_pipeline
+from .opening import call_defaults, check_loras, open_pipeline
 from .parsing import TINY, UsageError, at_least, check_picture, in_unit, parse, use_embedded_model
 
 
@@ -27,8 +27,11 @@ class EditArguments:
     output: str = field(default="edited.png", metadata={"help": "Where to write the result."})
     num_candidates: int = field(default=1, metadata={"help": "Candidates, side by side in the result."})
     edit_strength: float = field(default=0.5, metadata={"help": "How much candidates differ inside the mask."})
-    resolution: int | None = field(default=None, metadata={"help": "Side of the result; the model's own by default."})
-    num_inference_steps: int | None = field(default=None, metadata={"help": "ODE steps; 8 for the tiny model."})
+    resolution: int | None = field(
+        default=None,
+        metadata={"help": f"Edit at resolution² pixels, at the picture's proportions; 1024, or 64 for {TINY}."},
+    )
+    num_inference_steps: int | None = field(default=None, metadata={"help": f"ODE steps; 28, or 8 for {TINY}."})
     guidance_scale: float = field(default=3.5, metadata={"help": "Distilled guidance."})
     seed: int = field(default=0, metadata={"help": "Seed of the noise."})
 
@@ -44,39 +47,34 @@ def run(arguments: Sequence[str]) -> None:
     import torch
     from PIL import Image
 
-    from ..data.edits import decode_picture
+    from ..benchmark import Sampling
     from ..lora import load_lora
+    from ..pictures import decode_picture, to_rgb
     from ..pipeline import RegionDecoupledFluxKontextPipeline
+    from ..regions import at_size
     from ..report import write_atomically
-    from ..tiny import CALL
 
-    source = decode_picture(Path(args.image), "--image").convert("RGB")
-    mask = None if args.mask is None else read_mask(Path(args.mask), source.size)
+    source = to_rgb(decode_picture(Path(args.image), "--image"))
+    mask = None if args.mask is None else read_mask(Path(args.mask), (source.height, source.width))
     loras = [] if args.lora is None else [args.lora]
-    check_loras(args.model, loras)
+    check_loras(args.model, loras)  # before a large model is loaded
     tiny = args.model == TINY
     pipe = open_pipeline(RegionDecoupledFluxKontextPipeline, args.model)
     for lora in loras:
         load_lora(pipe, lora, "lora", "--lora")
-    call: dict[str, Any] = dict(CALL) if tiny else {}
     if tiny:
         args.instruction = args.instruction.lower().strip(" .!")  # its vocabulary is the data set's
-        source = source.resize((CALL["width"], CALL["height"]), Image.Resampling.LANCZOS)
-        mask = None if mask is None else mask.resize(source.size, Image.Resampling.NEAREST)
-    if args.resolution is not None:
-        side = args.resolution
-        call |= {"height": side, "width": side, "max_area": side * side}
-    if args.num_inference_steps is not None:
-        call["num_inference_steps"] = args.num_inference_steps
+    asked = {name: getattr(args, name) for name in ("resolution", "num_inference_steps", "guidance_scale")}
+    sampling = Sampling(**call_defaults(args.model) | {name: v for name, v in asked.items() if v is not None})
+    height, width = sampling.size_for(pipe, source)
     images = pipe(
-        image=source,
+        image=pipe.image_processor.resize(source, height, width),
         prompt=args.instruction,
-        mask_image=mask,
+        mask_image=None if mask is None else at_size(mask, (height, width)),
         **({} if mask is None else {"edit_strength": args.edit_strength}),
         num_images_per_prompt=args.num_candidates,
-        guidance_scale=args.guidance_scale,
         generator=torch.Generator().manual_seed(args.seed),
-        **call,
+        **sampling.call(height, width),
     ).images
     strip = Image.new("RGB", (sum(image.width for image in images), images[0].height))
     for i, image in enumerate(images):
@@ -87,17 +85,14 @@ def run(arguments: Sequence[str]) -> None:
 
 
 def read_mask(path: Path, size: tuple[int, int]) -> Any:
-    """The mask, "L" with 255 = edit.
+    """The mask, fp32 `[height, width]`.
 
     Raises:
-        UsageError, ValueError: no picture, another size than the source's, nothing or too little of white.
+        ValueError: no picture, another (height, width) than the source's, nothing to edit, or what could be labels.
     """
-    from ..data.masks import decode_mask, refuse_dim
+    from ..mask_reader import mask_to_tensor
+    from ..regions import check_mask
 
-    mask = decode_mask(path, "luma", None, "--mask")
-    if mask.size != size:
-        raise UsageError(f"--mask: got {mask.width}×{mask.height}, expected the source's size {size[0]}×{size[1]}")
-    if mask.getbbox() is None:
-        raise UsageError(f"--mask: got {str(path)!r}, which is black, expected white where to edit")
-    refuse_dim(mask, "--mask", "multiply a mask of 0 and 1 by 255")
+    mask = mask_to_tensor(path, "--mask")
+    check_mask(mask, size, "--mask")
     return mask

@@ -43,6 +43,10 @@ class EvaluateArguments:
             f"{COMPBENCH}."
         },
     )
+    allow_outside: bool = field(
+        default=False,
+        metadata={"help": "Let rows name files outside the data set's own folder; if you trust it."},
+    )
     held_out: float = field(
         default=0.0,
         metadata={"help": "Evaluate only this share of the videos, those that training left out with the same share."},
@@ -210,7 +214,10 @@ def load_rows(args: EvaluateArguments) -> Any:
 
     from ..data.loading import load_edit_dataset
 
-    parts = [load_edit_dataset(args.dataset, split=split, held_out=args.held_out) for split in args.splits]
+    parts = [
+        load_edit_dataset(args.dataset, split=split, held_out=args.held_out, allow_outside=args.allow_outside)
+        for split in args.splits
+    ]
     if len(parts) == 1:
         return parts[0]
     transform = parts[0].format["format_kwargs"]["transform"]  # the same for all splits, and lost when they are joined

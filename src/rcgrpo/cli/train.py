@@ -48,6 +48,10 @@ class ScriptArguments:
     masks: str | None = field(
         default=None, metadata={"help": "Folder of `rcgrpo data masks`, for rows without a mask; others are left out."}
     )
+    allow_outside: bool = field(
+        default=False,
+        metadata={"help": "Let rows name files outside the data set's own folder; if you trust it."},
+    )
     held_out: float = field(
         default=0.0, metadata={"help": "Share of the groups (videos) kept from training, for the report on them."}
     )
@@ -174,6 +178,7 @@ def load_rows(script: ScriptArguments, config: "RCGRPOConfig") -> tuple[Any, Any
             held_out=script.held_out,
             on_missing="drop",
             masks=script.masks,
+            allow_outside=script.allow_outside,
         )
         if count is None or count >= len(rows):
             return rows

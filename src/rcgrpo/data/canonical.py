@@ -13,8 +13,11 @@ from typing import Any
 
 from PIL import Image
 
-from .edits import RowTransform, decode_picture, to_rgb
-from .masks import PICTURE_DECODERS, Size, decode_mask, difference_mask, feather_mask, fit_mask, grow_mask, refuse_dim
+from ..mask_reader import as_weights
+from ..pictures import decode_picture, is_encoded, to_rgb
+from .bounds import check_inside, local_part
+from .edits import RowTransform
+from .masks import PICTURE_ENCODINGS, Size, decode_mask, difference_mask, feather_mask, grow_mask
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +66,7 @@ class CanonicalRows(RowTransform):
         encoding: of the mask column.
         on_missing: what stands in for a missing or empty mask, tried in turn.
         root: where relative paths of pictures start.
+        folders: in which the files must lie that rows name; anywhere if `None`.
         stored: `id` to a mask made beforehand, used before anything of `on_missing`.
         growth, feather: of every mask, as shares of the short side.
         fallbacks: what was used so far in this process.
@@ -73,6 +77,7 @@ class CanonicalRows(RowTransform):
     encoding: str = "luma"
     on_missing: tuple[str, ...] = LADDER
     root: str | None = None
+    folders: tuple[str, ...] | None = None
     stored: Mapping[str, str] = field(default_factory=dict)
     growth: float = 0.0
     feather: float = 0.0
@@ -122,31 +127,34 @@ class CanonicalRows(RowTransform):
             where: what messages call it.
 
         Raises:
-            ValueError: naming `where`, for a mask that cannot be decoded, that has other proportions than the source,
-                or that was meant to be read as something else than `luma`.
+            ValueError: naming `where`, for a mask that cannot be decoded or has other proportions than the source.
         """
         if is_missing(value):
             return None
         mask = decode_mask(
-            self.located(value) if self.encoding in PICTURE_DECODERS else value, self.encoding, size, where
+            self.located(value, where) if self.encoding in PICTURE_ENCODINGS else value, self.encoding, size, where
         )
-        if mask.getbbox() is None:
-            return None
-        if self.encoding == "luma":
-            remedy = "masks of 0 and 1, label maps and coloured regions are read with mask_encoding='nonzero'"
-            refuse_dim(mask, where, remedy)
-        return mask
+        return None if mask.getbbox() is None else as_weights(mask)
 
     def has_mask(self, stored: Mapping[str, Any]) -> bool:
         """Whether the row has a mask, of its own or another, so that it is not dropped."""
         return self.row(stored)["mask"] is not None
 
-    def located(self, value: Any) -> Any:
-        """A stored picture, a relative path made absolute with `root`."""
+    def located(self, value: Any, where: str = "") -> Any:
+        """A stored picture, a relative path made absolute with `root`.
+
+        Raises:
+            ValueError: naming `where`, for a path that leads out of `folders`.
+        """
         if isinstance(value, Mapping) and value.get("bytes") is None and "path" in value:
             value = value["path"]
-        if isinstance(value, str) and self.root is not None and "://" not in value:
-            return str(Path(self.root) / value)
+        if not isinstance(value, str) or not value or is_encoded(value):
+            return value
+        if self.root is not None and "://" not in value:
+            value = str(Path(self.root) / value)
+        file = local_part(value)
+        if file is not None:
+            check_inside(file, self.folders, where or self.name)
         return value
 
     def picture(self, value: Any, where: str) -> Image.Image:
@@ -161,7 +169,7 @@ class CanonicalRows(RowTransform):
             value = value[0]
         if is_missing(value):
             raise ValueError(f"{where}: got {value!r}, expected a picture; fill it in or drop the row")
-        return to_rgb(decode_picture(self.located(value), where))
+        return to_rgb(decode_picture(self.located(value, where), where))
 
     def _mask(self, row: Mapping[str, Any], where: str) -> tuple[Image.Image | None, str]:
         source, name, column = row["input_image"], str(row.get("id")), f"{where}, column 'mask'"
@@ -170,15 +178,14 @@ class CanonicalRows(RowTransform):
             mask, kind = self._stand_in(row, source, name, column)
             self.fallbacks.note(kind, name, where)
         if mask is not None:
-            mask = feather_mask(grow_mask(mask, self.growth), self.feather)
+            mask = as_weights(feather_mask(grow_mask(mask, self.growth), self.feather))
         return mask, kind
 
     def _stand_in(
         self, row: Mapping[str, Any], source: Image.Image, name: str, where: str
     ) -> tuple[Image.Image | None, str]:
         if name in self.stored:
-            stored = decode_picture(self.stored[name], f"stored mask of {name}").convert("L")
-            return fit_mask(stored, source.size, f"stored mask of {name}"), "stored"
+            return decode_mask(self.stored[name], "luma", source.size, f"stored mask of {name}"), "stored"
         for step in self.on_missing:
             if step == "full":
                 return Image.new("L", source.size, 255), "full"

@@ -5,11 +5,10 @@ from dataclasses import replace
 from typing import Any
 
 from datasets import Dataset, Features, Image
-from PIL import Image as PILImage
 
+from ..mask_reader import mask_picture, mask_to_tensor
 from ..regions import CORRUPTIONS, Corruption, corrupt
 from .canonical import CanonicalRows
-from .edits import decode_picture
 
 
 def corrupt_dataset(
@@ -52,7 +51,7 @@ def corrupt_dataset(
     needed = columns if opened is None or "input_image" not in dataset.column_names else [*columns, "input_image"]
     undecoded = dataset if opened is None else dataset.with_format(None)
     for column in needed:
-        if opened is None or isinstance(dataset.features[column], Image):
+        if isinstance(dataset.features[column], Image):
             undecoded = undecoded.cast_column(column, Image(decode=False))
     spoilt = undecoded.map(
         _corrupt_row,
@@ -83,10 +82,10 @@ def _corrupt_row(
     if opened is not None and stored[columns[0]] is not None and stored.get("input_image") is not None:
         size = opened.picture(stored["input_image"], f"row {row}, column 'input_image'").size
 
-    def decoded(column: str, where: str) -> PILImage.Image | None:
+    def decoded(column: str, where: str) -> Any:
         if opened is not None:
             return opened.own_mask(stored[column], size, where)
-        return None if stored[column] is None else decode_picture(stored[column], where)
+        return None if stored[column] is None else mask_to_tensor(stored[column], where)
 
     mask = decoded(columns[0], where)
     if mask is None:
@@ -96,4 +95,4 @@ def _corrupt_row(
         spoilt = corrupt(mask, kind, severity, key=(seed, row), other=another)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
-    return {columns[0]: PILImage.fromarray((spoilt * 255).round().byte().numpy())}
+    return {columns[0]: mask_picture(spoilt)}

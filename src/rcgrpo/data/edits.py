@@ -5,21 +5,20 @@ Every complaint names the row and the column. `mask` is always 1 = edit. A data 
 brings its own `RowTransform`, which `EditRows` applies at that late moment too.
 """
 
-import io
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from ..regions import check_mask, is_full, mask_to_tensor
+from ..mask_reader import is_numbers, mask_to_tensor
+from ..pictures import decode_picture, is_stored, open_picture, to_rgb
+from ..regions import check_mask, is_full
 
 
 @dataclass(frozen=True)
@@ -37,41 +36,10 @@ class Edit:
     columns: dict[str, Any]
     first_size: tuple[int, int] | None = None
 
-
-def decode_picture(value: Any, where: str) -> Image.Image:
-    """`open_picture` with 8 bits a channel: 16-bit, 32-bit and floating pictures become 8-bit grey.
-
-    The other modes stay as stored, as an alpha channel may be the mask; see `to_rgb`.
-    """
-    return _eight_bits(open_picture(value, where))
-
-
-def open_picture(value: Any, where: str) -> Image.Image:
-    """A PIL image, upright, from what a dataset may hold: PIL image, path, bytes, or `{"bytes", "path"}`.
-
-    Nothing is resized, and the mode stays as stored. A path with a protocol (`hf://`, `zip://`), as a stream from afar
-    brings, is read through `datasets`.
-
-    Raises:
-        ValueError: naming `where`, when the value is missing or no picture that Pillow can read.
-    """
-    try:
-        if isinstance(value, Image.Image):
-            image = value
-            image.load()
-        else:
-            if isinstance(value, Mapping):
-                value = value["bytes"] if value.get("bytes") is not None else value["path"]
-            if isinstance(value, str) and "://" in value:
-                image = datasets.Image().decode_example({"bytes": None, "path": value})
-            else:
-                image = Image.open(io.BytesIO(value) if isinstance(value, bytes) else Path(value))
-            image.load()
-        return ImageOps.exif_transpose(image)
-    except (OSError, TypeError, KeyError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(
-            f"{where}: got {_short(value)}, expected a picture that Pillow can decode; fix or drop the row ({error})"
-        ) from error
+    def mask_at(self, size: tuple[int, int]) -> Image.Image:
+        """The mask (not grown) at a candidate's (width, height), 255 = edit: what rewards and metrics see of it."""
+        mask = Image.fromarray((self.mask * 255).byte().numpy())
+        return mask.resize(size, Image.Resampling.NEAREST)
 
 
 def open_regions(value: Any, where: str) -> Any:
@@ -81,41 +49,12 @@ def open_regions(value: Any, where: str) -> Any:
         ValueError: naming `where`, for what no picture can be made of.
     """
     if isinstance(value, list | tuple):
-        return [decode_picture(mask, where) if _is_stored(mask) else mask for mask in value]
-    return open_picture(value, where) if _is_stored(value) else value
+        return [open_picture(mask, where) if is_stored(mask) else mask for mask in value]
+    return open_picture(value, where) if is_stored(value) else value
 
 
-def _is_stored(value: Any) -> bool:
-    """Whether a picture is yet to be opened."""
-    return isinstance(value, str | bytes) or (isinstance(value, Mapping) and value.keys() <= {"bytes", "path"})
-
-
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """Pillow clips where it should scale, so a 16-bit grey picture would turn white."""
-    if not image.mode.startswith(("I", "F")):
-        return image
-    values = np.nan_to_num(np.asarray(image, dtype=np.float64))
-    if image.mode.startswith("I;16"):
-        full = 65535.0
-    elif image.mode == "F":
-        full = 1.0 if values.max(initial=0) <= 1 else 255.0
-    else:
-        full = 65535.0 if values.max(initial=0) > 255 else 255.0
-    return Image.fromarray(np.round(np.clip(values / full, 0, 1) * 255).astype(np.uint8))
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """RGB of the same size, as a viewer shows it: transparent pixels on white, palette and CMYK converted."""
-    if image.mode == "RGB" and "transparency" not in image.info:
-        return image
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
-def _short(value: Any) -> str:
-    return f"{len(value)} bytes" if isinstance(value, bytes) else repr(value)[:80]
+TABLES = ("arrow", "pandas", "polars")
+"""Formats of `datasets` in which a row is no mapping."""
 
 
 class RowTransform(ABC):
@@ -129,8 +68,11 @@ class RowTransform(ABC):
     def row(self, stored: Mapping[str, Any], where: str = "") -> dict[str, Any]:
         """The canonical row of a stored one; `where` is what messages call it."""
 
-    def located(self, value: Any) -> Any:
-        """A picture that a row names by a relative path, where it really is; everything else as it is."""
+    def located(self, value: Any, where: str = "") -> Any:
+        """A picture that a row names by a relative path, where it really is; everything else as it is.
+
+        `where` is what messages call it.
+        """
         return value
 
     def __call__(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
@@ -143,7 +85,8 @@ class EditRows(Dataset):
     """Rows of an editing dataset, fetched undecoded, and how to make an `Edit` of one.
 
     Args:
-        rows: a `datasets.Dataset` or any sequence of mappings.
+        rows: a `datasets.Dataset` or any sequence of mappings. A transform of the user's own (`with_transform`) is what
+            makes the rows; of a format (`set_format`) the columns and the types of what rewards read are kept.
         name: what messages call it, e.g. "train".
         image_column, prompt_column, mask_column: CompBench's names by default.
         required_columns: that rewards read.
@@ -154,7 +97,7 @@ class EditRows(Dataset):
 
     Raises:
         ValueError: a column is missing, or there are no rows.
-        TypeError: a streaming dataset, whose rows cannot be addressed.
+        TypeError: a streaming dataset, whose rows cannot be addressed, or a format of tables (pandas, arrow, polars).
     """
 
     def __init__(
@@ -178,18 +121,14 @@ class EditRows(Dataset):
             raise ValueError(f"{name}_dataset: got no rows, expected at least one")
         self.pictures: set[str] = set()
         self.transform: RowTransform | None = None
+        self.formatted: datasets.Dataset | None = None
         if isinstance(rows, datasets.Dataset):
-            given = rows.format["format_kwargs"].get("transform")
-            if isinstance(given, RowTransform):
-                self.transform, rows = given, rows.with_format(None)
-            self.pictures = {key for key, feature in rows.features.items() if isinstance(feature, datasets.Image)}
-            for key in self.pictures:
-                rows = rows.cast_column(key, datasets.Image(decode=False))
+            rows = self._undecoded(rows, name)
         self.rows, self.name = rows, name
         self.image_column, self.prompt_column, self.mask_column = image_column, prompt_column, mask_column
         self.labels_column, self.turns_column, self.finish = labels_column, turns_column, finish
         self.pictures |= {image_column, mask_column}
-        present = rows.column_names if isinstance(rows, datasets.Dataset) else list(rows[0])
+        present = list(self[0][1])
         fields = {"image_column": image_column, "prompt_column": prompt_column, "mask_column": mask_column}
         for field, column in fields.items():
             if column not in present:
@@ -208,7 +147,32 @@ class EditRows(Dataset):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> tuple[int, dict[str, Any]]:
-        return index, self.rows[index]
+        formatted = {} if self.formatted is None else self.formatted[index]
+        return index, {**self.rows[index], **formatted}
+
+    def _undecoded(self, rows: datasets.Dataset, name: str) -> datasets.Dataset:
+        """The rows with pictures as they are stored, unless a transform of the user's own makes them."""
+        form = rows.format
+        kind, options = form["type"], form["format_kwargs"]
+        if kind in TABLES:
+            raise TypeError(
+                f"{name}_dataset: got rows in the format {kind!r}, expected rows that are mappings; pass "
+                "`dataset.with_format(None)`"
+            )
+        if isinstance(options.get("transform"), RowTransform):
+            self.transform, kind = options["transform"], None
+        elif kind == "custom":
+            return rows
+        plain = rows.with_format(None)
+        if not form["output_all_columns"]:
+            plain = plain.select_columns(form["columns"])
+        self.pictures = {key for key, feature in plain.features.items() if isinstance(feature, datasets.Image)}
+        for key in self.pictures:
+            plain = plain.cast_column(key, datasets.Image(decode=False))
+        others = [column for column in plain.column_names if column not in self.pictures]
+        if kind is not None and others:
+            self.formatted = plain.select_columns(others).with_format(kind, **options)
+        return plain
 
     def edit(self, index: int, row: Mapping[str, Any] | None = None) -> Edit:
         """Decode one row.
@@ -217,21 +181,23 @@ class EditRows(Dataset):
             ValueError: naming row and column, for a picture that cannot be decoded, an instruction that is no text, or
                 a mask that is missing, empty or of another size than its source.
         """
-        row = self.rows[index] if row is None else row
+        row = self[index][1] if row is None else row
         label = f"{self.name} row {index}"
         if self.transform is not None:
             row = self.transform.row(row, label)
+        raw = {self.mask_column, self.labels_column}  # what their values mean is not to be scaled away
         columns = {
-            key: (open_picture if key == self.labels_column else decode_picture)(value, f"{label}, column {key!r}")
-            if isinstance(value, Image.Image) or (key in self.pictures and value is not None)
+            key: (open_picture if key in raw else decode_picture)(value, f"{label}, column {key!r}")
+            if isinstance(value, Image.Image) or (key in self.pictures - raw and value is not None)
             else value
             for key, value in row.items()
         }
         if self.labels_column is not None and self.labels_column in columns:
             where = f"{label}, column {self.labels_column!r}"
-            columns[self.labels_column] = open_regions(self._located(columns[self.labels_column]), where)
-        if isinstance(turns := columns.get(self.turns_column or ""), Sequence) and not isinstance(turns, str):
-            columns[self.turns_column] = [self._located_turn(turn) for turn in turns]
+            columns[self.labels_column] = open_regions(self._located(columns[self.labels_column], where), where)
+        turns_column = self.turns_column or ""
+        if isinstance(turns := columns.get(turns_column), Sequence) and not isinstance(turns, str):
+            columns[turns_column] = [self._located_turn(turn, label) for turn in turns]
         for column in (self.image_column, self.mask_column):
             if columns[column] is None:
                 raise ValueError(
@@ -240,22 +206,29 @@ class EditRows(Dataset):
         source, prompt = to_rgb(columns.pop(self.image_column)), columns.pop(self.prompt_column)
         if not isinstance(prompt, str) or not prompt.strip():
             raise ValueError(f"{label}, column {self.prompt_column!r}: got {prompt!r}, expected an instruction")
-        mask = mask_to_tensor(columns.pop(self.mask_column))
-        check_mask(mask, (source.height, source.width), f"{label}, column {self.mask_column!r}")
+        given, where = columns.pop(self.mask_column), f"{label}, column {self.mask_column!r}"
+        mask = mask_to_tensor(given, where)
+        check_mask(mask, (source.height, source.width), where)
         edit = Edit(index, label, source, prompt, mask, columns)
         return edit if self.finish is None else self.finish(edit)
 
-    def _located(self, value: Any) -> Any:
+    def _located(self, value: Any, where: str) -> Any:
         """Paths of a picture or of a list of them, where they really are."""
+        if self.transform is None or is_numbers(value):
+            return value
         if isinstance(value, list | tuple):
-            return [self._located(part) for part in value]
-        return value if self.transform is None else self.transform.located(value)
+            return [self._located(part, where) for part in value]
+        return self.transform.located(value, where)
 
-    def _located_turn(self, turn: Any) -> Any:
+    def _located_turn(self, turn: Any, label: str) -> Any:
         """A turn with its mask's and its regions' paths where they really are."""
         if not isinstance(turn, Mapping):
             return turn
-        return {key: self._located(turn[key]) if key in ("mask", self.labels_column) else turn[key] for key in turn}
+        where = f"{label}, column {self.turns_column!r}"
+        return {
+            key: self._located(value, where) if key in ("mask", self.labels_column) else value
+            for key, value in turn.items()
+        }
 
     def check(self, limit: int, further: Callable[[Edit], None] = lambda edit: None) -> int:
         """Decode up to `limit` rows, spread over the set, so that a bad one is found before training.

@@ -23,8 +23,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset
 
+from ..pictures import is_encoded, short
+from .bounds import caches, check_inside
 from .canonical import LADDER, ON_MISSING, CanonicalRows, is_missing
-from .masks import ENCODINGS, PICTURE_DECODERS
+from .edits import RowTransform
+from .masks import ENCODINGS, PICTURE_ENCODINGS
 from .opening import open_rows
 from .presets import CANONICAL, PICTURES, PRESETS, ColumnMap, Preset, find_preset, map_columns, read
 
@@ -76,8 +79,12 @@ def read_stored_masks(folder: str | Path) -> dict[str, str]:
         raise FileNotFoundError(
             f"masks: got {str(folder)!r} without {METADATA}, expected a folder of `rcgrpo data masks`"
         )
-    lines = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-    return {line["id"]: str(Path(folder) / line["file_name"]) for line in lines}
+    with path.open(encoding="utf-8") as file:  # which ends lines where they end, and not at U+2028 as `str` does
+        lines = [json.loads(line) for line in file if line.strip()]
+    found = {line["id"]: str(Path(folder) / line["file_name"]) for line in lines}
+    for name, place in found.items():
+        check_inside(place, [str(folder)], f"masks, row {name}")
+    return found
 
 
 def load_edit_dataset(
@@ -94,6 +101,7 @@ def load_edit_dataset(
     mask_growth: float = 0.0,
     mask_feather: float = 0.0,
     root: str | Path | None = None,
+    allow_outside: bool = False,
     **kwargs: Any,
 ) -> Dataset | IterableDataset:
     """An editing data set with the canonical columns.
@@ -120,12 +128,15 @@ def load_edit_dataset(
         mask_growth, mask_feather: grow every mask and soften its edge, shares of the short side. Leave them at 0 for
             evaluation, and for training too, as the trainer grows masks itself (`RCGRPOConfig.mask_growth`).
         root: where relative paths of pictures start; the folder of the file by default.
+        allow_outside: whether rows of a file, folder or Hub id may name files outside that folder and the caches of
+            `datasets` and the Hub. Rows in memory may anyway, unless `root` says where.
         kwargs: for `datasets.load_dataset`, e.g. `revision`, `cache_dir`, `token`.
 
     Raises:
         FileNotFoundError: neither a file, a folder nor a Hub id.
         ValueError: an unknown preset, column, encoding or policy; a file that cannot be read; columns, or pictures
-            named by path, that cannot be found; nothing left.
+            named by path, that cannot be found, or that lie elsewhere; rows with a transform of the user's own; nothing
+            left.
     """
     name = str(name_or_path) if isinstance(name_or_path, str | Path) else "data set"
     chosen = find_preset(preset, name)
@@ -139,11 +150,14 @@ def load_edit_dataset(
     base, wants_held_out = parse_split(split, held_out)
     rows, found_root = open_rows(name_or_path, base, streaming, **kwargs)
     streaming = isinstance(rows, IterableDataset)
+    starts = [str(place) for place in (root, found_root) if place is not None]
+    in_memory = not starts and not isinstance(name_or_path, str | Path)
     transform = CanonicalRows(
         name=f"{name} {split}",
         encoding=encoding,
         on_missing=steps,
-        root=str(root) if root is not None else found_root,
+        root=starts[0] if starts else None,
+        folders=None if allow_outside or in_memory else (*starts, *caches(kwargs.get("cache_dir"))),
         stored=read_stored_masks(masks) if masks is not None else {},
         growth=mask_growth,
         feather=mask_feather,
@@ -177,6 +191,11 @@ def _addressed(
     rows: Dataset, settled: ColumnMap, transform: CanonicalRows, split: str, part: Callable[[str], bool] | None
 ) -> Dataset:
     """The rows of a `datasets.Dataset`: renamed, keyed, split, and decoded when they are looked at."""
+    if rows.format["type"] == "custom" and not isinstance(rows.format["format_kwargs"]["transform"], RowTransform):
+        raise ValueError(
+            f"{transform.name}: got rows with a transform of your own (`with_transform`), which reading them with "
+            "canonical columns would replace; apply it with `.map`, or pass the rows to the trainer as they are"
+        )
     rows = rows.with_format(None)
     wanted = {*settled.fields.values(), *settled.id, *settled.group}
     for column in sorted(wanted - set(rows.column_names)):
@@ -245,17 +264,22 @@ def _check_files(rows: Dataset, settled: ColumnMap, transform: CanonicalRows) ->
     """Refuse paths that lead nowhere before training does: every row is asked, but no file is opened."""
     for column in PICTURES:
         named = getattr(rows.features.get(column), "dtype", None)
-        if named not in ("string", "large_string") or (column == "mask" and transform.encoding not in PICTURE_DECODERS):
+        values_are_paths = column != "mask" or transform.encoding in PICTURE_ENCODINGS
+        if named not in ("string", "large_string") or not values_are_paths:
             continue
-        paths = {name: path for name, path in zip(rows["id"][:], rows[column][:], strict=True) if not is_missing(path)}
-        gone = [
-            name for name, path in paths.items() if "://" not in path and not Path(transform.located(path)).exists()
-        ]
+        paths = {
+            name: path
+            for name, path in zip(rows["id"][:], rows[column][:], strict=True)
+            if not is_missing(path) and not is_encoded(path) and "://" not in path
+        }
+        own = f"column {settled.fields[column]!r}"
+        places = {name: transform.located(path, f"{transform.name}, row {name}, {own}") for name, path in paths.items()}
+        gone = [name for name, place in places.items() if not Path(place).exists()]
         if gone:
-            where, start = f"{transform.name}, column {settled.fields[column]!r}", Path(transform.root or ".").resolve()
             raise ValueError(
-                f"{where}: {len(gone)} of {len(paths)} files are not there, first {paths[gone[0]]!r} of row {gone[0]}; "
-                f"relative paths start at {start}: say where else with `root`, or fix or drop the rows"
+                f"{transform.name}, {own}: {len(gone)} of {len(paths)} files are not there, first "
+                f"{short(paths[gone[0]])} of row {gone[0]}; relative paths start at "
+                f"{Path(transform.root or '.').resolve()}: say where else with `root`, or fix or drop the rows"
             )
 
 

@@ -303,9 +303,9 @@ class MaskFolder:
         path = self.folder / name
         if not path.exists():
             return []
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8", errors="replace")  # the last line may be half a one
         whole, lines = [], []
-        for line in text.splitlines():
+        for line in text.split("\n"):  # not at U+2028, which a text may hold
             try:
                 lines.append(json.loads(line))
                 whole.append(line + "\n")
@@ -313,11 +313,11 @@ class MaskFolder:
                 continue
         if "".join(whole) != text:
             with write_atomically(path) as part:
-                part.write_text("".join(whole))
+                part.write_text("".join(whole), encoding="utf-8")
         return lines
 
     def _append(self, name: str, line: Mapping[str, Any]) -> None:
-        with (self.folder / name).open("a") as file:
+        with (self.folder / name).open("a", encoding="utf-8") as file:
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
     def add(self, row: Mapping[str, Any], mask: Image.Image) -> None:

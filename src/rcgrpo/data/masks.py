@@ -19,7 +19,8 @@ from PIL import Image
 from scipy import ndimage
 from torch import Tensor
 
-from .edits import decode_picture, open_picture
+from ..mask_reader import array_of, mask_picture, mask_to_tensor
+from ..pictures import decode_picture, is_stored, open_picture, short, to_rgb
 
 Size = tuple[int, int]
 """Width and height in pixels, as Pillow counts."""
@@ -32,14 +33,6 @@ PAINT = 250
 
 def _binary(array: np.ndarray) -> Image.Image:
     return Image.fromarray(np.where(array, np.uint8(255), np.uint8(0)))
-
-
-def _luma(image: Image.Image) -> Image.Image:
-    """White = edit, grey = in part, transparent = keep; what CompBench and UltraEdit hold."""
-    if "A" in image.getbands() or "transparency" in image.info:
-        image = image.convert("RGBA")  # what a painting program leaves beneath transparent pixels is often white
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
-    return image.convert("L")
 
 
 def _nonzero(image: Image.Image) -> Image.Image:
@@ -139,7 +132,6 @@ def _boxes(value: Sequence[Any], size: Size | None, corners: bool, relative: boo
 
 
 PICTURE_DECODERS: dict[str, Callable[[Image.Image], Image.Image]] = {
-    "luma": _luma,
     "nonzero": _nonzero,
     "alpha": _alpha,
     "paint": _paint,
@@ -153,15 +145,18 @@ VALUE_DECODERS: dict[str, Callable[[Any, Size | None], Image.Image]] = {
     "boxes-xyxy-relative": lambda value, size: _boxes(value, size, corners=True, relative=True),
     "boxes-xywh-relative": lambda value, size: _boxes(value, size, corners=False, relative=True),
 }
-ENCODINGS = (*PICTURE_DECODERS, *VALUE_DECODERS)
+PICTURE_ENCODINGS = ("luma", *PICTURE_DECODERS)
+"""Whose masks are pictures, and may be paths; of the others texts are JSON."""
+
+ENCODINGS = (*PICTURE_ENCODINGS, *VALUE_DECODERS)
 
 
 def decode_mask(value: Any, encoding: str, size: Size | None, where: str = "mask") -> Image.Image:
     """A mask as a data set holds it, as an "L" picture with 255 = edit.
 
     Args:
-        value: a picture in any form that `decode_picture` reads, or for the other encodings lists, mappings or their
-            JSON.
+        value: a picture in any form that `open_picture` reads, for `luma` also numbers as `mask_to_tensor` takes them;
+            for the encodings without pictures lists, mappings or their JSON.
         encoding: one of `ENCODINGS`.
         size: the source's (width, height); a mask of the same proportions is brought to it (nearest). None leaves it.
         where: what messages call the mask, e.g. "train row 17, column 'mask'".
@@ -172,7 +167,11 @@ def decode_mask(value: Any, encoding: str, size: Size | None, where: str = "mask
     if encoding not in ENCODINGS:
         raise ValueError(f"mask_encoding: got {encoding!r}, expected one of {', '.join(ENCODINGS)}")
     try:
-        if encoding in PICTURE_DECODERS:
+        if encoding == "luma":
+            mask = mask_picture(mask_to_tensor(value, where))
+        elif encoding == "nonzero" and not (is_stored(value) or isinstance(value, Image.Image)):
+            mask = _binary(array_of(value, where) > 0)
+        elif encoding in PICTURE_DECODERS:
             # In eight bits the small numbers of a 16-bit instance map would all be 0.
             picture = open_picture(value, where) if encoding == "nonzero" else decode_picture(value, where)
             mask = PICTURE_DECODERS[encoding](picture)
@@ -182,7 +181,7 @@ def decode_mask(value: Any, encoding: str, size: Size | None, where: str = "mask
         if str(error).startswith(where):
             raise
         raise ValueError(
-            f"{where}: got {repr(value)[:80]}, expected a mask encoded as {encoding!r} ({error}); set `mask_encoding` "
+            f"{where}: got {short(value)}, expected a mask encoded as {encoding!r} ({error}); set `mask_encoding` "
             f"to one of {', '.join(ENCODINGS)} or fix the row"
         ) from error
     return mask if size is None else fit_mask(mask, size, where)
@@ -203,17 +202,6 @@ def fit_mask(mask: Image.Image, size: Size, where: str = "mask") -> Image.Image:
             f"{size}; fix the pairing or the orientation"
         )
     return mask.resize(size, Image.Resampling.NEAREST)
-
-
-def refuse_dim(mask: Image.Image, where: str, remedy: str) -> None:
-    """Refuse a mask that is not black but nowhere half white: 0 and 1, or labels, of which nearly nothing would count.
-
-    Raises:
-        ValueError: naming `where`, the brightest pixel and what to do.
-    """
-    peak = int(np.asarray(mask).max())
-    if 0 < peak < 128:
-        raise ValueError(f"{where}: got a mask whose brightest pixel is {peak} of 255, expected white = edit; {remedy}")
 
 
 # Edges ----------------------------------------------------------------------------------------------------------------
@@ -261,7 +249,7 @@ D65 = (0.95047, 1.0, 1.08883)
 
 def srgb_to_lab(image: Image.Image) -> np.ndarray:
     """CIE L*a*b* (D65, 2°) of an sRGB picture, float32 `[height, width, 3]`, L* in [0, 100]."""
-    rgb = np.asarray(image.convert("RGB"), dtype=np.float32) / 255
+    rgb = np.asarray(to_rgb(image), dtype=np.float32) / 255
     linear = np.where(rgb > 0.04045, ((rgb + 0.055) / 1.055) ** 2.4, rgb / 12.92)
     ratio = linear @ np.asarray(RGB_TO_XYZ, dtype=np.float32).T / np.asarray(D65, dtype=np.float32)
     f = np.where(ratio > 0.008856, np.cbrt(ratio), 7.787 * ratio + 16 / 116)
@@ -311,7 +299,7 @@ def difference_mask(
     """
     short = min(source.size)
     if target.size != source.size:
-        target = target.convert("RGB").resize(source.size, Image.Resampling.BICUBIC)
+        target = to_rgb(target).resize(source.size, Image.Resampling.BICUBIC)
     sigma = (max(0.5, blur * short),) * 2 + (0.0,)
     first, second = (ndimage.gaussian_filter(srgb_to_lab(image), sigma, mode="nearest") for image in (source, target))
     difference = np.linalg.norm(first - second, axis=-1) / 100

@@ -68,7 +68,7 @@ def _one_split(data: Any, split: str, name: str) -> Any:
 
 def _pie_bench(path: Path) -> Dataset:
     """PIE-Bench's `mapping_file.json`: one object of rows, keyed by their number."""
-    rows = [{"key": key, **row} for key, row in json.loads(path.read_text()).items()]
+    rows = [{"key": key, **row} for key, row in json.loads(path.read_text(encoding="utf-8")).items()]
     for row in rows:
         row["mask"] = [int(number) for number in row["mask"]]
     return Dataset.from_list(rows)
@@ -79,7 +79,7 @@ def _names_files(metadata: Path) -> bool:
     if metadata.suffix == ".parquet":
         columns = pq.read_schema(metadata).names
     elif metadata.suffix in (".jsonl", ".csv"):
-        with metadata.open() as file:
+        with metadata.open(encoding="utf-8") as file:
             line = file.readline()
         columns = list(json.loads(line or "{}")) if metadata.suffix == ".jsonl" else line.strip().split(",")
     else:

@@ -243,7 +243,7 @@ def _phrase(id: str, caption: Path) -> str | None:
         return PHRASES[id]
     if not caption.is_file():
         return None
-    line = (caption.read_text(encoding="utf-8", errors="replace").splitlines() or [""])[0]
+    line = caption.read_text(encoding="utf-8", errors="replace").partition("\n")[0]
     line = re.sub("[“”\"]|(?<!\\w)['‘’]|['’](?!\\w)", "", line).replace("’", "'")
     line = re.split(r"[(),.!?:;—]", line)[0].strip()
     match = re.fullmatch(r"(An?) (\S+(?: \S+){0,4})", line)
