@@ -14,7 +14,7 @@ import yaml
 import rcgrpo
 from checkpoint_files import write_checkpoint
 from rcgrpo import RCGRPOConfig
-from rcgrpo.cli import main
+from rcgrpo.cli import COMMANDS, main
 from rcgrpo.cli.edit import EditArguments
 from rcgrpo.cli.parsing import UsageError, free_folder, parse
 from rcgrpo.cli.train import ScriptArguments
@@ -127,7 +127,7 @@ def test_the_embedded_recipe_has_only_known_keys_and_all_of_them_arrive():
         (["--num_generations", "4.5"], "^rcgrpo train: num_generations: got '4.5', expected a whole number$"),
         (["--edit_strength", "much"], "^rcgrpo train: edit_strength: got 'much', expected a number$"),
         (["--policy_steps_range", "0.5"], r"policy_steps_range: got \[0.5\], expected two shares of the trajectory"),
-        (["--num_images_per_prompt", "4"], "the nearest known one is --num_generations"),
+        (["--num_images_per_prompt", "4"], "it is called --num_generations here$"),
         (["--zzz", "4"], "unknown flag '--zzz'; see `rcgrpo train --help`$"),
         (["stray"], "stray"),
     ],
@@ -198,10 +198,24 @@ def test_a_traceback_can_be_had(monkeypatch):
         main(["train", "--wrong", "1"])
 
 
-def test_unknown_command(capsys):
-    with pytest.raises(SystemExit):
-        main(["trian"])
-    assert "invalid choice: 'trian'" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        (["trian"], r"got 'trian', expected one of train, evaluate, .*; did you mean train\?$"),
+        (["zzz"], "got 'zzz', expected one of .*; see `rcgrpo --help`$"),
+        ([], "got no command, expected one of"),
+        (["--seed", "1"], "got '--seed', expected one of"),
+    ],
+)
+def test_unknown_command(typed, said):
+    assert re.match(f"rcgrpo: {said}", refused(*typed))
+
+
+def test_help_and_version_need_no_command(capsys):
+    main(["--help"])
+    assert re.findall(r"^  (\w+)  ", capsys.readouterr().out, re.MULTILINE) == list(COMMANDS)
+    main(["--version"])
+    assert capsys.readouterr().out == f"{rcgrpo.__version__}\n"
 
 
 # ------------------------------------------------------------------------------------------ the whole job
@@ -242,9 +256,9 @@ def test_edit_with_the_trained_lora(run, capsys):
     row["input_image"].save("source.png")
     row["mask"].save("mask.png")
     call = ["edit", "--image", "source.png", "--instruction", row["instruction"], "--lora", str(run)]
-    main([*call, "--mask", "mask.png", "--num_candidates", "2", "--output", "two.png"])
+    main([*call, "--mask", "mask.png", "--num_generations", "2", "--output", "two.png"])
     assert Image.open("two.png").size == (128, 64) and "two.png (2 candidates)" in capsys.readouterr().out
     main([*call, "--output", "one.png"])
     assert Image.open("one.png").size == (64, 64)
     assert "--image: got" in refused("edit", "--image", "none.png", "--instruction", "x")
-    assert "--num_candidates: got 0" in refused(*call, "--num_candidates", "0")
+    assert "--num_generations: got 0" in refused(*call, "--num_candidates", "0")  # its earlier name

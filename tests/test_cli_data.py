@@ -230,7 +230,10 @@ def test_rows_that_get_none_are_listed(capsys):
             ["inspect", "set", "--output", "taken/s.png"],
             "--output: got 'taken', expected a folder that can be written to",
         ),
-        (["masks", "set", "--output", "taken/m"], "--output: got 'taken/m', expected a folder that can be written to"),
+        (
+            ["masks", "set", "--output", "taken/m"],
+            "--output_dir: got 'taken/m', expected a folder that can be written to",
+        ),
         (["inspect", "compbench-mini", "--split", "nope"], "--split: got 'nope', expected train or test, which"),
         (["inspect", "set", "--columns", "input_image"], "--columns: got 'input_image', expected canonical=own"),
         (

@@ -109,7 +109,7 @@ def test_masks_that_would_not_do_what_they_say_are_refused_before_a_model_is_loa
     ("flags", "said"),
     [
         (["--num_inference_steps", "0"], "--num_inference_steps: got 0, expected at least 1"),
-        (["--resolution", "0"], "--resolution: got 0, expected at least 1"),
+        (["--resolution", "0"], "--resolution: got 0, expected 16 to 8192 pixels"),
         (["--edit_strength", "2"], r"--edit_strength: got 2.0, expected a number in \[0, 1\]"),
         (["--output", "edited"], "--output: got 'edited', expected a picture's name, such as picture.png"),
         (["--output", "edited.txt"], "--output: got 'edited.txt', expected a picture's name"),
@@ -122,8 +122,8 @@ def test_flags_that_cannot_work_are_refused_before_the_edit(flags, said):
 
 
 @pytest.mark.parametrize(
-    ("flag", "here"), [("prompt", "instruction"), ("mask_image", "mask"), ("num_images_per_prompt", "num_candidates")]
+    ("flag", "here"), [("prompt", "instruction"), ("mask_image", "mask"), ("num_images_per_prompt", "num_generations")]
 )
 def test_what_diffusers_calls_it_is_answered_with_the_flag_of_here(flag, here):
-    with pytest.raises(UsageError, match=f"unknown flag '--{flag}'; the nearest known one is --{here}$"):
+    with pytest.raises(UsageError, match=f"unknown flag '--{flag}'; it is called --{here} here$"):
         run([*EDIT, f"--{flag}", "x"])

@@ -60,7 +60,7 @@ def test_loras_may_be_repeated_or_listed():
         (["--resume", "--output_dir", "typo"], "--resume: got --output_dir typo, expected the folder of an earlier"),
         (["--output_dir", __file__], "--output_dir: got .*, expected a folder that can be written to .*Not a dir"),
         (["--num_samples", "0"], "--num_samples: got 0, expected at least 1"),
-        (["--resolution", "0"], "--resolution: got 0, expected at least 1"),
+        (["--resolution", "0"], "--resolution: got 0, expected 16 to 8192 pixels"),
         (["--intervals_by", "frame"], "--intervals_by: got 'frame', expected one of video, edit"),
         (["--held_out", "0.1"], "--held_out: got 0.1, expected 0 on compbench-mini"),
         (["--lroa", "x"], "the nearest known one is --lora"),

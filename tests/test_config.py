@@ -84,7 +84,10 @@ def test_trl_spellings_of_scale_rewards(tmp_path):
         ({"num_anchors": 13}, r"num_anchors: got 13, expected 1 to num_generations \(12\)"),
         ({"num_anchors": 0}, "num_anchors: got 0"),
         ({"num_generations_eval": 0}, "num_generations_eval: got 0, expected at least 1"),
-        ({"num_inference_steps_eval": 0}, "num_inference_steps_eval: got 0, expected at least 1, or none for as many"),
+        (
+            {"num_inference_steps_eval": 0},
+            "num_inference_steps_eval: got 0, expected at least 1 and at most 1000, or none",
+        ),
         ({"num_iterations": 0}, "num_iterations: got 0, expected at least 1"),
         ({"rollout_batch_size": 0}, "rollout_batch_size: got 0, expected at least 1, or none"),
         ({"train_micro_batch_size": -1}, "train_micro_batch_size: got -1, expected at least 1, or none"),

@@ -464,8 +464,11 @@ def test_more_variance_of_the_edit_reward_is_better_and_of_the_whole_reward_neit
         (["--edit_strength", "1.5"], "--edit_strength: got 1.5"),
         (["--num_generations", "3", "--antithetic"], "even number"),
         (["--solver", "foo"], "--solver: got 'foo', expected one of euler, heun, dpmpp_2m, unipc"),
-        (["--resolution", "0"], "--resolution: got 0, expected at least 1"),
-        (["--output", "taken/out"], "--output: got 'taken/out', expected a folder that can be written to .*Not a dir"),
+        (["--resolution", "0"], "--resolution: got 0, expected 16 to 8192 pixels"),
+        (
+            ["--output", "taken/out"],
+            "--output_dir: got 'taken/out', expected a folder that can be written to .*Not a dir",
+        ),
         (["--dataset", "some/where"], "--reward: got none"),
         (["--num_edit", "3"], "nearest known one is --num_edits"),
     ],
@@ -487,7 +490,7 @@ def test_the_model_is_opened_as_other_commands_do(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("rcgrpo.cli.opening.open_pipeline", stop)  # with its dtype and device
     with pytest.raises(UsageError, match="far enough"):
-        diagnose.run(["--model", "some/model", "--num_edits", "2"])
+        diagnose.run(["--model", "some/model", "--num_samples", "2"])
     assert opened == ["some/model"]
 
 

@@ -1,10 +1,7 @@
 """Settings of a run: `GRPOConfig`'s names where the idea is the same, the paper's where it is not."""
 
 import os
-import re
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from math import inf, isfinite
 from typing import Any, ClassVar
 
 import torch
@@ -14,10 +11,13 @@ from transformers.utils import is_torch_bf16_gpu_available
 from trl.trainer.base_config import _BaseConfig
 
 from .attention import AttentionOptions
+from .config_checks import check_config
+from .hints import hinted
 
 HAS_ACTIVATION_CHECKPOINTING = Version(transformers.__version__) >= Version("5.23.0")
 
 
+@hinted
 @dataclass
 class RCGRPOConfig(_BaseConfig):
     r"""
@@ -303,7 +303,7 @@ class RCGRPOConfig(_BaseConfig):
         spelt = {"true": "group", "false": "none"}
         self.scale_rewards = spelt.get(str(self.scale_rewards).lower(), self.scale_rewards)
         self.solver = None if str(self.solver).lower() == "none" else self.solver
-        self._check()
+        check_config(self)
         # transformers reads a newer alias of gradient checkpointing; a value given for either must win.
         if HAS_ACTIVATION_CHECKPOINTING:
             names = ("activation_checkpointing", "gradient_checkpointing")
@@ -323,172 +323,6 @@ class RCGRPOConfig(_BaseConfig):
                 f"WORLD_SIZE: got {launched} processes from the launcher, expected the {self.world_size} of a process "
                 f"group, as accelerate finds none for {self.device.type}; pass use_cpu=True, or launch one process"
             )
-
-    def _check(self) -> None:
-        """Refuse what cannot work before anything is loaded.
-
-        Raises:
-            ValueError: naming the field, its value, what was expected and what to do.
-        """
-
-        def refuse(name: str, expected: str) -> None:
-            raise ValueError(f"{name}: got {getattr(self, name)!r}, expected {expected}")
-
-        if self.reward_timeout is not None and not 0 < self.reward_timeout < inf:
-            refuse("reward_timeout", "None, or seconds above 0")
-        if self.num_generations < 2:
-            refuse("num_generations", "at least 2: a group is compared with itself, so one candidate teaches nothing")
-        if self.antithetic and self.num_generations % 2:
-            refuse("num_generations", "an even number, because antithetic=True mirrors half of the group")
-        if not 1 <= self.num_anchors <= self.num_generations:
-            refuse("num_anchors", f"1 to num_generations ({self.num_generations})")
-        counts = ("num_generations_eval", "num_inference_steps", "num_policy_steps", "num_iterations", "resolution")
-        for name in (*counts, "max_reward_failures", "max_sequence_length"):
-            if getattr(self, name) < 1:
-                refuse(name, "at least 1")
-        bounds = {"rollout_batch_size": "no bound", "train_micro_batch_size": "no bound"}
-        for name, default in {**bounds, "num_inference_steps_eval": "as many as in rollouts"}.items():
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                refuse(name, f"at least 1, or none for {default}")
-        for name in ("edit_strength", "keep_strength", "mask_growth", "independent_share"):
-            if not 0 <= getattr(self, name) <= 1:
-                refuse(name, "a number in [0, 1]")
-        weights = ("keep_weight", "beta", "beta_keep", "attention_reward_weight", "min_reward_std", "check_rows")
-        for name in (*weights, "keep_hinge_weight", "keep_hinge_margin"):
-            if not 0 <= getattr(self, name) < inf:  # NaN is neither
-                refuse(name, "0 or more")
-        positive = ("temperature", "epsilon", "advantage_power", "advantage_std_floor", "sde_noise_level", "nft_beta")
-        for name in (*positive, "nft_advantage_clip"):
-            if not 0 < getattr(self, name) < inf:
-                refuse(name, "a number above 0")
-        choices = {
-            "exploration": ("region", "global"),
-            "policy": ("neighbor", "flow_grpo", "nft"),
-            "solver": (None, "euler", "heun", "dpmpp_2m", "unipc"),
-            "distance_space": ("latents", "clean"),
-            "attention_direction": ("text_to_image", "image_to_text"),
-            "scale_rewards": ("group", "batch", "none"),
-            "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                refuse(name, f"one of {', '.join(str(choice).lower() for choice in allowed)}")
-        if len(self.policy_steps_range) != 2 or not 0 <= self.policy_steps_range[0] < self.policy_steps_range[1] <= 1:
-            refuse("policy_steps_range", "two shares of the trajectory in order, such as 0 0.875")
-        if self.num_policy_steps > len(self.policy_step_indices):
-            refuse(
-                "num_policy_steps",
-                f"at most the {len(self.policy_step_indices)} steps that policy_steps_range={self.policy_steps_range} "
-                f"leaves of num_inference_steps={self.num_inference_steps}",
-            )
-        for steps in (self.num_inference_steps, self.num_inference_steps_eval or self.num_inference_steps):
-            shares = self.attention_steps_range
-            if len(shares) != 2 or not 0 <= shares[0] <= shares[1] <= 1 or not self.attention_options.reads(steps):
-                refuse("attention_steps_range", f"two shares in order that hold at least one of {steps} steps")
-        self._check_together(refuse)
-        if self.num_iterations > 1 and self.save_strategy == "steps" and self.save_steps % self.num_iterations:
-            refuse("save_steps", f"a multiple of num_iterations ({self.num_iterations}), so that a resume is exact")
-        if self.num_iterations > 1 and self.save_strategy == "best" and (self.eval_steps or 1) % self.num_iterations:
-            refuse("eval_steps", f"a multiple of num_iterations ({self.num_iterations}) with save_strategy=best")
-        if self.remove_unused_columns:
-            refuse("remove_unused_columns", "False: the rewards read the dataset's other columns")
-
-    def _check_together(self, refuse: Callable[[str, str], None]) -> None:
-        """Options that go with some settings of others only."""
-        if self.epsilon_high is not None and not self.epsilon_high > 0:
-            refuse("epsilon_high", "a number above 0, or none to clip by epsilon on both sides")
-        if not self.true_cfg_scale >= 1:
-            refuse("true_cfg_scale", "1 (off) or more")
-        if self.conditions_cache_dir is not None and not self.cache_conditions:
-            refuse("conditions_cache_dir", "none without cache_conditions=True, which fills it")
-        if self.turns_at_once and self.regions_column is not None:
-            refuse("turns_at_once", "False with regions_column: each turn's mask is a region then; unset one of them")
-        several = self.turns_at_once or self.regions_column is not None
-        if self.region_strengths is not None:
-            if not several:
-                refuse("region_strengths", "none without regions_column or turns_at_once, which say where regions are")
-            if self.exploration == "global":
-                refuse("region_strengths", "none with exploration=global, which has one strength")
-            if not self.region_strengths or any(not 0 <= strength <= 1 for strength in self.region_strengths):
-                refuse("region_strengths", "numbers in [0, 1], one for each region")
-        if self.policy == "flow_grpo":
-            if self.solver not in (None, "euler"):
-                refuse("solver", "euler with policy=flow_grpo, whose stochastic steps take the solver's place")
-            if self.num_inference_steps - 1 in self.policy_step_indices:
-                refuse("policy_steps_range", "a range without the last step with policy=flow_grpo: noise would stay")
-            if "keep" in self.named_regions and self.exploration == "region" and not self.keep_strength:
-                refuse(
-                    "keep_strength",
-                    "more than 0 with policy=flow_grpo and a reward on keep: steps without noise have no density",
-                )
-            for number, strength in enumerate(self.region_strengths or [], start=1):
-                if not strength and f"region_{number}" in self.named_regions:
-                    refuse(
-                        "region_strengths",
-                        f"more than 0 for region_{number} with policy=flow_grpo and a reward there: steps without "
-                        "noise have no density",
-                    )
-        if self.sde_window is not None:
-            if self.policy != "flow_grpo":
-                refuse("sde_window", f"none with policy={self.policy}, which has no stochastic steps")
-            if not self.num_policy_steps <= self.sde_window <= len(self.policy_step_indices):
-                refuse(
-                    "sde_window",
-                    f"num_policy_steps ({self.num_policy_steps}) to the {len(self.policy_step_indices)} steps that "
-                    "policy_steps_range allows",
-                )
-        strengths = [self.edit_strength]
-        if self.exploration == "region":
-            strengths = [*(self.region_strengths or strengths), self.keep_strength]
-        if not any(strengths) and not self.independent_share:
-            refuse("edit_strength", "more than 0: all candidates of a group would be the same")
-        drawn = self.num_generations // 2 if self.antithetic else self.num_generations
-        if self.independent_share and not round(self.independent_share * drawn):
-            refuse("independent_share", f"0, or at least {1 / drawn:.2g}, the share of one of {drawn} draws")
-        if self.antithetic and self.num_generations_eval > 1 and self.num_generations_eval % 2:
-            refuse("num_generations_eval", "1 or an even number, because antithetic=True mirrors half of the group")
-        for name, (condition, holds) in self._conditions().items():
-            if not holds and getattr(self, name) != self.__dataclass_fields__[name].default:
-                refuse(name, f"its default, {self.__dataclass_fields__[name].default!r}, without {condition}")
-        if self.reward_weights is not None:
-            if not all(map(isfinite, self.reward_weights)):
-                refuse("reward_weights", "finite numbers")
-            if not any(self.reward_weights) and not self.attention_reward_weight:
-                refuse("reward_weights", "at least one other than 0: rewards of weight 0 are only logged")
-        if self.scale_rewards != "group" and self.multi_objective_aggregation != "sum_then_normalize":
-            refuse("scale_rewards", "group with normalize_then_sum, which has normalised each reward before")
-        for name in ("reward_regions", "region_advantage_weights"):
-            if getattr(self, name) is not None and not self.region_advantages:
-                refuse(name, "none without region_advantages=True")
-        if self.region_advantages:
-            pattern = r"edit|keep|region_[1-9]\d*" if several else r"edit|keep"
-            if not self.reward_regions or any(not re.fullmatch(pattern, name) for name in self.reward_regions):
-                others = ", or region_1, region_2, ..." if several else ""
-                refuse("reward_regions", f"edit or keep{others} for each reward, because region_advantages=True")
-            named = self.named_regions
-            if self.region_advantage_weights is not None and (
-                len(self.region_advantage_weights) != len(named)
-                or any(not 0 <= weight < inf for weight in self.region_advantage_weights)
-                or not any(self.region_advantage_weights)
-            ):
-                refuse(
-                    "region_advantage_weights", f"{len(named)} numbers of 0 or more, not all 0, for {', '.join(named)}"
-                )
-
-    def _conditions(self) -> dict[str, tuple[str, bool]]:
-        """Fields that mean nothing unless something else is set: what that is, and whether it is."""
-        neighbor, nft = (("policy=" + name, self.policy == name) for name in ("neighbor", "nft"))
-        return {
-            "distance_space": neighbor,
-            "temperature": neighbor,
-            "sde_noise_level": ("policy=flow_grpo", self.policy == "flow_grpo"),
-            "nft_beta": nft,
-            "nft_advantage_clip": nft,
-            "negative_prompt": ("true_cfg_scale above 1", self.true_cfg_scale > 1),
-            "beta_keep": ("beta", self.beta > 0),
-            "keep_hinge_margin": ("keep_hinge_weight", self.keep_hinge_weight > 0),
-            "turns_at_once": ("turns_column", self.turns_column is not None),
-        }
 
     @property
     def named_regions(self) -> list[str]:

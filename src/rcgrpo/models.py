@@ -4,25 +4,32 @@ Between the pipeline and the trainer. Gotcha: a diffusers model has other names 
 transformers model, and `from_pretrained` wants objects where a YAML file has strings.
 """
 
+import json
 import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import FluxKontextPipeline
 from diffusers.quantizers import PipelineQuantizationConfig
+from huggingface_hub import hf_hub_download
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedConfig, set_seed
 
 from .adapters import WAYS_OUT, adapters_of, continued, unwrap
+from .checks import naming
 from .pipeline import RegionDecoupledFluxKontextPipeline
 from .tiny import WEIGHTS
 
 logger = logging.getLogger(__name__)
+
+INDEX = "model_index.json"
+HUB_OPTIONS = {"revision", "token", "cache_dir", "local_files_only", "force_download"}
 
 
 def load_pipeline(model: Any, init_kwargs: Mapping[str, Any] | None = None) -> RegionDecoupledFluxKontextPipeline:
@@ -36,7 +43,7 @@ def load_pipeline(model: Any, init_kwargs: Mapping[str, Any] | None = None) -> R
 
     Raises:
         TypeError: `model` is none of these.
-        ValueError: a dtype that torch does not have, or `init_kwargs` with a pipeline.
+        ValueError: a name that cannot be opened, a dtype that torch does not have, or `init_kwargs` with a pipeline.
     """
     if isinstance(model, str | os.PathLike):
         kwargs = dict(init_kwargs or {})
@@ -44,7 +51,8 @@ def load_pipeline(model: Any, init_kwargs: Mapping[str, Any] | None = None) -> R
             kwargs[key] = _dtype(kwargs[key], f"model_init_kwargs[{key!r}]")
         if isinstance(kwargs.get("quantization_config"), Mapping):  # from YAML
             kwargs["quantization_config"] = PipelineQuantizationConfig(**kwargs["quantization_config"])
-        return RegionDecoupledFluxKontextPipeline.from_pretrained(model, **kwargs)
+        with naming_model(str(model), **{key: kwargs[key] for key in HUB_OPTIONS & kwargs.keys()}):
+            return RegionDecoupledFluxKontextPipeline.from_pretrained(model, **kwargs)
     if init_kwargs:
         raise ValueError(
             f"model_init_kwargs: got {dict(init_kwargs)} with a pipeline that is loaded already, expected none; pass "
@@ -61,6 +69,29 @@ def load_pipeline(model: Any, init_kwargs: Mapping[str, Any] | None = None) -> R
     pipe = RegionDecoupledFluxKontextPipeline(**model.components | {"transformer": transformer})
     pipe.register_to_config(_name_or_path=model.config.get("_name_or_path"))
     return pipe
+
+
+@contextmanager
+def naming_model(model: str, **hub: Any) -> Iterator[None]:
+    """For opening a pipeline: whatever diffusers and the Hub's client raise is told as a wrong `model`.
+
+    Args:
+        model: a Hub id or a folder.
+        hub: `revision` and the like, for `hf_hub_download`.
+
+    Raises:
+        ValueError: nothing there, no access, broken files; or, before anything else is fetched, another pipeline.
+    """
+    expected = (
+        "kontext-tiny, or a folder or Hub id of a FLUX.1-Kontext pipeline, complete, that you may read; check "
+        "the spelling, the network (HF_HUB_OFFLINE) and, where the model is gated, `hf auth login`"
+    )
+    with naming("model", model, expected):
+        index = Path(model, INDEX) if Path(model).is_dir() else Path(hf_hub_download(model, INDEX, **hub))
+        kind = str(json.loads(index.read_text()).get("_class_name"))
+        if not kind.endswith(FluxKontextPipeline.__name__):
+            raise TypeError(f"its {INDEX} says {kind}")
+        yield
 
 
 def _dtype(value: Any, where: str) -> Any:

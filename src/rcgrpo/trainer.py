@@ -33,10 +33,12 @@ from .adapters import StartingPoint, adapters_of
 from .attention import AttentionOptions, AttentionRecorder, Concentration
 from .completions import SHOWN, Completions, record, show, shown_rows, write_completions
 from .config import RCGRPOConfig
+from .config_checks import check_trackers
 from .data.edits import Edit, EditRows
 from .diagnostics import group_diagnostics, reward_parts, variance_by_step
 from .editors import ConditionCache, FluxKontextEditor
 from .editors.flux_kontext import fit_size, instruction_token_weights
+from .hints import hinted
 from .hub import check_lora_config
 from .metrics import masked_psnr
 from .models import load_pipeline, trained_model
@@ -97,6 +99,7 @@ class UntaughtUpdates(TrainerCallback):
             trainer.model.zero_grad(set_to_none=True)
 
 
+@hinted
 class RCGRPOTrainer(SavingTrainer):
     """
     Trainer for region-constrained GRPO on flow-matching image editors (RC-GRPO-Editing, arXiv 2604.09386).
@@ -136,6 +139,7 @@ class RCGRPOTrainer(SavingTrainer):
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
         args = args if args is not None else RCGRPOConfig("rcgrpo-output")
+        check_trackers(args)
         self.rewards, self.reward_weights = self._resolve_rewards(reward_funcs, args)
         self._records_attention = args.log_attention or any(r.name in ATTENTION_REWARDS for r in self.rewards)
         self.reward_regions = self._regions_of_rewards(self.rewards, args)

@@ -1,13 +1,13 @@
 """The command line. Each command is a module here with `run(arguments)`; it is imported when it is called."""
 
-import argparse
+import difflib
 import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 
 from .. import __version__
-from .parsing import UsageError
+from .failing import told_in_one_line
 
 COMMANDS = {
     "train": "train, then report before and after on held-out edits",
@@ -19,25 +19,29 @@ COMMANDS = {
     "rewards": "list the registered rewards and the columns that they read; serve them over HTTP (serve)",
 }
 
+USAGE = "\n".join(
+    [
+        "usage: rcgrpo COMMAND [--flag value ...]\n\nRegion-constrained GRPO for instruction-guided image editors.\n",
+        *(f"  {name:10}{text}" for name, text in COMMANDS.items()),
+        "\n`rcgrpo COMMAND --help` lists a command's flags; `rcgrpo --version` the version.",
+    ]
+)
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of the `rcgrpo` command."""
-    parser = argparse.ArgumentParser(
-        prog="rcgrpo", description="Region-constrained GRPO for instruction-guided image editors."
-    )
-    parser.add_argument("--version", action="version", version=__version__)
-    parser.add_argument(
-        "command", choices=COMMANDS, help="; ".join(f"{name}: {text}" for name, text in COMMANDS.items())
-    )
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="see `rcgrpo COMMAND --help`")
-    given = parser.parse_args(argv)
-    if os.getcwd() not in sys.path:  # so that dotted paths find what lies here, as under `python -m`
-        sys.path.append(os.getcwd())
-    try:
-        import_module(f"{__name__}.{given.command}").run(given.arguments)
-    except (UsageError, ValueError, TypeError, FileNotFoundError) as error:
-        if os.environ.get("RCGRPO_TRACEBACK"):
-            raise
-        # What the user typed needs no trace; anything else may have come from deeper down.
-        hint = "" if isinstance(error, UsageError) else "\n(RCGRPO_TRACEBACK=1 shows where this comes from)"
-        sys.exit(f"rcgrpo {given.command}: {error}{hint}")
+    given = list(sys.argv[1:] if argv is None else argv)
+    if given[:1] == ["--version"]:
+        print(__version__)
+    elif given[:1] and given[0] in ("-h", "--help"):
+        print(USAGE)
+    elif given and given[0] in COMMANDS:
+        if os.getcwd() not in sys.path:  # so that dotted paths find what lies here, as under `python -m`
+            sys.path.append(os.getcwd())
+        with told_in_one_line(f"rcgrpo {given[0]}"):
+            import_module(f"{__name__}.{given[0]}").run(given[1:])
+    else:
+        nearest = difflib.get_close_matches(given[0] if given else "", COMMANDS, n=1)
+        hint = f"did you mean {nearest[0]}?" if nearest else "see `rcgrpo --help`"
+        got = repr(given[0]) if given else "no command"
+        sys.exit(f"rcgrpo: got {got}, expected one of {', '.join(COMMANDS)}; {hint}")

@@ -5,7 +5,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from .parsing import TINY, UsageError, at_least, check_port, parse, use_embedded_model
+from .parsing import TINY, UsageError, parse, use_embedded_model
 
 AUTH_VARIABLE = "RCGRPO_APP_AUTH"
 
@@ -44,8 +44,6 @@ def run(arguments: Sequence[str]) -> None:
             f"--host: got {args.host!r}, which other machines can reach; set {args.auth_variable}=user:password in the "
             "environment, or listen on 127.0.0.1"
         )
-    at_least(args, 1, "resolution", "num_inference_steps")
-    check_port(args.port)
     if importlib.util.find_spec("gradio") is None:  # known before a large model is loaded
         raise UsageError("the app needs Gradio: pip install 'rcgrpo[app]'")
     tiny = args.model == TINY

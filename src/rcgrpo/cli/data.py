@@ -11,7 +11,6 @@ from .parsing import (
     MINI,
     TINY,
     UsageError,
-    at_least,
     check_folder,
     check_picture,
     one_of,
@@ -32,7 +31,12 @@ METHODS = ("difference", "velocity", *SEGMENTERS)
 class DataArguments:
     """Which rows, for `rcgrpo data`."""
 
-    name: str = field(metadata={"help": f"{MINI} (embedded), Hub id, folder or file; may stand first, without --name."})
+    dataset: str = field(
+        metadata={
+            "help": f"{MINI} (embedded), Hub id, folder or file; may stand first, without --dataset.",
+            "aliases": ["--name"],
+        }
+    )
     preset: str | None = field(default=None, metadata={"help": "Known data set; recognised by its Hub id."})
     split: str = field(default="train", metadata={"help": "Split; `held_out` for that part of train."})
     held_out: float = field(default=0.0, metadata={"help": "Share of the groups that training must not see."})
@@ -67,7 +71,10 @@ class InspectArguments(DataArguments):
 class MaskArguments(DataArguments):
     """Masks made once, for `rcgrpo data masks`."""
 
-    output: str = field(default="masks", metadata={"help": "Folder of the masks; a second call goes on where it was."})
+    output_dir: str = field(
+        default="masks",
+        metadata={"help": "Folder of the masks; a second call goes on where it was.", "aliases": ["--output"]},
+    )
     method: str = field(default="difference", metadata={"help": f"One of {', '.join(METHODS)}."})
     num_samples: int | None = field(default=None, metadata={"help": "Only this many rows from the start."})
     every_row: bool = field(default=False, metadata={"help": "Also for rows that have a mask."})
@@ -108,7 +115,7 @@ def run(arguments: Sequence[str]) -> None:
         import_module(f"{__package__}.data_tux").run(rest)
         return
     if rest and not rest[0].startswith("-"):
-        rest = ["--name", *rest]
+        rest = ["--dataset", *rest]
     program = f"rcgrpo data {verb}"
     if verb == "inspect":
         inspect(*parse((InspectArguments,), rest, None, program))
@@ -125,8 +132,8 @@ def load(args: DataArguments, **settings: Any) -> Any:
         if not equals or not canonical or not own:
             raise UsageError(f"--columns: got {canonical + equals + own!r}, expected canonical=own")
     columns = {canonical: own.split(",") if "," in own else own for canonical, _, own in pairs}
-    source: Any = args.name
-    if args.name == MINI:
+    source: Any = args.dataset
+    if args.dataset == MINI:
         from ..data import compbench_mini
 
         split = parse_split(args.split, args.held_out)[0]
@@ -137,7 +144,7 @@ def load(args: DataArguments, **settings: Any) -> Any:
         settings["revision"] = args.revision
     return load_edit_dataset(
         source,
-        args.preset or ("compbench" if args.name == MINI else None),
+        args.preset or ("compbench" if args.dataset == MINI else None),
         args.split,
         columns=columns,
         held_out=args.held_out,
@@ -162,7 +169,6 @@ def inspect(args: InspectArguments) -> None:
     from ..data.masks import change_inside, mask_share
     from ..sheets import contact_sheet
 
-    at_least(args, 1, "num_samples", "cell")
     check_picture("output", args.output)
     rows = load(args, on_missing=tuple(args.on_missing), masks=args.masks)
     stream = not hasattr(rows, "__len__")
@@ -172,7 +178,7 @@ def inspect(args: InspectArguments) -> None:
         places = range(0, len(rows), max(1, len(rows) // args.num_samples))[: args.num_samples]
         shown = [rows[i] for i in places]
     if not shown:
-        raise UsageError(f"{args.name}: no rows to show in split {args.split!r}")
+        raise UsageError(f"{args.dataset}: no rows to show in split {args.split!r}")
     sheet_columns = {"source and region": [tint(row["input_image"], row["mask"]) for row in shown]}
     if any(row.get("edited_image") is not None for row in shown):
         sheet_columns["target"] = [row.get("edited_image") or _blank(row["input_image"]) for row in shown]
@@ -210,7 +216,7 @@ def inspect(args: InspectArguments) -> None:
         if poor:
             why = "their masks miss the edit, or their targets were drawn afresh everywhere"
             lines["change"] += f"; below half in {poor} of {len(known)} rows: {why}"
-    print(f"{args.name}, {args.split}:")
+    print(f"{args.dataset}, {args.split}:")
     for key, value in lines.items():
         print(f"  {key:<12} {value}")
     print(f"Written: {args.output}")
@@ -265,14 +271,13 @@ def _cheap_columns(rows: Any) -> dict[str, Any]:
 def make(args: MaskArguments) -> None:
     """Make masks for the rows that have none."""
     one_of(args, "method", METHODS)
-    at_least(args, 1, "num_samples", "resolution", "num_draws")
-    check_folder("output", args.output)
+    check_folder("output_dir", args.output_dir)
     from tqdm.auto import tqdm
 
     from ..data.make_masks import MaskFolder
 
     rows = load(args, on_missing="full")
-    folder = MaskFolder(args.output, args.method)
+    folder = MaskFolder(args.output_dir, args.method)
     before = len(folder.made)
     todo = _todo(rows, folder, args)
     first = next(todo, None)
@@ -282,12 +287,15 @@ def make(args: MaskArguments) -> None:
         maker = _maker(args)
         folder.fill(tqdm(chain([first], todo), desc="masks", unit=" rows"), maker)
     elif not folder.made and not folder.skipped:
-        raise UsageError(f"{args.name}: no row lacks a mask; --every_row true makes one for each of them all the same")
+        raise UsageError(
+            f"{args.dataset}: no row lacks a mask; --every_row true makes one for each of them all the same"
+        )
+    new, skipped = len(folder.made) - before, len(folder.skipped)
     print(
-        f"{args.output}: {len(folder.made)} masks ({len(folder.made) - before} new), {len(folder.skipped)} rows without"
-        + (", see skipped.log" if folder.skipped else "")
+        f"{args.output_dir}: {len(folder.made)} masks ({new} new), {skipped} rows without"
+        + (", see skipped.log" if skipped else "")
     )
-    print(f'Use them: load_edit_dataset("{args.name}", masks="{args.output}")')
+    print(f'Use them: load_edit_dataset("{args.dataset}", masks="{args.output_dir}")')
 
 
 def _todo(rows: Any, folder: Any, args: MaskArguments) -> Iterator[Mapping[str, Any]]:

@@ -10,7 +10,10 @@ from .parsing import UsageError, parse
 class BuildTuxArguments:
     """The photographic pack, for `rcgrpo data build-tux`. Its pictures are GPL-2."""
 
-    output: str = field(default="tux-edits", metadata={"help": "The folder to make, for `datasets.load_dataset`."})
+    output_dir: str = field(
+        default="tux-edits",
+        metadata={"help": "The folder to make, for `datasets.load_dataset`.", "aliases": ["--output"]},
+    )
     size: int = field(default=128, metadata={"help": "Side of the square pictures: 64, 128 or 256 pixels."})
     num_train: int = field(default=2048, metadata={"help": "Rows of the training split."})
     num_test: int = field(default=256, metadata={"help": "Rows of each of the two held-out splits."})
@@ -32,8 +35,9 @@ def run(arguments: Sequence[str]) -> None:
     (args,) = parse((BuildTuxArguments,), arguments, None, "rcgrpo data build-tux")
     from ..data.tux import build_tux
 
+    options = {name: value for name, value in vars(args).items() if name != "output_dir"}
     try:
-        folder = build_tux(**vars(args))
+        folder = build_tux(args.output_dir, **options)
     except (OSError, RuntimeError) as error:
         raise UsageError(str(error)) from error
     print(f"Written: {folder} (open it with `datasets.load_dataset({str(folder)!r})`)")

@@ -10,10 +10,8 @@ from .parsing import (
     MINI,
     TINY,
     UsageError,
-    at_least,
     check_folder,
     free_folder,
-    in_unit,
     one_of,
     parse,
     use_embedded_model,
@@ -39,7 +37,9 @@ class DiagnoseArguments:
         default=False,
         metadata={"help": "Let rows name files outside the data set's own folder; if you trust it."},
     )
-    num_edits: int = field(default=24, metadata={"help": "Edits, evenly spaced over the split."})
+    num_samples: int = field(
+        default=24, metadata={"help": "Edits, evenly spaced over the split, at least 2.", "aliases": ["--num_edits"]}
+    )
     num_generations: int = field(default=8, metadata={"help": "Candidates of each edit, at least 2."})
     edit_strength: float = field(default=0.5, metadata={"help": "Perturbation inside the region, in [0, 1]."})
     keep_strength: float = field(default=0.0, metadata={"help": "Perturbation outside the region, in [0, 1]."})
@@ -71,10 +71,15 @@ class DiagnoseArguments:
     max_sequence_length: int | None = field(
         default=None, metadata={"help": f"T5 tokens of an instruction; 512 by default, the embedded one's for {TINY}."}
     )
-    batch_size: int | None = field(default=None, metadata={"help": "Candidates at a time; all of four edits."})
+    rollout_batch_size: int | None = field(
+        default=None, metadata={"help": "Candidates at a time; all of four edits.", "aliases": ["--batch_size"]}
+    )
     num_maps: int = field(default=8, metadata={"help": "Edits shown with their attention; each map costs memory."})
     seed: int = field(default=0, metadata={"help": "Seed of the noise."})
-    output: str | None = field(default=None, metadata={"help": "Where results go; a new folder rcgrpo-diagnosis."})
+    output_dir: str | None = field(
+        default=None,
+        metadata={"help": "Where results go; by default a new folder rcgrpo-diagnosis.", "aliases": ["--output"]},
+    )
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -94,7 +99,7 @@ def run(arguments: Sequence[str]) -> None:
     from ..survey import JUDGES, match_strength, survey
     from .opening import check_loras, open_pipeline
 
-    folder = Path(args.output)
+    folder = Path(args.output_dir)
     names = (args.reward, args.edit_reward, args.keep_reward, args.held_out_reward)
     judges = {judge: resolve_rewards(name)[0] for judge, name in zip(JUDGES, names, strict=True)}
     loras = [] if args.lora is None else [args.lora]
@@ -102,7 +107,7 @@ def run(arguments: Sequence[str]) -> None:
     entrants = contenders(loras)
     required = sorted({column for reward in judges.values() for column in reward.columns})
     rows = EditRows(load_rows(args), "diagnosis", required_columns=required)
-    count = min(args.num_edits, len(rows))
+    count = min(args.num_samples, len(rows))
     edits = [rows.edit(i * len(rows) // count) for i in range(count)]
     pipeline = open_pipeline(FluxKontextPipeline, args.model)
     pipeline.set_progress_bar_config(disable=True)
@@ -123,7 +128,7 @@ def run(arguments: Sequence[str]) -> None:
             options.get("judges", judges),
             options.get("depth_step"),
             options.get("num_maps", 0),
-            batch_size=args.batch_size,
+            batch_size=args.rollout_batch_size,
         )
 
     def inside(findings: Sequence["Finding"]) -> float:
@@ -170,10 +175,9 @@ def fill_in(args: DiagnoseArguments) -> None:
             )
         args.reward = args.reward or "compbench_mini"
         args.edit_reward = args.edit_reward or "region_edit"
-    at_least(args, 2, "num_generations", "num_edits")
-    at_least(args, 1, "num_inference_steps", "resolution", "max_sequence_length", "batch_size")
-    at_least(args, 0, "num_maps", "match_tolerance")
-    in_unit(args, "edit_strength", "keep_strength", "mask_growth")
+    for name in ("num_generations", "num_samples"):
+        if getattr(args, name) < 2:
+            raise UsageError(f"--{name}: got {getattr(args, name)}, expected at least 2, to compare")
     one_of(args, "solver", ("euler", "heun", "dpmpp_2m", "unipc"))
     if args.antithetic and args.num_generations % 2:
         raise UsageError(f"--num_generations: got {args.num_generations}, expected an even number with --antithetic")
@@ -182,8 +186,8 @@ def fill_in(args: DiagnoseArguments) -> None:
     args.max_sequence_length = args.max_sequence_length or defaults["max_sequence_length"]
     args.mask_growth = args.mask_growth if args.mask_growth is not None else (0.0 if tiny else 0.02)
     args.split = args.split or ("train" if not mini and is_one_table(args.dataset) else "test")
-    args.output = args.output or free_folder("rcgrpo-diagnosis")
-    check_folder("output", args.output)
+    args.output_dir = args.output_dir or free_folder("rcgrpo-diagnosis")
+    check_folder("output_dir", args.output_dir)
 
 
 def load_rows(args: DiagnoseArguments) -> Any:
@@ -192,7 +196,7 @@ def load_rows(args: DiagnoseArguments) -> Any:
     if args.dataset == MINI:
         from ..data import compbench_mini
 
-        return compbench_mini(split, args.num_edits)
+        return compbench_mini(split, args.num_samples)
     from ..data.loading import load_edit_dataset
 
     return load_edit_dataset(args.dataset, split=split, allow_outside=args.allow_outside)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from .opening import call_defaults, check_loras, open_pipeline
-from .parsing import TINY, UsageError, at_least, check_picture, in_unit, parse, use_embedded_model
+from .parsing import TINY, UsageError, check_picture, parse, use_embedded_model
 
 
 @dataclass
@@ -25,7 +25,9 @@ class EditArguments:
     lora: str | None = field(default=None, metadata={"help": "A LoRA: folder, file or Hub id."})
     model: str = field(default=TINY, metadata={"help": f"{TINY} (embedded), or a Hub id or folder of a Kontext model."})
     output: str = field(default="edited.png", metadata={"help": "Where to write the result."})
-    num_candidates: int = field(default=1, metadata={"help": "Candidates, side by side in the result."})
+    num_generations: int = field(
+        default=1, metadata={"help": "Candidates, side by side in the result.", "aliases": ["--num_candidates"]}
+    )
     edit_strength: float = field(default=0.5, metadata={"help": "How much candidates differ inside the mask."})
     resolution: int | None = field(
         default=None,
@@ -39,8 +41,8 @@ class EditArguments:
 def run(arguments: Sequence[str]) -> None:
     """`rcgrpo edit`: one picture."""
     (args,) = parse((EditArguments,), arguments, None, "rcgrpo edit")
-    at_least(args, 1, "num_candidates", "num_inference_steps", "resolution")
-    in_unit(args, "edit_strength")
+    if not args.instruction.strip():
+        raise UsageError("--instruction: got nothing, expected what to do, such as 'remove the apple'")
     check_picture("output", args.output)
     if args.model == TINY:
         use_embedded_model([] if args.lora is None else [args.lora])
@@ -72,7 +74,7 @@ def run(arguments: Sequence[str]) -> None:
         prompt=args.instruction,
         mask_image=None if mask is None else at_size(mask, (height, width)),
         **({} if mask is None else {"edit_strength": args.edit_strength}),
-        num_images_per_prompt=args.num_candidates,
+        num_images_per_prompt=args.num_generations,
         generator=torch.Generator().manual_seed(args.seed),
         **sampling.call(height, width),
     ).images

@@ -12,7 +12,6 @@ from .parsing import (
     MINI,
     TINY,
     UsageError,
-    at_least,
     check_folder,
     free_folder,
     one_of,
@@ -40,7 +39,8 @@ class EvaluateArguments:
         default_factory=list,
         metadata={
             "help": f"Splits, one after another; by default 'test', 'train' of a single table, 'train multi_turn' of "
-            f"{COMPBENCH}."
+            f"{COMPBENCH}.",
+            "aliases": ["--split"],
         },
     )
     allow_outside: bool = field(
@@ -198,8 +198,6 @@ def fill_in(args: EvaluateArguments) -> None:
             setattr(args, name, value)
     args.intervals_by = args.intervals_by or ("edit" if mini else "video")
     one_of(args, "intervals_by", ("video", "edit"))
-    at_least(args, 1, "num_samples", "metric_size", "resolution", "num_inference_steps", "max_sequence_length")
-    at_least(args, 1, "batch_size", "num_pictures")
 
 
 def load_rows(args: EvaluateArguments) -> Any:

@@ -8,6 +8,7 @@ from diffusers import FluxKontextPipeline, FluxTransformer2DModel
 from torch import nn
 
 from ..lora import check_lora
+from ..models import naming_model
 from ..tiny import CALL, RESOLUTION, WEIGHTS
 from .parsing import TINY, UsageError
 
@@ -29,9 +30,13 @@ def open_pipeline(kind: type[Pipeline], model: str) -> Pipeline:
     Args:
         kind: `FluxKontextPipeline` or a subclass.
         model: "kontext-tiny", or a Hub id or folder.
+
+    Raises:
+        ValueError: it cannot be opened, or is another kind of model.
     """
     name, dtype = (str(WEIGHTS), torch.float32) if model == TINY else (model, torch.bfloat16)
-    pipeline = kind.from_pretrained(name, dtype=dtype)
+    with naming_model(name):
+        pipeline = kind.from_pretrained(name, dtype=dtype)
     return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
 
 

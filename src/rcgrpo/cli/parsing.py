@@ -4,31 +4,25 @@ Flags and YAML come from dataclasses through transformers' parser. A key that no
 """
 
 import argparse
-import difflib
 import json
 import os
 import re
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any, NoReturn, get_args, get_type_hints
+
+from ..checks import check_ranges, naming
+from ..hints import hint
 
 TINY = "kontext-tiny"
 MINI = "compbench-mini"
 
 
-class UsageError(Exception):
-    """Something that the user typed; printed without a traceback."""
-
-
-ALIASES = {
-    "prompt": ("instruction",),
-    "mask_image": ("mask",),
-    "num_images_per_prompt": ("num_candidates", "num_generations"),
-}
-"""What users of diffusers type, and what it is called here."""
+class UsageError(ValueError):
+    """Something that the user typed."""
 
 
 def parse(
@@ -41,12 +35,13 @@ def parse(
     says otherwise, for what is no text and None by default. `env:` sets variables of the environment, as with TRL.
 
     Raises:
-        UsageError: an unknown key or flag, with the nearest known one; a value of another type; a config file that
-            cannot be read.
+        UsageError: an unknown key or flag, with a hint; a value of another type, or a number that is out of bounds; a
+            config file that cannot be read.
+        ValueError: what a dataclass itself refuses.
     """
     from transformers import HfArgumentParser
 
-    known = {f.name for cls in classes for f in fields(cls) if f.init}
+    known = {name for cls in classes for f in fields(cls) if f.init for name in (f.name, *_other_names(f))}
     config, flags, path = _read_config(arguments, default_config)
     variables = config.pop("env", {})
     if not isinstance(variables, dict):
@@ -59,7 +54,9 @@ def parse(
             raise UsageError(_unknown(f"unknown flag {flag.split('=')[0]!r}", name, known, program, "--"))
     unset, flags = _take_unset(flags, set().union(*map(_may_be_unset, classes)))
     config = {name: value for name, value in config.items() if name not in unset}
-    os.environ.update({str(name): str(value) for name, value in variables.items()})
+    for name, value in variables.items():
+        with naming("env", {name: value}, "variables that an environment can hold"):
+            os.environ[str(name)] = str(value)
     one_or_more = set().union(*map(_may_be_several, classes))
 
     class Parser(HfArgumentParser):
@@ -80,7 +77,14 @@ def parse(
     *parsed, stray = parser.parse_args_into_dataclasses([*_as_flags(config), *flags], True, look_for_args_file=False)
     if stray:
         raise UsageError(f"got {' '.join(stray)}, which belongs to no flag; see `{program} --help`")
+    for settings in parsed:
+        check_ranges(settings, "--", UsageError)
     return tuple(parsed)
+
+
+def _other_names(field: Field) -> list[str]:
+    """What a flag was called before, or is elsewhere."""
+    return [_name(alias) for alias in field.metadata.get("aliases", ())]
 
 
 def given(arguments: Sequence[str], default_config: str | None = None) -> set[str]:
@@ -161,37 +165,10 @@ def _take_unset(flags: Sequence[str], names: set[str]) -> tuple[set[str], list[s
 
 
 def _unknown(what: str, name: str, known: set[str], program: str, prefix: str = "") -> str:
-    alias = next((other for other in ALIASES.get(name, ()) if other in known), None)
-    nearest = [alias] if alias else difflib.get_close_matches(name, sorted(known), n=1)
-    hint = f"the nearest known one is {prefix}{nearest[0]}" if nearest else f"see `{program} --help`"
-    return f"{what}; {hint}"
+    return f"{what}; {hint(name, known, prefix) or f'see `{program} --help`'}"
 
 
 # Checks ---------------------------------------------------------------------------------------------------------------
-
-
-def at_least(args: Any, least: float, *names: str) -> None:
-    """Refuse flags below a number; `None` is left alone.
-
-    Raises:
-        UsageError: naming the flag.
-    """
-    for name in names:
-        value = getattr(args, name)
-        if value is not None and not value >= least:
-            raise UsageError(f"--{name}: got {value}, expected at least {least:g}")
-
-
-def in_unit(args: Any, *names: str) -> None:
-    """Refuse flags outside [0, 1]; `None` is left alone.
-
-    Raises:
-        UsageError: naming the flag.
-    """
-    for name in names:
-        value = getattr(args, name)
-        if value is not None and not 0 <= value <= 1:
-            raise UsageError(f"--{name}: got {value}, expected a number in [0, 1]")
 
 
 def one_of(args: Any, name: str, choices: Sequence[str]) -> None:
@@ -203,16 +180,6 @@ def one_of(args: Any, name: str, choices: Sequence[str]) -> None:
     value = getattr(args, name)
     if value is not None and value not in choices:
         raise UsageError(f"--{name}: got {value!r}, expected one of {', '.join(choices)}")
-
-
-def check_port(port: int) -> None:
-    """Refuse a number that no port has.
-
-    Raises:
-        UsageError: it is outside 0 to 65535.
-    """
-    if not 0 <= port <= 65535:
-        raise UsageError(f"--port: got {port}, expected 0 to 65535")
 
 
 def check_folder(flag: str, folder: str | Path) -> None:

@@ -4,7 +4,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from .parsing import UsageError, check_port, parse
+from .parsing import UsageError, parse
 
 
 @dataclass
@@ -64,7 +64,6 @@ def show() -> None:
 def serve_rewards(arguments: Sequence[str]) -> None:
     """Serve until interrupted."""
     (given,) = parse([ServeArguments], arguments, None, "rcgrpo rewards serve")
-    check_port(given.port)
     from ..rewards import resolve_rewards
     from ..rewards.server import serve
 

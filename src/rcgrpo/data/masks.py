@@ -28,6 +28,8 @@ Size = tuple[int, int]
 # Encodings ------------------------------------------------------------------------------------------------------------
 
 PIE_SIDE = 512
+MOST_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 89478485)
+"""Of a mask that is no picture; Pillow refuses to open larger pictures too."""
 PAINT = 250
 
 
@@ -103,8 +105,10 @@ def _rle(value: Mapping[str, Any]) -> Image.Image:
     (height, width), counts = value["size"], value["counts"]
     if isinstance(counts, str | bytes):
         counts = _coco_counts(counts.encode() if isinstance(counts, str) else counts)
+    if not 0 < height * width <= MOST_PIXELS:
+        raise ValueError(f"a size of {height}×{width}, expected at most {MOST_PIXELS} pixels")
     counts = np.asarray(counts, dtype=np.int64)
-    if (counts < 0).any() or counts.sum() != height * width:
+    if ((counts < 0) | (counts > height * width)).any() or counts.sum() != height * width:
         raise ValueError(f"counts that sum to {counts.sum()} for {height}×{width} pixels")
     return _binary(np.repeat(np.arange(len(counts)) % 2, counts).reshape(width, height).T)
 

@@ -29,6 +29,8 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from ..checks import naming
+
 RewardFunction = Callable[..., Any]
 """`(prompts, images, source_images, masks, **columns) -> list[float | None]`, or a coroutine function of the same."""
 
@@ -165,7 +167,13 @@ def resolve_rewards(reward_funcs: RewardFunction | str | Sequence[RewardFunction
 def _resolve(item: RewardFunction | str) -> Reward:
     function = _look_up(item) if isinstance(item, str) else item
     if isinstance(function, type):
-        function = function()
+        try:
+            function = function()
+        except TypeError as error:
+            raise TypeError(
+                f"reward_funcs: got the class {item!r}, expected one that can be called without arguments ({error}); "
+                "give an instance, or register a function that makes one"
+            ) from error
     if not callable(function):
         raise TypeError(f"reward_funcs: got {item!r}, expected a callable, a registered name or a dotted path")
     name = _attribute(function, "reward_name") or _attribute(function, "__name__")
@@ -187,11 +195,13 @@ def _look_up(name: str) -> RewardFunction:
     path, _, attribute = name.rpartition(".")
     if path:
         try:
-            module = importlib.import_module(path)
-        except ModuleNotFoundError as error:
-            if not f"{path}.".startswith(f"{error.name}."):  # the module exists; something that it imports does not
-                raise
-            raise ValueError(f"reward_funcs: got {name!r}, but there is no module {error.name!r}") from error
+            with naming("reward_funcs", name, "a module that can be imported; mend it"):
+                module = importlib.import_module(path)
+        except ValueError as error:
+            absent = getattr(error.__cause__, "name", None)
+            if isinstance(error.__cause__, ModuleNotFoundError) and f"{path}.".startswith(f"{absent}."):
+                raise ValueError(f"reward_funcs: got {name!r}, but there is no module {absent!r}") from None
+            raise
         if hasattr(module, attribute):
             return getattr(module, attribute)
         known = [member for member in vars(module) if not member.startswith("_")]
