@@ -214,7 +214,13 @@ class RCGRPOConfig(_BaseConfig):
     )
     keep_weight: float = field(default=0.1, metadata={"help": "Weight of the distance outside the region (λ_keep)."})
     temperature: float = field(default=1.0, metadata={"help": "Temperature of the surrogate policy (τ)."})
-    epsilon: float = field(default=1e-4, metadata={"help": "Clip range of the policy ratio."})
+    epsilon: float | None = field(
+        default=None,
+        metadata={
+            "help": "Clip range of the policy ratio, which matters with num_iterations above 1; by default the "
+            "policy's own (see docs/training.md), because ratios of mean distances stay very close to 1."
+        },
+    )
     epsilon_high: float | None = field(
         default=None, metadata={"help": "Clip range above 1, where it is to differ from epsilon."}
     )
@@ -335,7 +341,7 @@ class RCGRPOConfig(_BaseConfig):
         for name in (*weights, "keep_hinge_weight", "keep_hinge_margin"):
             if not 0 <= getattr(self, name) < inf:  # NaN is neither
                 refuse(name, "0 or more")
-        positive = ("temperature", "epsilon", "advantage_power", "advantage_std_floor", "sde_noise_level", "nft_beta")
+        positive = ("temperature", "advantage_power", "advantage_std_floor", "sde_noise_level", "nft_beta")
         for name in (*positive, "nft_advantage_clip"):
             if not 0 < getattr(self, name) < inf:
                 refuse(name, "a number above 0")
@@ -373,6 +379,8 @@ class RCGRPOConfig(_BaseConfig):
 
     def _check_together(self, refuse: Callable[[str, str], None]) -> None:
         """Options that go with some settings of others only."""
+        if self.epsilon is not None and not 0 < self.epsilon < inf:
+            refuse("epsilon", "a number above 0, or none for the policy's own")
         if self.epsilon_high is not None and not self.epsilon_high > 0:
             refuse("epsilon_high", "a number above 0, or none to clip by epsilon on both sides")
         if not self.true_cfg_scale >= 1:
