@@ -9,10 +9,12 @@ real socket (a reset, half an answer, silence), which a mocked client would neve
         server.log()                                                         # what arrived, in order
 
 Behaviours: `compute` (the default; scores are the prompts read as numbers), `chat` (see `_chat`), `status` (with
-`status` and `headers`), `body` (200 with the text `body`), `truncate` (half of what was announced), `reset`, `hang`;
-any of them after `sleep` seconds. Gotcha: only the standard library is imported, so that a process starts in no time.
+`status` and `headers`), `body` (200, or `status`, with the text `body` and so many `blanks`, perhaps in a `packing`),
+`truncate` (half of what was announced), `reset`, `hang`; any of them after `sleep` seconds. Gotcha: only the standard
+library is imported, so that a process starts in no time.
 """
 
+import gzip
 import json
 import socket
 import struct
@@ -21,6 +23,7 @@ import sys
 import threading
 import time
 import urllib.request
+import zlib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -118,7 +121,11 @@ class _Handler(BaseHTTPRequestHandler):
         self.answer(b'{"error": "as you wish"}', how["status"], how.get("headers"))
 
     def _body(self, how: dict[str, Any], body: Any) -> None:
-        self.answer(how["body"].encode())
+        content = how["body"].encode() + b" " * how.get("blanks", 0)
+        packing = how.get("packing")
+        if packing is not None:
+            content = gzip.compress(content) if packing == "gzip" else zlib.compress(content)
+        self.answer(content, how.get("status", 200), {} if packing is None else {"Content-Encoding": packing})
 
     def _truncate(self, how: dict[str, Any], body: Any) -> None:
         self.answer(b'{"rewards": [0.', headers={"Content-Length": "100"})

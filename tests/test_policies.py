@@ -12,8 +12,8 @@ from rcgrpo.data.edits import Edit
 from rcgrpo.editors import Conditions, Schedule
 from rcgrpo.noise import keyed_noise
 from rcgrpo.objective import batch_advantages, sde_std, sde_step
-from rcgrpo.policies import FlowGRPOPolicy, NeighborPolicy, NFTPolicy, make_policy, region_mask
-from rcgrpo.rollout import Group
+from rcgrpo.policies import CLIPPED_AGAIN, FlowGRPOPolicy, NeighborPolicy, NFTPolicy, make_policy, region_mask
+from rcgrpo.rollout import Exploration, Group
 from rcgrpo.transitions import choose, gather
 
 STEPS, SIZE, TOKENS, CHANNELS = 4, 6, 5, 3
@@ -61,6 +61,7 @@ POLICIES = {
     "flow_grpo": FlowGRPOPolicy(),
     "nft": NFTPolicy(advantage_clip=0.4, nft_beta=0.7),
 }
+STOCHASTIC = Exploration(noise_level=0.7, sde_steps=range(STEPS))
 ROWS = {"regions": ("edit", "keep"), "importance": (1.0, 0.3)}
 
 
@@ -96,6 +97,58 @@ def test_ratio_is_one_before_the_first_update_and_clips_after_it(name):
     _, second = policy.loss(0.5 * found.latents, found)
     assert second["policy/log_ratio_max"] > 0
     assert second["clip_ratio/low_mean"] + second["clip_ratio/high_mean"] > 0
+
+
+def test_clipped_share_counts_those_with_a_say_after_the_first_update():
+    group = random_group()
+    group.advantages[:3] = 0
+    found = gather([group], [(0, 1, 0)], NeighborPolicy(), {})
+    shares = {}
+    for epsilon in (1e-9, 10.0):
+        policy = NeighborPolicy(epsilon=epsilon)
+        found.old = None
+        _, first = policy.loss(found.latents, found)
+        assert CLIPPED_AGAIN not in first
+        _, second = policy.loss(0.5 * found.latents, found)
+        shares[epsilon] = second[CLIPPED_AGAIN]
+        both = second["clip_ratio/low_mean"] + second["clip_ratio/high_mean"]
+        assert second[CLIPPED_AGAIN] == pytest.approx(2 * both)  # half of the group has a say
+    assert shares[10.0] == 0 < shares[1e-9] <= 1
+
+
+@pytest.mark.parametrize("name", ["latents", "clean", "flow_grpo"])
+def test_a_clip_range_that_nobody_gave_is_the_policys_own(name):
+    policy = POLICIES[name]
+    found = gather([random_group()], [(0, 1, 0), (0, 4, 2)], policy, {})
+    policy.loss(found.latents, found)
+    velocity = 1.01 * found.latents
+    loss, metrics = policy.loss(velocity, found)
+    explicit = replace(policy, epsilon=policy.default_epsilon)
+    assert torch.equal(loss, explicit.loss(velocity, found)[0]) and metrics == explicit.loss(velocity, found)[1]
+    if name != "flow_grpo":  # log-ratios grow as the temperature falls
+        assert replace(policy, temperature=0.01).default_epsilon == pytest.approx(
+            100 * replace(policy, temperature=1.0).default_epsilon
+        )
+
+
+@pytest.mark.parametrize("name", ["latents", "clean", "flow_grpo"])
+def test_mismatch_is_0_on_the_rollouts_own_policy_and_else_a_share_of_the_step(name):
+    policy, group, step, anchor = POLICIES[name], random_group(), 1, 2
+    velocity = torch.rand(1, TOKENS, CHANNELS, generator=torch.Generator().manual_seed(5))
+    before, (sigma, next_sigma) = group.trajectory[step, anchor], SIGMAS[step : step + 2]
+    if name == "flow_grpo":
+        noise = STOCHASTIC.kicks(torch.ones(TOKENS), CHANNELS, SIZE, STEPS, group.key).noise[step, anchor]
+        spread = group.kick_strength[step, anchor] * sde_std(sigma, SIGMAS[1], 0.7)
+        mean, std = sde_step(before[None], velocity, sigma, next_sigma, spread[None])
+        group.trajectory[step + 1, anchor] = (mean + std * noise)[0]
+    else:
+        group.trajectory[step + 1, anchor] = before + (next_sigma - sigma) * velocity[0]
+    found = gather([group], [(0, anchor, step)], policy, {})
+    assert policy.mismatch(velocity, found) == 0
+    if name == "flow_grpo":
+        assert policy.mismatch(1.1 * velocity, found) > 0.01
+    else:
+        assert policy.mismatch(1.1 * velocity, found) == pytest.approx(0.1, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", POLICIES)

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 import rcgrpo.policies
+import rcgrpo.trainer
 from processes import on_processes
 from rcgrpo import RCGRPOConfig, RCGRPOTrainer, compbench_mini
 from rcgrpo.attention import AttentionOptions
@@ -192,6 +193,49 @@ def test_every_option_trains_and_meets_its_old_policy_exactly(tmp_path, data, na
     assert all(0 < norm < float("inf") for norm in last(trainer, "grad_norm"))
     assert not same(weights(trainer), start)
     assert ("keep_hinge" in trainer.state.log_history[0]) == (name == "hinge")
+
+
+@pytest.mark.parametrize("options", [{}, {"distance_space": "clean", "bf16": True}, FLOW_GRPO, {"solver": "euler"}])
+def test_a_rollout_of_other_weights_than_the_updates_shows(tmp_path, data, options):
+    """The ratio cannot: it starts from the update's own first forward."""
+    found = {}
+    for shift in (0.0, 0.05):
+        trainer = make(
+            tmp_path / str(shift), data, **({"max_steps": 2, "num_iterations": 2, "save_steps": 2} | options)
+        )
+        make_groups = trainer.make_groups
+
+        def shifted(*given, make_groups=make_groups, trainer=trainer, shift=shift, **named):
+            groups = make_groups(*given, **named)
+            with torch.no_grad():
+                for name, parameter in trainer.model.named_parameters():
+                    if "lora_B" in name:
+                        parameter += shift
+            return groups
+
+        trainer.make_groups = shifted
+        trainer.train()
+        (found[shift],) = last(trainer, "policy/rollout_mismatch")  # in the first update on a rollout alone
+        assert last(trainer, "policy/log_ratio_max")[0] == 0
+    assert found[0.0] < (1e-2 if options.get("bf16") else 1e-5) < found[0.05] / 3
+
+
+@pytest.mark.parametrize("options", [{"solver": "heun"}, {"solver": "dpmpp_2m"}, {"policy": "nft"}])
+def test_mismatch_is_not_told_where_rollouts_take_other_steps(tmp_path, data, options):
+    trainer = make(tmp_path, data, max_steps=1, **options)
+    trainer.train()
+    assert not last(trainer, "policy/rollout_mismatch")
+
+
+@pytest.mark.parametrize(("epsilon", "times"), [(1e-12, 1), (10.0, 0)])
+def test_a_clip_that_takes_nearly_all_is_told_once(tmp_path, data, caplog, monkeypatch, epsilon, times):
+    # Steps against the gradient, small enough, move nearly every ratio where its advantage wants it.
+    monkeypatch.setattr(rcgrpo.trainer, "NEARLY_ALL", 0.4)
+    trainer = make(tmp_path, data, epsilon=epsilon, num_iterations=2, max_steps=6, learning_rate=0.1)
+    trainer.train()
+    assert caplog.text.count("epsilon: the clip took away the gradient of") == times
+    shares = last(trainer, "clip_ratio/later_mean")
+    assert len(shares) == 3 and all((share > 0.4) == bool(times) for share in shares)
 
 
 def test_evaluation_of_a_stochastic_policy_follows_the_ode(tmp_path, data, held_out):

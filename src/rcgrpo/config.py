@@ -226,7 +226,13 @@ class RCGRPOConfig(_BaseConfig):
     )
     keep_weight: float = field(default=0.1, metadata={"help": "Weight of the distance outside the region (λ_keep)."})
     temperature: float = field(default=1.0, metadata={"help": "Temperature of the surrogate policy (τ)."})
-    epsilon: float = field(default=1e-4, metadata={"help": "Clip range of the policy ratio."})
+    epsilon: float | None = field(
+        default=None,
+        metadata={
+            "help": "Clip range of the policy ratio, which matters with num_iterations above 1; by default the "
+            "policy's own (see docs/training.md), because ratios of mean distances stay very close to 1."
+        },
+    )
     epsilon_high: float | None = field(
         default=None, metadata={"help": "Clip range above 1, where it is to differ from epsilon."}
     )

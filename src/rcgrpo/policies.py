@@ -28,7 +28,7 @@ from .objective import (
     surrogate_log_probs,
 )
 from .regions import region_weights
-from .rollout import Group, kick_std
+from .rollout import Group, kick_key, kick_std
 from .transitions import Reading, Transitions
 
 if TYPE_CHECKING:
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 Metrics = dict[str, float]
 LOW_HIGH = ("low", "high")
+CLIPPED_AGAIN = "clip_ratio/later_mean"
+"""After a rollout's first update: of the candidates that have a say, the share whose gradient the clip took away."""
 
 
 def region_mask(group: Group, name: str) -> Tensor:
@@ -96,6 +98,8 @@ class Policy(ABC):
             advantages=torch.atleast_2d(group.advantages)[:, members],  # type: ignore[arg-type]
             weights=self.weights(group),
             std=std,
+            noise=torch.zeros_like(group.trajectory[step, anchor]),
+            next_latents=group.trajectory[step + 1, anchor],
         )
 
     @abstractmethod
@@ -108,11 +112,32 @@ class RatioPolicy(Policy):
     """A policy with probabilities, whose ratio to the old ones is clipped (section 4).
 
     Args:
-        epsilon, epsilon_high: clip range of the ratio below and above 1.
+        epsilon, epsilon_high: clip range of the ratio below and above 1; `default_epsilon` and the same on both sides.
     """
 
-    epsilon: float = 1e-4
+    epsilon: float | None = None
     epsilon_high: float | None = None
+
+    @property
+    @abstractmethod
+    def default_epsilon(self) -> float:
+        """A clip range that takes a tenth or two of the second update on a rollout (measured: docs/training.md)."""
+
+    @abstractmethod
+    def step(self, velocity: Tensor, transitions: Transitions) -> Tensor:
+        """Where the policy takes the anchor, with the noise that its rollout met, `[B, N, C]`."""
+
+    @torch.no_grad()
+    def mismatch(self, velocity: Tensor, transitions: Transitions) -> float:
+        """How far the update's step lies from the rollout's own, in lengths of that step, averaged over transitions.
+
+        0 as long as rollout and update ask the same model the same thing, except for what rounding makes of another
+        batch shape; only before the first update on a rollout, and only for rollouts that take Euler steps.
+        """
+        t = transitions
+        off = (self.step(velocity, t) - t.next_latents).flatten(1).norm(dim=-1)
+        length = (t.next_latents - t.latents).flatten(1).norm(dim=-1)
+        return float((off / length.clamp(min=1e-12)).mean())
 
     @abstractmethod
     def log_probs(self, velocity: Tensor, transitions: Transitions, weights: Tensor) -> Tensor:
@@ -122,18 +147,22 @@ class RatioPolicy(Policy):
         rows = range(transitions.advantages.shape[1])
         each = [self.log_probs(velocity, transitions, transitions.weights[:, row]) for row in rows]
         log_probs = torch.stack(each, dim=1)
+        again = transitions.old is not None
         if transitions.old is None:
             # The policy has not moved since the rollout: it is its own old policy, without another forward.
             transitions.old = log_probs.detach()
         old, advantages = transitions.old, transitions.advantages
+        epsilon = self.default_epsilon if self.epsilon is None else self.epsilon
         results = [
-            policy_loss(log_probs[:, row], old[:, row], advantages[:, row], self.epsilon, self.epsilon_high)
-            for row in rows
+            policy_loss(log_probs[:, row], old[:, row], advantages[:, row], epsilon, self.epsilon_high) for row in rows
         ]
         loss = sum(u * result.loss for u, result in zip(self.importance, results, strict=True))
         clipped = {side: torch.stack([getattr(result, f"clipped_{side}") for result in results]) for side in LOW_HIGH}
         metrics = {f"clip_ratio/{side}_mean": float(clipped[side].float().mean()) for side in LOW_HIGH}
         metrics["policy/log_ratio_max"] = float((log_probs.detach() - old).abs().max())
+        if again and bool(advantages.any()):
+            away = sum(clipped[side].sum() for side in LOW_HIGH)
+            metrics[CLIPPED_AGAIN] = float(away / advantages.ne(0).sum())
         return loss, metrics  # type: ignore[return-value]
 
 
@@ -150,6 +179,10 @@ class NeighborPolicy(RatioPolicy):
     temperature: float = 1.0
     distance_space: Literal["latents", "clean"] = "latents"
 
+    @property
+    def default_epsilon(self) -> float:
+        return (1e-4 if self.distance_space == "latents" else 1e-3) / self.temperature
+
     def teaches(self, group: Group, steps: Sequence[int]) -> tuple[Sequence[bool], list[int]]:
         """Any trajectory may be an anchor: what it teaches is the others' advantages."""
         return [True] * len(group.images), list(steps)
@@ -163,12 +196,16 @@ class NeighborPolicy(RatioPolicy):
             candidates = before - sigma * ((candidates - before) / (next_sigma - sigma))
         return self._reading(group, anchor, step, candidates, slice(None))
 
+    def step(self, velocity: Tensor, transitions: Transitions) -> Tensor:
+        t = transitions
+        return euler_step(t.latents, velocity, t.sigma, t.next_sigma)
+
     def log_probs(self, velocity: Tensor, transitions: Transitions, weights: Tensor) -> Tensor:
         t = transitions
         if self.distance_space == "clean":
             predicted = predict_clean(t.latents, velocity, t.sigma)
         else:
-            predicted = euler_step(t.latents, velocity, t.sigma, t.next_sigma)
+            predicted = self.step(velocity, t)
         return surrogate_log_probs(t.candidates, predicted, weights, self.temperature)
 
 
@@ -176,10 +213,25 @@ class NeighborPolicy(RatioPolicy):
 class FlowGRPOPolicy(RatioPolicy):
     """Gaussian steps of an SDE with the ODE's marginals (Flow-GRPO; section 9), on the candidate's own trajectory."""
 
+    @property
+    def default_epsilon(self) -> float:
+        return 1e-3
+
     def teaches(self, group: Group, steps: Sequence[int]) -> tuple[Sequence[bool], list[int]]:
         """Candidates that have a say, at the steps that were stochastic."""
         eligible, _ = super().teaches(group, steps)
         return eligible, [step for step in steps if bool(group.kick_strength[step].any())]  # type: ignore[index]
+
+    def read(self, group: Group, anchor: int, step: int) -> Reading:
+        """A candidate's own step, with the noise that was injected into it."""
+        reading = super().read(group, anchor, step)
+        noise = keyed_noise(tuple(reading.latents.shape), *kick_key(group.key, step), anchor)
+        return reading._replace(noise=noise.to(reading.latents.device))
+
+    def step(self, velocity: Tensor, transitions: Transitions) -> Tensor:
+        t = transitions
+        mean, std = sde_step(t.latents, velocity, t.sigma, t.next_sigma, t.std)
+        return mean + std * t.noise
 
     def log_probs(self, velocity: Tensor, transitions: Transitions, weights: Tensor) -> Tensor:
         t = transitions

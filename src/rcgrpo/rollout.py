@@ -61,6 +61,11 @@ def kick_std(schedule: Schedule, step: int, strength: Tensor, noise_level: float
     return strength.to(sigmas.device) * sde_std(sigmas[step], sigmas[1], noise_level)
 
 
+def kick_key(key: tuple[Any, ...], step: int) -> tuple[Any, ...]:
+    """What a step's injected noise is drawn from, besides the number of the candidate."""
+    return (*key, "kick", step)
+
+
 def integrate(
     editor: FluxKontextEditor,
     model: nn.Module,
@@ -233,7 +238,7 @@ class Exploration:
         noise = torch.zeros(steps, size, regions.shape[-1], channels)
         strength = torch.zeros(steps, size, regions.shape[-1])
         for step in chosen:
-            noise[step] = group_deltas((regions.shape[-1], channels), size, *key, "kick", step)
+            noise[step] = group_deltas((regions.shape[-1], channels), size, *kick_key(key, step))
             strength[step] = self.strength(regions, size)
         return Kicks(noise, strength, self.noise_level)
 

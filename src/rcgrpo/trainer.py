@@ -23,6 +23,7 @@ from typing import Any, ClassVar
 
 import torch
 from accelerate.utils import gather_object
+from diffusers import FlowMatchEulerDiscreteScheduler
 from peft import PeftConfig
 from PIL import Image
 from torch import Tensor, nn
@@ -43,7 +44,7 @@ from .hub import check_lora_config
 from .metrics import masked_psnr
 from .models import load_pipeline, trained_model
 from .objective import batch_advantages, comparable, keep_hinge, predict_clean, spread, total_scores, velocity_kl
-from .policies import make_policy, region_mask
+from .policies import CLIPPED_AGAIN, RatioPolicy, make_policy, region_mask
 from .regions import region_weights
 from .rewards import (
     ATTENTION_REWARDS,
@@ -65,6 +66,10 @@ from .transitions import Transitions, Where, choose, gather, micro_batches
 from .turns import REGIONS, best_candidate, join_turns, next_edit
 
 logger = logging.getLogger(__name__)
+
+
+NEARLY_ALL = 0.8
+"""Share of clipped candidates of which a warning is given."""
 
 
 def _candidate_labels(groups: Sequence[Group]) -> list[str]:
@@ -228,6 +233,7 @@ class RCGRPOTrainer(SavingTrainer):
         self._completions: dict[str, list[Completions]] = {"train": [], "eval": []}
         self._eval_prefix = "eval_"
         self._last_eval_metrics: dict[str, float] = {}
+        self._warned_of_clipping = False
         self._step = 0
         self._buffer: list[list[Group]] = []
         self._old: list[dict[Where, Tensor]] = []
@@ -720,7 +726,9 @@ class RCGRPOTrainer(SavingTrainer):
     ) -> Tensor:
         """The policy's loss, the mean over a micro-batch of transitions; fills in `old`."""
         velocity = self.editor.velocity(model, inputs.latents, inputs.timestep, inputs.conditions)
+        mismatch = self._rollout_mismatch(velocity, inputs)
         loss, numbers = self.policy.loss(velocity, inputs)
+        numbers |= mismatch
         metrics, args = self._metrics["train"], self.args
         if args.beta:
             with torch.no_grad(), self._reference(model) as still:
@@ -745,6 +753,14 @@ class RCGRPOTrainer(SavingTrainer):
         else:
             with self.accelerator.unwrap_model(model).disable_adapter():
                 yield model
+
+    def _rollout_mismatch(self, velocity: Tensor, inputs: Transitions) -> dict[str, float]:
+        """What tells that rollout and update do not ask the same model; the ratio cannot, as it starts from here."""
+        euler = isinstance(self.pipeline.scheduler, FlowMatchEulerDiscreteScheduler)
+        steps_alike = self.args.policy == "flow_grpo" or (euler and self.args.solver in (None, "euler"))
+        if inputs.old is not None or not steps_alike or not isinstance(self.policy, RatioPolicy):
+            return {}
+        return {"policy/rollout_mismatch": self.policy.mismatch(velocity, inputs)}
 
     def training_step(  # type: ignore[override]
         self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None
@@ -839,9 +855,22 @@ class RCGRPOTrainer(SavingTrainer):
             for name, number in counts.items():
                 logs[prefix + name] = logs.get(prefix + name, 0) + number
         self._metrics[mode].clear()
+        if mode == "train":
+            self._warn_of_clipping(averaged.get(CLIPPED_AGAIN, 0.0))
         super().log(logs, start_time)
         if self.args.log_completions:
             self._log_completions(mode, prefix)
+
+    def _warn_of_clipping(self, share: float) -> None:
+        if share > NEARLY_ALL and not self._warned_of_clipping and self.is_world_process_zero():
+            self._warned_of_clipping = True
+            logger.warning(
+                "epsilon: the clip took away the gradient of %.0f %% of the candidates in updates after a rollout's "
+                "first, which then teach next to nothing (%s); raise epsilon, lower learning_rate, or set "
+                "num_iterations to 1",
+                100 * share,
+                CLIPPED_AGAIN,
+            )
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         self._step, self._buffer, self._old, self._taught = 0, [], [], False

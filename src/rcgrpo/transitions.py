@@ -26,7 +26,8 @@ class Reading(NamedTuple):
 
     `latents` `[N, C]` and, scalars, `timestep`, `sigma`, `next_sigma`: what the model is asked; `candidates`
     `[S, N, C]`: what its answer is compared with; `advantages` and `weights`, `[rows, S]` and `[rows, N]`: one row for
-    each objective that acts on tokens of its own; `std` `[N]`: of the noise that was injected there.
+    each objective that acts on tokens of its own; `std` `[N]` and `noise` `[N, C]`: what was injected there;
+    `next_latents` `[N, C]`: where the rollout went from there.
     """
 
     latents: Tensor
@@ -37,6 +38,8 @@ class Reading(NamedTuple):
     advantages: Tensor
     weights: Tensor
     std: Tensor
+    noise: Tensor
+    next_latents: Tensor
 
 
 class Reader(Protocol):
@@ -54,8 +57,8 @@ class Transitions:
     """A micro-batch for `compute_loss`: readings, stacked, and what comes with them.
 
     `latents` `[B, N, C]`, `timestep`, `sigma`, `next_sigma` `[B]`, `candidates` `[B, S, N, C]`, `advantages`
-    `[B, rows, S]`, `weights` `[B, rows, N]`, `std` and `region` `[B, N]`; `old`, what the policy that made the
-    candidates had to say of them, `[B, ...]`, once known.
+    `[B, rows, S]`, `weights` `[B, rows, N]`, `std` and `region` `[B, N]`, `noise` and `next_latents` `[B, N, C]`;
+    `old`, what the policy that made the candidates had to say of them, `[B, ...]`, once known.
     """
 
     latents: Tensor
@@ -66,6 +69,8 @@ class Transitions:
     advantages: Tensor
     weights: Tensor
     std: Tensor
+    noise: Tensor
+    next_latents: Tensor
     region: Tensor
     conditions: Conditions
     old: Tensor | None

@@ -1,5 +1,6 @@
 import base64
 import io
+import struct
 import zlib
 
 import pytest
@@ -7,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from rcgrpo.rewards.pictures import crop_to_region, from_png, region_box, to_png
+from rcgrpo.rewards.pictures import crop_to_region, from_png, png_size, region_box, to_png
 
 
 def mask_with(size, *boxes):
@@ -100,3 +101,29 @@ def test_pixels_are_bounded():
     assert from_png(text, "x", max_pixels=100).size == (10, 10)
     with pytest.raises(ValueError, match="10x10 pixels are more than 99"):
         from_png(text, "x", max_pixels=99)
+
+
+def chunk(kind, data):
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def test_a_second_header_does_not_get_past_the_first():
+    def header(side):
+        return chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0))
+
+    pixels = chunk(b"IDAT", zlib.compress(b"\0" * 9 * 8)) + chunk(b"IEND", b"")
+    good, bad = (b"\x89PNG\r\n\x1a\n" + heads + pixels for heads in (header(8), header(2) + header(8)))
+    text = base64.b64encode(good).decode()
+    assert png_size(text, "x") == from_png(text, "x", 64).size == (8, 8)
+    text = base64.b64encode(bad).decode()
+    assert png_size(text, "x") == (2, 2)
+    with pytest.raises(ValueError, match=r"x: got .*8x8 pixels where the file begins with 2x2"):
+        from_png(text, "x", 64)
+
+
+def test_transparency_is_kept():
+    image = Image.new("P", (2, 1))
+    image.putpalette([1, 2, 3, 4, 5, 6])
+    image.putpixel((1, 0), 1)
+    image.info["transparency"] = 1
+    assert from_png(to_png(image), "x").convert("RGBA").tobytes() == bytes([1, 2, 3, 255, 4, 5, 6, 0])

@@ -2,13 +2,14 @@ import asyncio
 import math
 import random
 import time
+import tracemalloc
 
 import pytest
 import torch
 from PIL import Image
 
 from fault_server import FaultServer
-from rcgrpo.rewards import RemoteReward, RewardError, fault_counts, resolve_rewards, score
+from rcgrpo.rewards import RemoteReward, RewardError, fault_counts, resolve_rewards, score, transport
 from rcgrpo.rewards.pictures import from_png
 from rcgrpo.rewards.transport import _retry_after, is_loopback
 
@@ -16,8 +17,8 @@ FAST = {"timeout": 4.0, "attempt_timeout": 1.0, "retries": 2, "backoff": 0.01, "
 OK, HANG, RESET = {"do": "compute"}, {"do": "hang"}, {"do": "reset"}
 
 
-def body(text):
-    return {"do": "body", "body": text}
+def body(text, **how):
+    return {"do": "body", "body": text, **how}
 
 
 def status(number, **headers):
@@ -80,6 +81,39 @@ MATRIX = {
     "connection reset for ever": ([RESET], {}, NOTHING, {"connect": 3}, 3),
     "half an answer, then good": ([{"do": "truncate"}, OK], {}, GOOD, {"connect": 1}, 2),
     "truncated JSON": ([body('{"rewards": [0.25, 0.'), OK], {}, NOTHING, {"malformed": 1}, 1),
+    "nested JSON": ([body("[" * 100_000)], {}, NOTHING, {"malformed": 1}, 1),
+    "nested JSON beside good scores": (
+        [body('{"rewards": [0.25, 0.5, 0.75], "failures": {"9": ' + "[" * 200 + "]" * 200 + "}}")],
+        {},
+        NOTHING,
+        {"malformed": 1},
+        1,
+    ),
+    "nested JSON in a refusal": (
+        [body('{"error": ' + "[" * 5000 + "]" * 5000 + "}", status=500), OK],
+        {},
+        GOOD,
+        {"http_500": 1},
+        2,
+    ),
+    "packed": ([body('{"rewards": [0.25, 0.5, 0.75]}', packing="gzip")], {}, GOOD, {}, 1),
+    "packed in another way": ([body('{"rewards": [0.25, 0.5, 0.75]}', packing="deflate")], {}, GOOD, {}, 1),
+    "packed in a way that was not asked for": (
+        [body('{"rewards": [0.25, 0.5, 0.75]}', packing="br")],
+        {},
+        NOTHING,
+        {"malformed": 1},
+        1,
+    ),
+    "large": ([body('{"rewards": [0.25, 0.5, 0.75]}', blanks=5 << 20)], {}, NOTHING, {"malformed": 1}, 1),
+    "large once it is unpacked": (
+        [body('{"rewards": [0.25, 0.5, 0.75]}', blanks=5 << 20, packing="gzip")],
+        {},
+        NOTHING,
+        {"malformed": 1},
+        1,
+    ),
+    "a large refusal": ([body("no", blanks=5 << 20, packing="gzip", status=503), OK], {}, GOOD, {"http_503": 1}, 2),
     "no object": ([body("[0.25, 0.5, 0.75]")], {}, NOTHING, {"malformed": 1}, 1),
     "no list": ([body('{"rewards": 0.5}')], {}, NOTHING, {"malformed": 1}, 1),
     "an error with 200": ([body('{"error": "no memory"}')], {}, NOTHING, {"server_error": 1}, 1),
@@ -224,6 +258,48 @@ def test_circuit_opens_lets_one_through_after_a_while_and_closes():
         before = reward.faults["circuit_open"]
         assert column(run(reward)) == NOTHING and len(server.log()) == 1, "half-open: a single request tries"
         assert reward.faults["circuit_open"] == before + 2
+
+
+def test_an_answer_is_never_unpacked_beyond_the_bound(server):
+    server.behave(body("{}", blanks=256 << 20, packing="gzip"))
+    reward = RemoteReward(server.url, **{**FAST, "attempt_timeout": 4.0})
+    tracemalloc.start()
+    scored = run(reward)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert column(scored) == NOTHING and reward.faults == {"malformed": 1} and peak < 32 << 20
+
+
+FAR = ["1e9", "inf", "9" * 400, "Fri, 31 Dec 9999 23:59:59 GMT"]
+NO_PAUSE = ["-1e9", "nan", "soon", "", "Mon, 01 Jan 0001 00:00:00 -0000", "Mon, 99 Foo 2020 99:99:99"]
+
+
+@pytest.mark.parametrize("header", FAR)
+def test_a_server_that_wants_peace_for_ever_costs_one_batch(server, header):
+    server.behave(status(429, Retry_After=header), OK)
+    reward = RemoteReward(server.url, **{**FAST, "timeout": 0.6})
+    began = time.monotonic()
+    assert column(run(reward)) == NOTHING and reward.faults == {"http_429": 1, "deadline": 1}
+    assert column(run(reward)) == GOOD and time.monotonic() - began < 0.6
+    assert len(server.log()) == 2
+
+
+@pytest.mark.parametrize("header", NO_PAUSE)
+def test_a_pause_that_is_none_is_a_back_off(server, header):
+    server.behave(status(503, Retry_After=header), OK)
+    reward = RemoteReward(server.url, **FAST)
+    began = time.monotonic()
+    assert column(run(reward)) == GOOD and time.monotonic() - began < 0.5
+    assert reward.faults == {"http_503": 1}
+
+
+def test_a_long_pause_is_cut_for_the_next_batch(server, monkeypatch):
+    monkeypatch.setattr(transport, "MAX_RETRY_AFTER", 0.3)
+    server.behave(status(429, Retry_After="100"), OK)
+    reward = RemoteReward(server.url, **{**FAST, "timeout": 100.0})
+    began = time.monotonic()
+    assert column(run(reward)) == NOTHING and time.monotonic() - began < 0.25
+    assert column(run(reward)) == GOOD and 0.3 <= time.monotonic() - began < 1
 
 
 def test_busy_server_is_not_cut_off(server):

@@ -1,16 +1,21 @@
 import asyncio
+import base64
+import contextlib
+import io
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from math import nan
 from pathlib import Path
 
 import httpx2
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from rcgrpo.cli.parsing import UsageError
 from rcgrpo.rewards import RemoteReward, RewardError, resolve_rewards, score, server
@@ -113,7 +118,11 @@ def test_token_of_the_client_is_a_set_up_mistake(url):
 
 BROKEN = {
     "no JSON": (b"{", "the request is no JSON"),
-    "deep JSON": (b"[" * 100_000, "the request is no JSON"),
+    "deep JSON": (b"[" * 100_000, "the request is no JSON (nested deeper than 64)"),
+    "deep JSON in a column": (
+        request(columns={"number": [json.loads("[" * 100 + "]" * 100)]}),
+        "the request is no JSON (nested deeper than 64)",
+    ),
     "no object": ([], "got list, expected an object"),
     "no reward": (request(None), "reward: got None, expected one of compbench_mini, picky"),
     "unknown reward": (request("nobody"), "reward: got 'nobody'"),
@@ -121,7 +130,7 @@ BROKEN = {
     "too many": (request(prompts=["x"] * 1025), "prompts: expected a list of 1 to 1024"),
     "wrong length": (request(masks=[]), "masks: expected a list of 1 entries"),
     "prompt of another kind": (request(prompts=[1]), "prompts: expected strings"),
-    "no picture": (request(images=["AAAA"]), r"images[0]: got 4 characters, expected a base64 PNG"),
+    "no picture": (request(images=["AAAA"]), "images[0]: got 4 characters that do not begin like a PNG, expected"),
     "no picture in a column": (request(columns={"target": [{"png": 3}]}), "target[0]: got int, expected a base64 PNG"),
     "columns of another kind": (request(columns=[1]), "columns: got list"),
     "column that hides a field": (request(columns={"prompts": ["y"]}), "columns: got prompts"),
@@ -244,7 +253,108 @@ def test_a_request_whose_caller_hung_up_is_not_scored():
     assert scored == [] and sent[0]["status"] == 499
 
 
-@pytest.mark.parametrize("limits", [{"concurrency": 0}, {"max_waiting": -1}])
+def limited(reward=lambda images, **columns: [0.5] * len(images), **limits):
+    reward.__name__ = "half"
+    return server.create_app(resolve_rewards(reward), **limits)
+
+
+def white(pixels, text_bytes=0):
+    """A PNG of one row that takes next to nothing, with so much text, packed, beside its pixels."""
+    buffer, notes = io.BytesIO(), PngImagePlugin.PngInfo()
+    for _ in range(text_bytes >> 19):
+        notes.add_text("note", "x" * (1 << 19), zip=True)
+    Image.new("L", (pixels, 1), 255).save(buffer, format="PNG", pnginfo=notes)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def test_pixels_of_all_pictures_together_are_bounded_before_any_is_decoded(monkeypatch):
+    app, picture = limited(max_request_pixels=400), white(100)
+    four = request("half", images=[picture], source_images=[picture], masks=[picture])
+    attached = {**four, "columns": {"target": [{"png": picture}]}}
+    (answer,) = in_process(app, attached)
+    assert answer.status_code == 200
+    monkeypatch.setattr(server, "from_png", None)  # what is refused is not decoded
+    for changes in ({"masks": [white(101)]}, {"columns": {"target": [{"png": white(101)}]}}):
+        (answer,) = in_process(app, {**attached, **changes})
+        assert answer.status_code == 413 and "pictures have 401 pixels, expected 400 at most" in answer.json()["error"]
+
+
+def test_pictures_bring_nothing_but_their_pixels():
+    kept = []
+
+    def keeps(images, target, **columns):
+        kept.extend([*images, *target])
+        return [0.5] * len(images)
+
+    picture = white(4, 2 << 20)
+    body = request("half", images=[picture], columns={"target": [{"png": picture}]})
+    (answer,) = in_process(limited(keeps), body)
+    assert answer.status_code == 200 and len(kept) == 2
+    assert not any(getattr(image, "text", None) or image.info for image in kept)
+
+
+def test_values_are_bounded_before_they_are_parsed(monkeypatch):
+    monkeypatch.setattr(server, "MAX_VALUES", 100)
+    assert [answer.status_code for answer in in_process(limited(), request("half"))] == [200]
+    monkeypatch.setattr(server, "decode_json", None)
+    for many in ([[]] * 100, [{}] * 100, [0] * 101):
+        (answer,) = in_process(limited(), {**request("half"), "columns": {"number": [many]}})
+        assert answer.status_code == 413 and "more than 100 values" in answer.json()["error"]
+
+
+def test_few_requests_are_decoded_ahead(monkeypatch):
+    decoded, most = [], []
+    original = server._batch
+
+    def batch(*arguments):
+        decoded.append(1)
+        most.append(len(decoded))
+        return original(*arguments)
+
+    def slow(images, **columns):
+        time.sleep(0.02)
+        decoded.pop()
+        return [0.5] * len(images)
+
+    monkeypatch.setattr(server, "_batch", batch)
+    answers = in_process(limited(slow, concurrency=2), *[request("half")] * 9)
+    assert [answer.json()["rewards"] for answer in answers] == [[0.5]] * 9
+    assert max(most) == 3
+
+
+def test_half_sent_requests_lose_their_place():
+    process, url = start("--reward_funcs", "served_rewards.slow", "--max_waiting", "2", "--read_seconds", "1")
+    try:
+        host, port = url.removeprefix("http://").split(":")
+        head = f"POST /compute HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\n"
+        head += "Content-Type: application/json\r\nContent-Length: 1000\r\n\r\n{"
+        began, held = time.monotonic(), [socket.create_connection((host, int(port))) for _ in range(3)]
+        for connection in held:
+            connection.sendall(head.encode())
+            connection.settimeout(10)
+        answers = []
+        while (status := post(url, request()).status_code) != 200:
+            answers.append(status)
+            for connection in held:  # a byte now and then does not help
+                with contextlib.suppress(OSError):
+                    connection.sendall(b" ")
+            time.sleep(0.1)
+        assert set(answers) == {429} and 0.5 < time.monotonic() - began < 8
+        for connection in held:
+            told = b""
+            with contextlib.suppress(ConnectionResetError):
+                while part := connection.recv(1 << 16):  # until the server closes the connection
+                    told += part
+            assert told.startswith(b"HTTP/1.1 408 ") and b"of the request within 1 s" in told
+            connection.close()
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize(
+    "limits", [{"concurrency": 0}, {"max_waiting": -1}, {"read_seconds": 0}, {"read_seconds": nan}]
+)
 def test_limits_that_cannot_be(limits):
     ((name, value),) = limits.items()
     with pytest.raises(ValueError, match=f"{name}: got {value}, expected"):
@@ -279,7 +389,13 @@ def test_command_line(monkeypatch, capsys):
     command.run(["serve", "--reward_funcs", "background_keep", "--port", "9"])
     ((rewards, host, port, token), limits) = seen[0]
     assert [reward.name for reward in rewards] == ["background_keep"] and (host, port, token) == ("127.0.0.1", 9, None)
-    assert limits == {"max_request_bytes": 256 << 20, "concurrency": 1, "max_waiting": 32}
+    assert limits == {
+        "max_request_bytes": 256 << 20,
+        "max_request_pixels": 128 << 20,
+        "read_seconds": 60,
+        "concurrency": 1,
+        "max_waiting": 32,
+    }
     with pytest.raises(UsageError, match="unknown flag '--prot'; the nearest known one is --port"):
         command.run(["serve", "--prot", "9"])
     command.run([])

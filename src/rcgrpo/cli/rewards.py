@@ -24,6 +24,12 @@ class ServeArguments:
         default="RCGRPO_REWARD_TOKEN", metadata={"help": "environment variable that holds the bearer token"}
     )
     max_request_mb: int = field(default=256, metadata={"help": "larger requests are refused"})
+    max_request_mpixels: int = field(
+        default=128, metadata={"help": "requests whose pictures have more megapixels together are refused"}
+    )
+    read_seconds: float = field(
+        default=60.0, metadata={"help": "requests that have not come whole by then lose their place"}
+    )
     concurrency: int = field(
         default=1,
         metadata={"help": "requests scored at once; above 1 only for rewards that are thread-safe or asynchronous"},
@@ -73,6 +79,8 @@ def serve_rewards(arguments: Sequence[str]) -> None:
         given.port,
         os.environ.get(given.token_variable) or None,
         max_request_bytes=given.max_request_mb << 20,
+        max_request_pixels=given.max_request_mpixels << 20,
+        read_seconds=given.read_seconds,
         concurrency=given.concurrency,
         max_waiting=given.max_waiting,
     )

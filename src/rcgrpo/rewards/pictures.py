@@ -4,11 +4,10 @@ Where it fits: the bottom of this package; every reward that looks at pixels rea
 mask's threshold and the wire format mean the same everywhere.
 
 Gotchas: masks are read at ≥ 128 = edit. What comes over the wire is untrusted: `from_png` takes PNG alone, and looks at
-the size in the header before any pixel is decoded.
+the size in the header (`png_size`) before any pixel is decoded.
 """
 
 import base64
-import binascii
 import io
 from collections.abc import Callable
 from hashlib import blake2b
@@ -21,6 +20,7 @@ from torch import Tensor
 
 Box = tuple[int, int, int, int]
 Made = TypeVar("Made")
+PNG_START = b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR"
 
 
 def image_tensor(image: Image.Image) -> Tensor:
@@ -99,8 +99,29 @@ def once_each(make: Callable[[Image.Image], Made]) -> Callable[[Image.Image], Ma
     return get
 
 
+def png_size(text: object, where: str) -> tuple[int, int]:
+    """Width and height that the picture in base64 text says it has, read from its first 24 bytes and nothing else.
+
+    Args:
+        text: what came over the wire.
+        where: what errors call it, e.g. "images[3]".
+
+    Raises:
+        ValueError: naming `where`: no text, no base64, no PNG.
+    """
+    if not isinstance(text, str):
+        raise ValueError(f"{where}: got {type(text).__name__}, expected a base64 PNG")
+    try:
+        start = base64.b64decode(text[:32], validate=True)
+    except ValueError as error:
+        raise ValueError(f"{where}: got {len(text)} characters, expected a base64 PNG ({error})") from error
+    if len(start) < 24 or not start.startswith(PNG_START):
+        raise ValueError(f"{where}: got {len(text)} characters that do not begin like a PNG, expected a base64 PNG")
+    return int.from_bytes(start[16:20], "big"), int.from_bytes(start[20:24], "big")
+
+
 def from_png(text: object, where: str, max_pixels: int = 64_000_000) -> Image.Image:
-    """The picture in base64 text.
+    """The picture in base64 text: its pixels and its transparency, without what else the file may hold.
 
     Args:
         text: what came over the wire.
@@ -110,13 +131,16 @@ def from_png(text: object, where: str, max_pixels: int = 64_000_000) -> Image.Im
     Raises:
         ValueError: naming `where`: no text, no base64, no PNG, too many pixels, a broken or truncated file.
     """
-    if not isinstance(text, str):
-        raise ValueError(f"{where}: got {type(text).__name__}, expected a base64 PNG")
+    width, height = png_size(text, where)
     try:
-        image = Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=["PNG"])
-        if image.width * image.height > max_pixels:
-            raise ValueError(f"{image.width}x{image.height} pixels are more than {max_pixels}")
+        if width * height > max_pixels:
+            raise ValueError(f"{width}x{height} pixels are more than {max_pixels}")
+        image = Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=["PNG"])  # type: ignore[arg-type]
+        if image.size != (width, height):  # a second header further down
+            raise ValueError(f"{image.width}x{image.height} pixels where the file begins with {width}x{height}")
         image.load()
-    except (binascii.Error, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{where}: got {len(text)} characters, expected a base64 PNG ({error})") from error
-    return image
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{where}: got {len(text)} characters, expected a base64 PNG ({error})") from error  # type: ignore[arg-type]
+    plain = image.copy()
+    plain.info = {key: value for key, value in image.info.items() if key == "transparency"}
+    return plain

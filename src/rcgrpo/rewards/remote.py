@@ -153,7 +153,7 @@ class RemoteReward:
             kind = "judge" if str(index) in failures else self._fault_in(value)
             if kind is not None:
                 self.faults[kind] += 1
-                log_failure(index, str(failures.get(str(index), f"{kind}: the server gave {value!r}")))
+                log_failure(index, str(failures.get(str(index), f"{kind}: the server gave {value!r}"))[:300])
             scores.append(None if kind is not None or value is None else float(value))
         return scores
 

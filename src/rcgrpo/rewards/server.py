@@ -4,10 +4,11 @@ Where it fits: the other end of `remote.py`, which describes the protocol. FastA
 `pip install rcgrpo[serve]` and are imported when a server is made.
 
 What it guards against: it listens on this machine only, unless there is a bearer token; a request's size is bounded
-before it is read into memory, a picture's before it is decoded; pictures are PNG and nothing else; nothing is ever
-unpickled; waiting requests are bounded, beyond them callers get 429 and `Retry-After`, and one whose caller has hung up
-is not scored. It speaks plain HTTP: between machines put it behind a TLS proxy or an SSH tunnel, or the token travels
-in the clear.
+before it is read into memory and the time that reading takes, its values before they are parsed, the pixels of a
+picture and of all its pictures before any is decoded; pictures are PNG and nothing else; nothing is ever unpickled;
+waiting requests are bounded, beyond them callers get 429 and `Retry-After`, and one whose caller has hung up is not
+scored. Of those that wait one is decoded ahead, the others stay packed. It speaks plain HTTP: between machines put it
+behind a TLS proxy or an SSH tunnel, or the token travels in the clear.
 
 Gotchas: by default one request is scored at a time, in the order of arrival, so a reward need not be thread-safe and a
 GPU is not shared; `concurrency` is for rewards that may be called from several threads at once, and for asynchronous
@@ -17,7 +18,7 @@ is `null` with a reason in `failures`; a mistake in the request is 400.
 
 import asyncio
 import hmac
-import json
+import itertools
 import logging
 import math
 import socket
@@ -26,16 +27,18 @@ from contextlib import asynccontextmanager, suppress
 from time import perf_counter
 from typing import Any
 
-from .pictures import from_png
+from .pictures import from_png, png_size
 from .registry import Reward
 from .scoring import ScoredBatch
 from .scoring_queue import ScoringQueue
-from .transport import is_loopback
+from .transport import decode_json, is_loopback
 
 logger = logging.getLogger(__name__)
 
 PICTURES = ("images", "source_images", "masks")
+HANG_UP = {"Connection": "close"}  # what is still to come of the request is not read
 MAX_CANDIDATES = 1024
+MAX_VALUES = 4_000_000  # of a request's JSON: `[{},{},…` takes 25 times its own size in memory
 
 
 class _Refused(Exception):
@@ -51,6 +54,8 @@ def create_app(
     max_pixels: int = 64_000_000,
     concurrency: int = 1,
     max_waiting: int = 32,
+    max_request_pixels: int = 128 << 20,
+    read_seconds: float = 60.0,
 ) -> Any:
     """The FastAPI application.
 
@@ -58,27 +63,33 @@ def create_app(
         rewards: what it serves, from `resolve_rewards`.
         token: callers must send it as a bearer token; `None`: anybody who can connect may call.
         max_request_bytes: larger requests are refused with 413.
-        max_pixels: of one picture.
+        max_pixels: of one picture; 400 beyond.
         concurrency: requests that are scored at the same time; above 1 every plain reward must be thread-safe.
         max_waiting: requests that wait for their turn besides; further ones are refused with 429.
+        max_request_pixels: of all pictures of a request together, about 3 bytes each in memory; 413 beyond. So many
+            pixels are held for each request that is scored, and for one more.
+        read_seconds: a request's body must have come whole by then, or it loses its place; 408.
 
     Raises:
-        ValueError: `concurrency` below 1, or `max_waiting` below 0.
+        ValueError: a number that is out of its range.
         ModuleNotFoundError: FastAPI is not installed.
     """
     if concurrency < 1:
         raise ValueError(f"concurrency: got {concurrency}, expected at least 1 request")
     if max_waiting < 0:
         raise ValueError(f"max_waiting: got {max_waiting}, expected 0 or more requests")
+    if not 0 < read_seconds < math.inf:
+        raise ValueError(f"read_seconds: got {read_seconds}, expected a number above 0")
     try:
         from fastapi import FastAPI, Request
         from fastapi.responses import JSONResponse
+        from starlette.requests import ClientDisconnect
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("serving rewards needs FastAPI: pip install 'rcgrpo[serve]'") from error
 
     by_name = {reward.name: reward for reward in rewards}
     queue = ScoringQueue(concurrency)
-    turn = asyncio.Semaphore(concurrency)
+    turn, room = asyncio.Semaphore(concurrency), asyncio.Semaphore(concurrency + 1)
     accepted, seconds = 0, 1.0  # requests being read, waiting or scored; how long the latest one was scored
 
     @asynccontextmanager
@@ -100,11 +111,18 @@ def create_app(
         body = bytearray()
         announced = request.headers.get("content-length", "0")
         if not announced.isdecimal() or int(announced) > max_request_bytes:
-            raise _Refused(413, f"the request is larger than {max_request_bytes} bytes; send fewer candidates at once")
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > max_request_bytes:
-                raise _Refused(413, f"the request is larger than {max_request_bytes} bytes")
+            raise _Refused(413, f"the request is larger than {max_request_bytes} bytes; send fewer at once", HANG_UP)
+        try:
+            async with asyncio.timeout(read_seconds):
+                async for chunk in request.stream():
+                    body += chunk
+                    if len(body) > max_request_bytes:
+                        raise _Refused(413, f"the request is larger than {max_request_bytes} bytes", HANG_UP)
+        except ClientDisconnect:
+            raise _Refused(499, "the caller hung up") from None
+        except TimeoutError:
+            text = f"got {len(body)} bytes of the request within {read_seconds:g} s, expected all of it"
+            raise _Refused(408, text, HANG_UP) from None
         return bytes(body)
 
     async def compute(request: Any) -> dict[str, Any]:
@@ -116,14 +134,15 @@ def create_app(
         accepted += 1
         try:
             body = await read(request)
-            reward, batch = await asyncio.to_thread(_batch, body, by_name, max_pixels)
-            async with turn:
-                if await request.is_disconnected():
-                    raise _Refused(499, "the caller hung up")
-                began = perf_counter()
-                scored = await asyncio.wrap_future(queue.submit([reward], **batch).future)
-                seconds = perf_counter() - began
-                return _answer(scored)
+            async with room:
+                reward, batch = await asyncio.to_thread(_batch, body, by_name, max_pixels, max_request_pixels)
+                async with turn:
+                    if await request.is_disconnected():
+                        raise _Refused(499, "the caller hung up")
+                    began = perf_counter()
+                    scored = await asyncio.wrap_future(queue.submit([reward], **batch).future)
+                    seconds = perf_counter() - began
+                    return _answer(scored)
         except ValueError as error:  # a RewardError as well
             raise _Refused(400, str(error)) from error
         finally:
@@ -151,15 +170,20 @@ def create_app(
     return app
 
 
-def _batch(body: bytes, rewards: Mapping[str, Reward], max_pixels: int) -> tuple[Reward, dict[str, Any]]:
+def _batch(
+    body: bytes, rewards: Mapping[str, Reward], max_pixels: int, max_request_pixels: int
+) -> tuple[Reward, dict[str, Any]]:
     """The reward that a request names and the arguments of `score`.
 
     Raises:
         ValueError: naming the field, for anything that is not as the protocol says.
+        _Refused: more values, or pixels of all pictures together, than a request may have.
     """
+    if sum(body.count(character) for character in b",[{") > MAX_VALUES:
+        raise _Refused(413, f"the request has more than {MAX_VALUES} values; send fewer candidates at once")
     try:
-        given = json.loads(body)
-    except (ValueError, RecursionError) as error:
+        given = decode_json(body)
+    except ValueError as error:
         raise ValueError(f"the request is no JSON ({error})") from error
     if not isinstance(given, dict):
         raise ValueError(f"got {type(given).__name__}, expected an object with prompts, images, source_images, masks")
@@ -180,12 +204,18 @@ def _batch(body: bytes, rewards: Mapping[str, Reward], max_pixels: int) -> tuple
             raise ValueError(f"{key}: expected a list of {len(prompts)} entries, as many as there are prompts")
     if not all(isinstance(prompt, str) for prompt in prompts):
         raise ValueError("prompts: expected strings")
+    pictures = {key: [(value, f"{key}[{i}]") for i, value in enumerate(lists[key])] for key in PICTURES}
+    attached = [(v["png"], f"{key}[{i}]") for key, vs in columns.items() for i, v in enumerate(vs) if _is_picture(v)]
+    total = sum(math.prod(png_size(text, where)) for text, where in itertools.chain(*pictures.values(), attached))
+    if total > max_request_pixels:
+        text = f"the request's pictures have {total} pixels, expected {max_request_pixels} at most; send fewer at once"
+        raise _Refused(413, text)
     decoded: dict[str, Any] = {}
-    for key in PICTURES:
+    for key, members in pictures.items():
         mode = "L" if key == "masks" else "RGB"
-        decoded[key] = [from_png(text, f"{key}[{i}]", max_pixels).convert(mode) for i, text in enumerate(lists[key])]
+        decoded[key] = [from_png(text, where, max_pixels).convert(mode) for text, where in members]
     decoded["columns"] = {
-        key: [_column_value(value, f"{key}[{i}]", max_pixels) for i, value in enumerate(values)]
+        key: [from_png(v["png"], f"{key}[{i}]", max_pixels) if _is_picture(v) else v for i, v in enumerate(values)]
         for key, values in columns.items()
     }
     # Rewards may log; here there is nobody to read it.
@@ -194,9 +224,8 @@ def _batch(body: bytes, rewards: Mapping[str, Reward], max_pixels: int) -> tuple
     return rewards[name], {"prompts": prompts, **decoded, "labels": labels, "context": context}
 
 
-def _column_value(value: Any, where: str, max_pixels: int) -> Any:
-    is_picture = isinstance(value, dict) and set(value) == {"png"}
-    return from_png(value["png"], where, max_pixels) if is_picture else value
+def _is_picture(value: Any) -> bool:
+    return isinstance(value, dict) and set(value) == {"png"}
 
 
 def _nowhere(*arguments: Any) -> None:
@@ -226,7 +255,7 @@ def serve(
         host: the address to listen on.
         port: 0 for any free one.
         token: see `create_app`.
-        limits: `max_request_bytes`, `max_pixels`, `concurrency`, `max_waiting` of `create_app`.
+        limits: `max_request_bytes`, `max_pixels`, … of `create_app`.
 
     Raises:
         ValueError: an address that others can reach, without a token; a limit that cannot be.

@@ -8,20 +8,24 @@ What happens to a request:
   (`Deadline`), so that a batch which was begun ahead does not pay for the one before it;
 - it goes to the server that is ready soonest, taking turns among equals;
 - 408, 429, 5xx and connection errors are tried again: at once on another server if there is one, else after an
-  exponential back-off with jitter, or after the server's `Retry-After`; never beyond the deadline;
+  exponential back-off with jitter, or after the server's `Retry-After`; never beyond the deadline. Other requests keep
+  away from that server for `MAX_RETRY_AFTER` seconds and half of a batch's time at most, so that one which asks for a
+  year's peace costs one batch, and is asked again by the next;
 - a server that does not answer within `attempt_timeout`, or refuses (any other status), is not asked again for this
   request; another one is;
 - `breaker_failures` connection errors, timeouts or 5xx in a row open a server's circuit: it is left alone for
   `breaker_seconds`, then one request may try it. When every circuit is open, requests fail at once.
 
-Gotchas: an answer that is no JSON is not asked for again, it would come out the same. Redirects are not followed, so
-a token never travels to another host. Jitter comes from a generator of its own and touches no seed of the run.
+Gotchas: an answer that is no JSON, or longer than `MAX_ANSWER_BYTES` once it is unpacked, is not asked for again, it
+would come out the same. Redirects are not followed, so a token never travels to another host. Jitter comes from a
+generator of its own and touches no seed of the run.
 """
 
 import asyncio
 import json
 import math
 import random
+import zlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,6 +37,10 @@ from urllib.parse import urlsplit
 from weakref import WeakKeyDictionary
 
 RETRIED = frozenset({408, 429})
+MAX_RETRY_AFTER = 60.0
+MAX_ANSWER_BYTES = 4 << 20
+MAX_ERROR_BYTES = 64 << 10
+MAX_DEPTH = 64
 
 
 class Fault(Exception):
@@ -42,11 +50,12 @@ class Fault(Exception):
         kind: a short name to count by: "connect", "timeout", "deadline", "circuit_open", "http_429", "malformed", …
         detail: what happened, for people.
         refused: the server understood and said no (a 4xx that no retry cures), so the set-up may be wrong.
+        pause: seconds after which the server wants to be asked again, if it said so.
     """
 
-    def __init__(self, kind: str, detail: str, refused: bool = False) -> None:
+    def __init__(self, kind: str, detail: str, refused: bool = False, pause: float | None = None) -> None:
         super().__init__(f"{kind}: {detail}")
-        self.kind, self.refused = kind, refused
+        self.kind, self.refused, self.pause = kind, refused, pause
 
 
 class Deadline:
@@ -130,7 +139,9 @@ class Transport:
         self.breaker_failures, self.breaker_seconds = breaker_failures, breaker_seconds
         self.faults: Counter[str] = Counter()
         self.answered = False
+        # Answers are small; packed ones are read all the same (`_read`).
         self._headers = {"Content-Type": "application/json", "Accept": "application/json"}
+        self._headers["Accept-Encoding"] = "identity"
         if token:
             self._headers["Authorization"] = f"Bearer {token}"
         self._servers = [_Server(url) for url in self.urls]
@@ -180,6 +191,7 @@ class Transport:
     async def _attempts(self, client: Any, path: str, body: bytes, deadline: Deadline) -> Any:
         given_up: set[int] = set()
         last: Fault | None = None
+        too_late = False
         for attempt in range(self.retries + len(self._servers)):
             server = self._choose(given_up)
             if server is None:
@@ -195,7 +207,8 @@ class Transport:
                 last = fault
                 if fault.kind == "malformed":
                     raise
-                if fault.kind == "timeout" or fault.refused:
+                too_late = fault.pause is not None and fault.pause >= deadline.remaining()
+                if fault.kind == "timeout" or fault.refused or too_late:
                     given_up.add(id(server))
                 if server.ready_at <= monotonic():
                     pause = min(self.max_backoff, self.backoff * 2**attempt)
@@ -203,6 +216,8 @@ class Transport:
             else:
                 self.answered = True
                 return answer
+        if too_late:
+            raise self._count(Fault("deadline", f"the next retry would come too late ({last})"))
         raise last or self._count(Fault("circuit_open", f"{', '.join(self.urls)} failed too often just now"))
 
     def _choose(self, given_up: set[int]) -> _Server | None:
@@ -221,29 +236,36 @@ class Transport:
         import httpx2
 
         try:
-            async with asyncio.timeout(self.attempt_timeout):
-                response = await client.post(server.url + path, content=body)
+            async with (
+                asyncio.timeout(self.attempt_timeout),
+                client.stream("POST", server.url + path, content=body) as response,
+            ):
+                good = 200 <= response.status_code < 300
+                content = await _read(response, MAX_ANSWER_BYTES if good else MAX_ERROR_BYTES)
         except TimeoutError:
             raise self._failed(server, Fault("timeout", f"{server.url} took over {self.attempt_timeout:g} s")) from None
         except httpx2.TransportError as error:
             text = f"{server.url}: {type(error).__name__} {error}".rstrip()
             raise self._failed(server, Fault("connect", text)) from error
         status = response.status_code
-        if 200 <= status < 300:
+        if good:
             server.failures, server.open_until = 0, 0.0
             try:
-                return json.loads(response.content)
+                if content is None:
+                    raise ValueError(f"expected at most {MAX_ANSWER_BYTES} bytes, plain or packed by gzip")
+                return decode_json(content)
             except ValueError as error:
                 raise self._count(Fault("malformed", f"{server.url} answered what is no JSON ({error})")) from error
-        detail = f"{server.url}{path} answered {status}: {_message(response)}"
+        detail = f"{server.url}{path} answered {status}: {_message(content)}"
+        refused = status < 500 and status not in RETRIED
+        pause = None if refused else _retry_after(response.headers.get("retry-after"))
+        fault = Fault(f"http_{status}", detail, refused, pause)
+        if pause is not None:
+            server.ready_at = monotonic() + min(pause, MAX_RETRY_AFTER, self.timeout / 2)
         if status >= 500:
-            fault = self._failed(server, Fault(f"http_{status}", detail))
-        else:
-            server.failures, server.open_until = 0, 0.0  # it is alive
-            fault = self._count(Fault(f"http_{status}", detail, refused=status not in RETRIED))
-        if (pause := _retry_after(response.headers.get("retry-after"))) is not None and not fault.refused:
-            server.ready_at = monotonic() + pause
-        raise fault
+            raise self._failed(server, fault)
+        server.failures, server.open_until = 0, 0.0  # it is alive
+        raise self._count(fault)
 
     def _failed(self, server: _Server, fault: Fault) -> Fault:
         server.failures += 1
@@ -264,17 +286,61 @@ def is_loopback(host: str) -> bool:
         return host.lower() == "localhost"
 
 
-def _message(response: Any) -> str:
+def decode_json(text: str | bytes) -> Any:
+    """JSON from another process, nested no deeper than `MAX_DEPTH`, so that whatever walks it later survives.
+
+    Raises:
+        ValueError: anything else.
+    """
     try:
-        decoded = response.json()
-        text = decoded["error"] if isinstance(decoded, dict) and "error" in decoded else response.text
+        decoded = json.loads(text)
+    except RecursionError:
+        raise ValueError(f"nested deeper than {MAX_DEPTH}") from None
+    level = [decoded]
+    for _ in range(MAX_DEPTH + 1):
+        inner = [
+            value.values() if isinstance(value, dict) else value for value in level if isinstance(value, dict | list)
+        ]
+        if not inner:
+            return decoded
+        level = [value for values in inner for value in values]
+    raise ValueError(f"nested deeper than {MAX_DEPTH}")
+
+
+async def _read(response: Any, limit: int) -> bytes | None:
+    """The body, unpacked, or `None` if that is longer than `limit` or packed in a way that was not asked for.
+
+    The limit is checked before anything is unpacked, as a kilobyte of gzip may hold a megabyte.
+    """
+    packed = response.headers.get("content-encoding", "identity").strip().lower()
+    if packed not in ("identity", "gzip", "x-gzip", "deflate"):
+        return None
+    unpack = None if packed == "identity" else zlib.decompressobj(wbits=32 + zlib.MAX_WBITS)  # gzip's header or zlib's
+    body = bytearray()
+    async for chunk in response.aiter_raw():
+        try:
+            body += chunk if unpack is None else unpack.decompress(chunk, limit + 1 - len(body))
+        except zlib.error:
+            return None
+        if len(body) > limit:
+            return None
+    return bytes(body)
+
+
+def _message(content: bytes | None) -> str:
+    """What an error's answer says, for people."""
+    if content is None:
+        return "more than can be shown"
+    try:
+        decoded = decode_json(content)
     except ValueError:
-        text = response.text
+        decoded = None
+    text = decoded["error"] if isinstance(decoded, dict) and "error" in decoded else content.decode(errors="replace")
     return " ".join(str(text).split())[:300]
 
 
 def _retry_after(value: str | None) -> float | None:
-    """Seconds from a `Retry-After` header, which holds seconds or a date; `None` for anything else."""
+    """Seconds, at least 0, from a `Retry-After` header, which holds seconds or a date; `None` for anything else."""
     if value is None:
         return None
     try:
@@ -282,6 +348,6 @@ def _retry_after(value: str | None) -> float | None:
     except ValueError:
         try:
             seconds = parsedate_to_datetime(value).timestamp() - time()
-        except ValueError:
+        except (ValueError, TypeError, OverflowError):  # no date, or none that this machine's clock can show
             return None
     return max(0.0, seconds) if seconds == seconds else None
