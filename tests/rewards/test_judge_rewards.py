@@ -13,6 +13,7 @@ from rcgrpo.rewards import (
     EditScoreReward,
     LocalJudge,
     LogitScoreReward,
+    RemoteReward,
     RewardError,
     ServerJudge,
     UnifiedRewardEditReward,
@@ -290,3 +291,10 @@ def test_names_columns_ranges_and_the_server_of_the_environment(server, monkeypa
         with pytest.raises(ValueError, match="got"):
             EditScoreReward(**wrong)
     assert tuple("012345") == DIGITS
+
+
+def test_judges_and_remote_rewards_are_required_unless_told_otherwise():
+    named = ["editscore", "unified_reward_edit", "edit_r1", RemoteReward("http://127.0.0.1:9"), "background_ssim"]
+    assert [reward.required for reward in resolve_rewards(named)] == [True, True, True, True, False]
+    optional = [RemoteReward("http://127.0.0.1:9", required=False), LogitScoreReward(required=False)]
+    assert not any(reward.required for reward in resolve_rewards(optional))

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from rcgrpo.rewards.pictures import crop_to_region, from_png, png_size, region_box, to_png
+from rcgrpo.rewards.pictures import crop_to_region, from_png, once_each, png_size, region_box, to_png
 
 
 def mask_with(size, *boxes):
@@ -127,3 +127,15 @@ def test_transparency_is_kept():
     image.putpixel((1, 0), 1)
     image.info["transparency"] = 1
     assert from_png(to_png(image), "x").convert("RGBA").tobytes() == bytes([1, 2, 3, 255, 4, 5, 6, 0])
+
+
+def test_pictures_that_look_alike_are_made_something_of_once():
+    made = []
+    once = once_each(lambda image: made.append(image) or len(made))
+    grey = Image.new("L", (4, 4), 7)
+    palette = grey.convert("P")
+    other = palette.copy()
+    other.putpalette([255 - value for value in palette.getpalette()])
+    alike = [(grey, grey.copy()), (palette, palette.copy()), (other, other.copy()), (grey.convert("RGB"),)]
+    assert [[once(image) for image in images] for images in alike] == [[1, 1], [2, 2], [3, 3], [4]]
+    assert once(Image.new("L", (2, 8), 7)) == 5 and once(Image.new("L", (4, 4), 8)) == 6 and once(grey) == 1
