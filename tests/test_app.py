@@ -202,7 +202,7 @@ def test_a_file_that_holds_nothing_for_the_transformer_is_no_lora(tmp_path):
     from safetensors.torch import save_file
 
     save_file({"unet.conv.lora_A.weight": torch.zeros(2, 2)}, tmp_path / LORA_FILE)
-    with pytest.raises(ValueError, match=r"lora: .*(holds nothing for|does not fit) this model"):
+    with pytest.raises(ValueError, match=r"lora: .*holds nothing for this model"):
         LoraSlot(make_pipeline()).entrants(str(tmp_path))
 
 

@@ -71,13 +71,13 @@ def test_the_hub_is_out_of_bounds_unless_the_lora_is_there(lora, offline, monkey
 
 
 def test_loras_that_cannot_be_used_are_refused():
-    with pytest.raises(UsageError, match=r"--lora: got 'a/b/c', expected a folder or file that is there, or a Hub id"):
+    with pytest.raises(UsageError, match=r"--lora: got 'a/b/c', expected a folder or file that exists, or a Hub id"):
         run([*EDIT, "--lora", "a/b/c"])
     Path("empty").mkdir()
-    with pytest.raises(UsageError, match=r"--lora: got 'empty', expected a folder or file that is there"):
+    with pytest.raises(UsageError, match=r"--lora: got the folder empty, expected pytorch_lora_weights.safetensors"):
         run([*EDIT, "--lora", "empty"])
     write_lora(build_tiny_kontext(), Path("other"))
-    with pytest.raises(SystemExit, match=r"rcgrpo edit: --lora: got 'other', expected one for kontext-tiny \("):
+    with pytest.raises(SystemExit, match=r"rcgrpo edit: --lora: got 'other', expected one that fits this model; "):
         main(["edit", *EDIT, "--lora", "other"])
 
 

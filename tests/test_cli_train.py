@@ -4,8 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from datasets import Dataset
+from diffusers import FluxKontextPipeline
+from peft import LoraConfig, get_peft_model
 from PIL import Image
+from safetensors.torch import load_file
 
 from checkpoint_files import write_checkpoint
 from rcgrpo import RCGRPOConfig
@@ -13,6 +17,8 @@ from rcgrpo.cli.parsing import UsageError
 from rcgrpo.cli.train import ScriptArguments, load_rows, run, settle_resume, settle_splits
 from rcgrpo.data import EditRows, load_edit_dataset
 from rcgrpo.data.make_masks import MaskFolder
+from rcgrpo.hub import LORA_FILE, save_lora
+from rcgrpo.tiny import WEIGHTS
 
 
 @pytest.fixture(autouse=True)
@@ -220,3 +226,78 @@ def test_what_was_trained_is_on_disk_before_it_is_reported_on(monkeypatch):
             ]
         )
     assert {"pytorch_lora_weights.safetensors", "README.md"} <= {path.name for path in Path("run").iterdir()}
+
+
+def init_lora(folder="first", **options):
+    """A LoRA for the embedded model that changes what is drawn."""
+    pipeline = FluxKontextPipeline.from_pretrained(str(WEIGHTS), local_files_only=True)
+    options = {"r": 3, "lora_alpha": 6, "target_modules": ["attn.to_q", "attn.to_v"]} | options
+    config = LoraConfig(init_lora_weights=False, **options)
+    return str(save_lora(pipeline, get_peft_model(pipeline.transformer, config), folder).parent)
+
+
+def before_of(flags, monkeypatch):
+    """The trainer when the report's "before" is made."""
+    seen = []
+
+    def judge(trainer, rows, description):
+        seen.append(trainer)
+        raise UsageError("far enough")
+
+    monkeypatch.setattr("rcgrpo.evaluation.judge_held_out", judge)
+    with pytest.raises(UsageError, match="far enough"):
+        run(["--use_cpu", "true", "--output_dir", "run", "--num_eval_samples", "2", *JOB.split(), *flags])
+    return seen[0]
+
+
+def test_a_run_goes_on_from_a_lora_which_is_part_of_before(monkeypatch):
+    folder = init_lora(alpha_pattern={"attn.to_v": 3})
+    stock = FluxKontextPipeline.from_pretrained(str(WEIGHTS), local_files_only=True)
+    stock.load_lora_weights(folder)
+    named = ["--lora_target_modules", "attn.to_q", "attn.to_v", "--lora_r", "3"]
+    for flags in ([], named, ["--model_init_kwargs", '{"torch_dtype": "float32"}']):
+        trainer = before_of(["--init_lora", folder, *flags], monkeypatch)
+        layer, own = (p.transformer.transformer_blocks[0].attn.to_v for p in (stock, trainer.pipeline))
+        assert torch.equal(own.get_delta_weight("default"), layer.get_delta_weight("default_0"))
+        config = trainer.model.peft_config["default"]
+        assert config.r == 3 and {p.shape[0] for n, p in trainer.model.named_parameters() if "lora_A" in n} == {3}
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--lora_r", "8"], "--lora_r: got 8, expected 3, which --init_lora first has; leave the flag out"),
+        (["--lora_alpha", "16"], "--lora_alpha: got 16, expected 6, which --init_lora first has"),
+        (["--lora_target_modules", "proj_out"], r"--lora_target_modules: got \['proj_out'\], expected .*to_q"),
+        (["--config", "job.yaml"], "--lora_r: got 4, expected 3"),
+    ],
+)
+def test_another_rank_alpha_or_layers_than_the_loras_are_refused(flags, said):
+    init_lora()
+    Path("job.yaml").write_text("lora_r: 4\n")
+    with pytest.raises(UsageError, match=said):
+        run(["--use_cpu", "true", "--output_dir", "run", *JOB.split(), "--init_lora", "first", *flags])
+    assert not Path("run").exists()
+
+
+def test_a_run_that_went_on_ends_with_a_lora_of_the_same_shape():
+    folder = init_lora()
+    run(
+        [
+            "--eval_split",
+            "",
+            "--use_cpu",
+            "true",
+            "--output_dir",
+            "run",
+            "--warmup_steps",
+            "0",
+            "--init_lora",
+            folder,
+            *JOB.split(),
+        ]
+    )
+    first, second = (load_file(Path(name, LORA_FILE)) for name in (folder, "run"))
+    assert {k: w.shape for k, w in first.items()} == {k: w.shape for k, w in second.items()}
+    assert all(torch.equal(w, second[k]) for k, w in first.items() if k.endswith(".alpha"))
+    assert any(not torch.equal(w, second[k]) for k, w in first.items())

@@ -1,6 +1,5 @@
 """`hub.py`: what a stock pipeline makes of our file, and what the Hub makes of our folder."""
 
-import json
 from hashlib import sha256
 from pathlib import Path
 
@@ -11,10 +10,15 @@ from huggingface_hub import ModelCard
 from peft import AdaLoraConfig, LoHaConfig, LoraConfig, get_peft_model
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from hub_server import HubServer, run_with_hub
+from rcgrpo.cli.train import LORA_TARGETS
 from rcgrpo.hub import LORA_FILE, check_lora_config, model_card, save_lora
 from tiny_kontext import TINY_CALL, build_tiny_kontext
+
+LAST = {"target_modules": ["proj_out"], "alpha_pattern": {"^proj_out": 3}, "rank_pattern": {"^proj_out": 1}}
+"""FLUX's last layer has another scale than the layers in the blocks that end in its name."""
 
 TARGETS = ["attn.to_q", "attn.to_out.0", "ff.net.0.proj", "proj_mlp"]
 
@@ -69,8 +73,9 @@ def test_tiny_kontext_listens_to_image_prompt_and_noise():
         {"rank_pattern": {"proj_mlp": 3}, "alpha_pattern": {"attn.to_q": 1}},
         {"init_lora_weights": "gaussian", "lora_dropout": 0.5},
         {"target_modules": r".*attn\.to_[qv]"},
+        LAST,
     ],
-    ids=["alpha", "rslora", "dora", "patterns", "dropout", "regex"],
+    ids=["alpha", "rslora", "dora", "patterns", "dropout", "regex", "last layer"],
 )
 def test_a_stock_pipeline_reproduces_the_trained_one(tmp_path, options):
     pipeline, model = trained(**options)
@@ -88,21 +93,92 @@ def test_the_file_holds_only_what_any_peft_understands_and_no_path(tmp_path):
     pipeline, model = trained(lora_dropout=0.5)
     model.peft_config["default"].base_model_name_or_path = "/home/someone/kontext"
     with safe_open(save_lora(pipeline, model, tmp_path / "new" / "folder"), "pt") as file:
-        assert {key.rsplit(".", 2)[1] for key in file.keys()} == {"lora_A", "lora_B"}  # noqa: SIM118
-        assert all(key.startswith("transformer.") for key in file.keys())  # noqa: SIM118
-        metadata = json.loads(file.metadata()["lora_adapter_metadata"])
-    assert metadata == {
-        "transformer.r": 2,
-        "transformer.lora_alpha": 6,
-        "transformer.target_modules": sorted(TARGETS),
+        found = set(file.keys())
+        assert file.metadata() == {"format": "pt"}
+        assert {float(file.get_tensor(key)) for key in found if key.endswith(".alpha")} == {6.0}
+    layers = {key.removesuffix(".alpha") for key in found if key.endswith(".alpha")}
+    assert len(layers) == 10 and found == {
+        f"{layer}.{part}" for layer in layers for part in ("alpha", "lora_A.weight", "lora_B.weight")
     }
+
+
+def read_by_alpha(file):
+    """A pipeline with a LoRA as ComfyUI reads it: the weights' difference is alpha / rank times up times down."""
+    pipeline, weights = build_tiny_kontext(), load_file(file)
+    doubles, singles = len(pipeline.transformer.transformer_blocks), len(pipeline.transformer.single_transformer_blocks)
+    with torch.no_grad():
+        for key in [key for key in weights if key.endswith(".lora_A.weight")]:
+            layer = key.removesuffix(".lora_A.weight")
+            assert layer in {f"transformer.{name}" for name in comfy_layers(doubles, singles)}
+            down, up = weights.pop(key), weights.pop(f"{layer}.lora_B.weight")
+            alpha = weights.pop(f"{layer}.alpha", None)
+            scale = 1.0 if alpha is None else alpha.item() / len(down)
+            pipeline.transformer.get_submodule(layer.removeprefix("transformer.")).weight += scale * up @ down
+    assert not weights, "keys that it does not load"
+    return pipeline
+
+
+def comfy_layers(doubles, singles):
+    """The layers for which ComfyUI takes `transformer.LAYER` of a FLUX LoRA (`model_lora_keys_unet` in comfy/lora.py).
+
+    They are the keys of `flux_to_diffusers` in comfy/utils.py, as of 2025, for the layers that a LoRA can be on.
+    """
+    attention, feed = ("to_q", "to_k", "to_v"), ("net.0.proj", "net.2")
+    double = [f"attn.{name}" for name in (*attention, "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj")]
+    double += ["attn.to_add_out", "norm1.linear", "norm1_context.linear"]
+    double += [f"{part}.{name}" for part in ("ff", "ff_context") for name in feed]
+    single = [*(f"attn.{name}" for name in attention), "proj_mlp", "proj_out", "norm.linear"]
+    embedders = ("timestep_embedder", "text_embedder", "guidance_embedder")
+    return (
+        {f"transformer_blocks.{i}.{name}" for i in range(doubles) for name in double}
+        | {f"single_transformer_blocks.{i}.{name}" for i in range(singles) for name in single}
+        | {f"time_text_embed.{name}.linear_{i}" for name in embedders for i in (1, 2)}
+        | {"proj_out", "x_embedder", "context_embedder", "norm_out.linear"}
+    )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"lora_alpha": 4},
+        {"lora_alpha": 1, "r": 3},
+        {"use_rslora": True, "r": 3},
+        {"rank_pattern": {"proj_mlp": 3}, "alpha_pattern": {"attn.to_q": 1}},
+        {"target_modules": "all-linear"},
+        LAST,
+    ],
+    ids=["default", "odd", "rslora", "patterns", "all layers", "last layer"],
+)
+def test_a_reader_that_knows_alpha_alone_draws_the_same(tmp_path, options):
+    pipeline, model = trained(**options)
+    expected = draw(pipeline)
+    found = draw(read_by_alpha(save_lora(pipeline, model, tmp_path)))
+    assert (found - expected).abs().max() < 1e-4 < (draw(build_tiny_kontext()) - expected).abs().max()
+
+
+def test_comfyui_knows_every_layer_that_is_trained_by_default():
+    layers = comfy_layers(2, 2)
+    named = dict(build_tiny_kontext(guidance_embeds=True).transformer.named_modules())
+    assert layers == {name for name, module in named.items() if isinstance(module, torch.nn.Linear)}
+    assert all(any(layer.endswith(target) for layer in layers) for target in LORA_TARGETS)
+
+
+def test_loading_our_file_says_nothing_that_another_would_not(tmp_path, caplog):
+    build_tiny_kontext().load_lora_weights(save_lora(*trained(), tmp_path))
+    said = [record.message for record in caplog.records if "associated to CLIPTextModel" not in record.message]
+    assert said == []
+
+
+def test_the_same_weights_are_the_same_bytes(tmp_path):
+    pipeline, model = trained()  # the order of a Rust hash map, of metadata for one, is another in each file
+    assert len({save_lora(pipeline, model, tmp_path / str(i)).read_bytes() for i in range(8)}) == 1
 
 
 def test_the_named_adapter_is_the_one_saved(tmp_path):
     pipeline, model = trained()
     model.add_adapter("other", LoraConfig(r=3, lora_alpha=5, target_modules=["attn.to_v"]))
     with safe_open(save_lora(pipeline, model, tmp_path, adapter_name="other"), "pt") as file:
-        assert all(".to_v.lora_" in key for key in file.keys())  # noqa: SIM118
+        assert all(".to_v." in key for key in file.keys())  # noqa: SIM118
     with pytest.raises(ValueError, match=r"'best'.*\['default', 'other'\]"):
         save_lora(pipeline, model, tmp_path, adapter_name="best")
 
@@ -129,6 +205,8 @@ def test_a_crash_while_writing_leaves_the_previous_file(tmp_path, monkeypatch):
         ({"bias": "lora_only"}, "bias='lora_only'"),
         ({"modules_to_save": ["proj_out"]}, "modules_to_save"),
         ({"lora_bias": True}, "lora_bias=True"),
+        ({"lora_alpha": 0}, "lora_alpha=0, with which a LoRA does nothing"),
+        ({"alpha_pattern": {"to_q": float("nan")}}, "lora_alpha=nan"),
     ],
 )
 def test_adapters_that_diffusers_cannot_load_are_refused(options, complaint):

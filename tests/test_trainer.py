@@ -63,7 +63,17 @@ def flat_for_removals(task, **columns):
     return [0.5 if t == "remove" else score for t, score in zip(task, by_number(**columns), strict=True)]
 
 
-def make(folder, data, reward=brightness, eval_dataset=None, pipe=None, peft=True, callbacks=None, **options):
+def make(
+    folder,
+    data,
+    reward=brightness,
+    eval_dataset=None,
+    pipe=None,
+    peft=True,
+    callbacks=None,
+    optimizers=(None, None),
+    **options,
+):
     """A trainer whose optimizer is plain SGD, so that weights show gradients."""
     small = {"resolution": 32, "max_sequence_length": 16, "num_inference_steps": 3, "num_policy_steps": 2}
     small |= {"policy_steps_range": [0, 1], "num_generations": 4, "num_anchors": 2, "max_steps": 2}
@@ -73,7 +83,7 @@ def make(folder, data, reward=brightness, eval_dataset=None, pipe=None, peft=Tru
     pipe = pipe or build_tiny_kontext()
     pipe.set_progress_bar_config(disable=True)
     args = RCGRPOConfig(str(folder), **(small | options))
-    return RCGRPOTrainer(pipe, reward, args, data, eval_dataset, lora, callbacks)
+    return RCGRPOTrainer(pipe, reward, args, data, eval_dataset, lora, callbacks, optimizers)
 
 
 def weights(trainer):

@@ -51,7 +51,7 @@ def find_lora(lora: str | Path, where: str = "lora") -> Path:
             return Path(hf_hub_download(str(lora), name))
     except Exception as error:  # the client has a dozen kinds
         raise ValueError(
-            f"{where}: got {str(lora)!r}, expected a folder or file that is there, or a Hub id whose repository holds "
+            f"{where}: got {str(lora)!r}, expected a folder or file that exists, or a Hub id whose repository holds "
             f"{LORA_FILE} ({first_words(error)})"
         ) from error
 
