@@ -400,13 +400,13 @@ import torch
 import test_resuming as t
 folder, data = Path(sys.argv[1]), t.compbench_mini("train", 12, 32)
 options = t.ADAM | {"per_device_train_batch_size": 1, "use_cpu": False}
-if not (folder / "run").exists():
+if sys.argv[2] == "stop":
     whole = t.make(folder / "whole", data, **options)
     whole.train()
     torch.save(t.weights(whole), folder / f"whole{whole.args.process_index}.pt")
 trainer = t.make(folder / "run", data, **options)
 assert trainer.accelerator.num_processes == 2
-if trainer.args.process_index == 1 and not (folder / "run").exists():
+if sys.argv[2] == "stop" and trainer.args.process_index == 1:
     trainer.add_callback(t.Signal(1))
 trainer.train(resume_from_checkpoint=True)
 torch.save(t.weights(trainer), folder / f"resumed{trainer.args.process_index}.pt")
@@ -417,13 +417,13 @@ trainer.close()
 def test_two_processes_without_a_gpu_are_one_run_and_stop_together(tmp_path, data):
     """The signal comes to one of them. Two processes give one's bits with accumulation, as a mean of two is exact."""
     (tmp_path / "worker.py").write_text(WORKER)
-    stopped = side_by_side(2, tmp_path / "worker.py", tmp_path)
+    stopped = side_by_side(2, tmp_path / "worker.py", tmp_path, "stop")
     assert [status for status, _ in stopped] == [143, 143], stopped
     assert stopped[0][1].count("SIGTERM: stopped after step 2") == 1 and "SIGTERM" not in stopped[1][1]
     assert not any("Traceback" in errors for _, errors in stopped)
     (checkpoint,) = by_step(tmp_path / "run").values()
     assert fault(checkpoint) is None and len(list(checkpoint.glob("rng_state_*.pth"))) == 2
-    ended = side_by_side(2, tmp_path / "worker.py", tmp_path)
+    ended = side_by_side(2, tmp_path / "worker.py", tmp_path, "go on")
     assert [status for status, _ in ended] == [0, 0], ended
     first, *others = (torch.load(tmp_path / f"{name}{rank}.pt") for name in ("whole", "resumed") for rank in (0, 1))
     assert all(same(first, other) for other in others)
