@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from checkpoint_files import write_checkpoint
 from rcgrpo import RCGRPOConfig
+from rcgrpo.cli import main
 from rcgrpo.cli.parsing import UsageError
 from rcgrpo.cli.train import ScriptArguments, load_rows, run, settle_resume, settle_splits
 from rcgrpo.data import EditRows, load_edit_dataset
@@ -301,3 +302,36 @@ def test_a_run_that_went_on_ends_with_a_lora_of_the_same_shape():
     assert {k: w.shape for k, w in first.items()} == {k: w.shape for k, w in second.items()}
     assert all(torch.equal(w, second[k]) for k, w in first.items() if k.endswith(".alpha"))
     assert any(not torch.equal(w, second[k]) for k, w in first.items())
+
+
+def test_the_same_command_goes_on_after_a_stop_and_ends(monkeypatch, capsys, caplog):
+    """A job script's, from its first call to one too many."""
+    monkeypatch.setattr("rcgrpo.resuming.leave_in_time", lambda code: None)
+    Path("preempted.py").write_text(
+        "import os, signal\n"
+        "def reward(images, trainer_state, **columns):\n"
+        "    if trainer_state.global_step == 1 and not os.path.exists('sent'):\n"
+        "        open('sent', 'w').close()\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    return [float(image.getpixel((0, 0))[0]) for image in images]\n"
+    )
+    job = [
+        "train",
+        "--reward_funcs",
+        "preempted.reward",
+        "--eval_split",
+        "",
+        "--use_cpu",
+        "true",
+        "--output_dir",
+        "run",
+    ]
+    job += [*JOB.split(), "--max_steps", "3", "--resume_from_checkpoint", "true"]
+    with pytest.raises(SystemExit) as stop:
+        main(job)
+    told = capsys.readouterr().err
+    assert stop.value.code == 143 and "SIGTERM: stopped after step 2; checkpoint-2 in run has it" in told
+    for _ in range(2):
+        main(job)
+        assert "Written to run: LoRA, model card\n" in capsys.readouterr().out
+    assert "checkpoint-3 has all 3 steps behind it: nothing is left to train" in caplog.text

@@ -15,7 +15,8 @@ from safetensors import SafetensorError
 from transformers import TrainerCallback
 
 from checkpoint_files import empty, gone, half
-from rcgrpo import checkpoints, compbench_mini, resuming, stopping
+from processes import side_by_side
+from rcgrpo import RCGRPOConfig, checkpoints, compbench_mini, resuming, stopping
 from rcgrpo.checkpoints import UNFINISHED, by_step, fault
 from test_trainer import LAYERS, brightness, history, make, same, weights
 
@@ -388,3 +389,53 @@ def test_the_users_handlers_and_other_threads_are_left_alone(tmp_path, data):
     thread.start()
     thread.join(60)
     assert trainer.state.global_step == 1 and torch.isfinite(torch.tensor(history(trainer)[0]["loss"]))
+
+
+# ------------------------------------------------------------------------------------------ several processes
+
+WORKER = """
+import sys
+from pathlib import Path
+import torch
+import test_resuming as t
+folder, data = Path(sys.argv[1]), t.compbench_mini("train", 12, 32)
+options = t.ADAM | {"per_device_train_batch_size": 1, "use_cpu": False}
+if sys.argv[2] == "stop":
+    whole = t.make(folder / "whole", data, **options)
+    whole.train()
+    torch.save(t.weights(whole), folder / f"whole{whole.args.process_index}.pt")
+trainer = t.make(folder / "run", data, **options)
+assert trainer.accelerator.num_processes == 2
+if sys.argv[2] == "stop" and trainer.args.process_index == 1:
+    trainer.add_callback(t.Signal(1))
+trainer.train(resume_from_checkpoint=True)
+torch.save(t.weights(trainer), folder / f"resumed{trainer.args.process_index}.pt")
+trainer.close()
+"""
+
+
+def test_two_processes_without_a_gpu_are_one_run_and_stop_together(tmp_path, data):
+    """The signal comes to one of them. Two processes give one's bits with accumulation, as a mean of two is exact."""
+    (tmp_path / "worker.py").write_text(WORKER)
+    stopped = side_by_side(2, tmp_path / "worker.py", tmp_path, "stop")
+    assert [status for status, _ in stopped] == [143, 143], stopped
+    assert stopped[0][1].count("SIGTERM: stopped after step 2") == 1 and "SIGTERM" not in stopped[1][1]
+    assert not any("Traceback" in errors for _, errors in stopped)
+    (checkpoint,) = by_step(tmp_path / "run").values()
+    assert fault(checkpoint) is None and len(list(checkpoint.glob("rng_state_*.pth"))) == 2
+    ended = side_by_side(2, tmp_path / "worker.py", tmp_path, "go on")
+    assert [status for status, _ in ended] == [0, 0], ended
+    first, *others = (torch.load(tmp_path / f"{name}{rank}.pt") for name in ("whole", "resumed") for rank in (0, 1))
+    assert all(same(first, other) for other in others)
+    alone = make(tmp_path / "alone", data, **(ADAM | {"per_device_train_batch_size": 1}), gradient_accumulation_steps=2)
+    alone.train()
+    assert same(weights(alone), first)
+
+
+def test_a_launch_that_would_be_two_runs_is_refused(tmp_path, monkeypatch):
+    """On a machine whose accelerator has no process group, such as Apple's."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
+    with pytest.raises(ValueError, match=r"WORLD_SIZE: got 2 processes .* expected the 1 of .*; pass use_cpu=True"):
+        RCGRPOConfig(str(tmp_path), bf16=False)
