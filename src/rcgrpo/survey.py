@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .data.edits import Edit
 from .diagnostics import InsideOutside, group_diagnostics, latent_variance, split_by_region, variance
-from .editors import FluxKontextEditor
+from .editors import Editor
 from .objective import group_advantages, quasi_norm
 from .rewards import Reward, score
 from .rollout import Exploration, Group, make_groups
@@ -44,7 +44,7 @@ class Finding:
 
 
 def survey(
-    editor: FluxKontextEditor,
+    editor: Editor,
     model: nn.Module,
     edits: Sequence[Edit],
     num_generations: int,
@@ -85,7 +85,7 @@ def survey(
 
 
 def _find(
-    editor: FluxKontextEditor, model: nn.Module, group: Group, scores: Mapping[str, Tensor], depth_step: int | None
+    editor: Editor, model: nn.Module, group: Group, scores: Mapping[str, Tensor], depth_step: int | None
 ) -> Finding:
     rewards = scores.get("reward", torch.full([len(group.images)], math.nan))
     advantages = quasi_norm(group_advantages(rewards))
@@ -138,7 +138,7 @@ def _ignore(name: str, value: Any) -> None:
 
 
 @torch.no_grad()
-def depth_variance(editor: FluxKontextEditor, model: nn.Module, group: Group, step: int) -> InsideOutside:
+def depth_variance(editor: Editor, model: nn.Module, group: Group, step: int) -> InsideOutside:
     """How much a group's hidden states differ, before the first block and after each, `[blocks + 1]` on the CPU.
 
     One forward of the whole group at the latents that it had at this step. The variance across candidates is divided by

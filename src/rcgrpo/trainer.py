@@ -29,13 +29,12 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 from trl.trainer.utils import RepeatSampler
 
-from .attention import AttentionOptions, AttentionRecorder, Concentration
+from .attention import AttentionOptions, Concentration
 from .completions import SHOWN, Completions, record, show, shown_rows, write_completions
 from .config import RCGRPOConfig
 from .data.edits import Edit, EditRows
 from .diagnostics import group_diagnostics, reward_parts, variance_by_step
-from .editors import ConditionCache, FluxKontextEditor
-from .editors.flux_kontext import instruction_token_weights
+from .editors import ConditionCache, open_editor
 from .hub import check_lora_config
 from .metrics import masked_psnr
 from .models import load_pipeline, trained_model
@@ -143,7 +142,7 @@ class RCGRPOTrainer(SavingTrainer):
             raise ValueError(f"beta: got {args.beta} without peft_config, expected LoRA, whose base is the reference")
 
         self.pipeline = load_pipeline(model, args.model_init_kwargs)  # type: ignore[arg-type]
-        self.editor = FluxKontextEditor(
+        self.editor = open_editor(
             self.pipeline,
             args.resolution,
             args.num_inference_steps,
@@ -155,7 +154,7 @@ class RCGRPOTrainer(SavingTrainer):
             ConditionCache(args.conditions_cache_dir) if args.cache_conditions else None,
         )
         if self._records_attention:
-            AttentionRecorder(self.pipeline.transformer, args.attention_blocks)  # refuses blocks that are not there
+            self.editor.attention(args.attention_options)  # refuses blocks that are not there
         elif args.attention_options != AttentionOptions():
             raise ValueError(
                 f"attention_blocks, attention_...: got {args.attention_options}, expected the defaults, as nothing "
@@ -304,7 +303,7 @@ class RCGRPOTrainer(SavingTrainer):
             self._check_edit(edit, args)
             if args.attention_words_column is not None:
                 words = words_of(edit, args.attention_words_column)
-                instruction_token_weights(self.pipeline, [edit.prompt], args.max_sequence_length, [words])
+                self.editor.instruction_weights(edit.prompt, words)
             height, width = self.editor.size_for(edit.source)
             turn = self._next_edit(edit, Image.new("RGB", (width, height)), following)
             if turn is not None:
@@ -627,7 +626,7 @@ class RCGRPOTrainer(SavingTrainer):
             loss = loss + args.beta * kl * inputs.taught
         if args.keep_hinge_weight:
             clean = predict_clean(inputs.latents, velocity, inputs.sigma)
-            hinge = keep_hinge(clean, inputs.conditions.image_latents, inputs.region, args.keep_hinge_margin)
+            hinge = keep_hinge(clean, inputs.conditions.source, inputs.region, args.keep_hinge_margin)
             numbers["keep_hinge"] = float(hinge.detach().mean())
             loss = loss + args.keep_hinge_weight * hinge * inputs.taught
         for name, value in numbers.items():
