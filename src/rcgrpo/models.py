@@ -11,27 +11,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import FluxKontextPipeline
+from diffusers import DiffusionPipeline
 from diffusers.quantizers import PipelineQuantizationConfig
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedConfig, set_seed
 
-from .pipeline import RegionDecoupledFluxKontextPipeline
+from .editors import RegionDecoupledPipeline
 from .tiny import WEIGHTS
 
 
-def load_pipeline(model: Any, init_kwargs: Mapping[str, Any] | None = None) -> RegionDecoupledFluxKontextPipeline:
+def load_pipeline(model: Any, init_kwargs: Mapping[str, Any] | None = None) -> Any:
     """The pipeline of a Hub id or a folder, or the one that shares its parts with a given pipeline.
 
     Args:
-        model: a `FluxKontextPipeline` (any subclass), a Hub id or a folder.
+        model: a pipeline of a class that has an editor (any subclass), a Hub id or a folder of one.
         init_kwargs: of `from_pretrained`, where `model` is a string; dtypes may be strings, also one for each part, and
             `quantization_config` a mapping with `PipelineQuantizationConfig`'s arguments.
 
     Raises:
         TypeError: `model` is none of these.
-        ValueError: a dtype that torch does not have, or `init_kwargs` with a pipeline.
+        ValueError: a dtype that torch does not have, a folder of another class, or `init_kwargs` with a pipeline.
     """
     if isinstance(model, str | os.PathLike):
         kwargs = dict(init_kwargs or {})
@@ -39,19 +39,16 @@ def load_pipeline(model: Any, init_kwargs: Mapping[str, Any] | None = None) -> R
             kwargs[key] = _dtype(kwargs[key], f"model_init_kwargs[{key!r}]")
         if isinstance(kwargs.get("quantization_config"), Mapping):  # from YAML
             kwargs["quantization_config"] = PipelineQuantizationConfig(**kwargs["quantization_config"])
-        return RegionDecoupledFluxKontextPipeline.from_pretrained(model, **kwargs)
+        return RegionDecoupledPipeline.from_pretrained(model, **kwargs)
     if init_kwargs:
         raise ValueError(
             f"model_init_kwargs: got {dict(init_kwargs)} with a pipeline that is loaded already, expected none; pass "
             "them to its from_pretrained, or name the model"
         )
-    if isinstance(model, RegionDecoupledFluxKontextPipeline):
-        return model
-    if not all(hasattr(model, part) for part in ("transformer", "vae", "scheduler", "tokenizer_2")):
-        raise TypeError(f"model: got {type(model).__name__}, expected a FluxKontextPipeline, a Hub id or a folder")
-    pipe = RegionDecoupledFluxKontextPipeline(**model.components)  # `from_pipe` would cast everything to fp32
-    pipe.register_to_config(_name_or_path=model.config.get("_name_or_path"))
-    return pipe
+    try:
+        return RegionDecoupledPipeline.from_pipe(model)
+    except ValueError as error:
+        raise TypeError(f"{error}, a Hub id or a folder") from None
 
 
 def _dtype(value: Any, where: str) -> Any:
@@ -64,7 +61,7 @@ def _dtype(value: Any, where: str) -> Any:
     return dtype
 
 
-def base_model_name(pipeline: FluxKontextPipeline) -> str:
+def base_model_name(pipeline: DiffusionPipeline) -> str:
     """What to call the base in a card: its Hub id; of a folder its last part, as paths are nobody's business."""
     name = str(pipeline.config.get("_name_or_path") or "")
     if not name or not Path(name).is_dir():
@@ -73,7 +70,7 @@ def base_model_name(pipeline: FluxKontextPipeline) -> str:
     return "kontext-tiny" if folder == WEIGHTS.resolve() else folder.name
 
 
-def trained_model(pipeline: FluxKontextPipeline, peft_config: PeftConfig | None, seed: int) -> nn.Module:
+def trained_model(pipeline: Any, peft_config: PeftConfig | None, seed: int) -> nn.Module:
     """The pipeline's transformer, ready for the Trainer, everything else frozen.
 
     Args:
@@ -84,10 +81,10 @@ def trained_model(pipeline: FluxKontextPipeline, peft_config: PeftConfig | None,
     Raises:
         ValueError: a VAE that tiles, a transformer with a step cache or inside PEFT, or layers that it does not have.
     """
-    for part in (pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2):
-        if part is not None:
-            part.requires_grad_(False).eval()
     transformer = pipeline.transformer
+    for part in pipeline.components.values():
+        if isinstance(part, nn.Module) and part is not transformer:
+            part.requires_grad_(False).eval()
     if getattr(transformer, "is_cache_enabled", False):
         raise ValueError("model: the transformer has a step cache enabled; call `transformer.disable_cache()` first")
 
