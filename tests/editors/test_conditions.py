@@ -55,7 +55,8 @@ def test_texts_of_different_lengths_are_padded_at_their_ends():
     assert (-joined.negative["prompt_embeds"][..., 0]).tolist() == joined.text_weights.tolist()
 
 
-def test_the_opposite_reads_the_negative_text():
+def test_the_second_half_reads_the_negative_text():
     conditions = conditions_of([1, 2], negative=True)
-    assert conditions.opposite().text == conditions.negative and not conditions.opposite().negative
-    assert conditions.opposite().source is conditions.source
+    first, second = conditions.halves()
+    assert first.text == conditions.text and second.text == conditions.negative
+    assert not first.negative and not second.negative and first.source is second.source is conditions.source

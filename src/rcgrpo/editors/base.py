@@ -303,9 +303,10 @@ class FlowEditor(ABC):
 
         if self.cache is None or not keep:
             return make()["image_latents"]
-        # Tiling and slicing are plain attributes of the VAE.
-        vae, processor = self.pipeline.vae, dict(self.pipeline.image_processor.config)
-        settings = {name: value for name, value in vars(vae).items() if isinstance(value, bool | int | float)}
+        # Tiling and slicing are plain attributes of the VAE; what it counts while it works is private.
+        plain = {name: value for name, value in vars(self.pipeline.vae).items() if not name.startswith("_")}
+        settings = {name: value for name, value in plain.items() if isinstance(value, bool | int | float)}
+        processor = dict(self.pipeline.image_processor.config)
         made_from = [self._vae_weights, surroundings(self.device), settings, processor, dtype, height, width]
         kind = f"image-{self._vae_weights[:12]}"
         return self.cache.get(kind, [*made_from, picture_digest(image)], make)["image_latents"].to(self.device)
@@ -345,13 +346,13 @@ class FlowEditor(ABC):
         time = timestep.to(conditions.device, conditions.dtype) / 1000
         if not conditions.negative:
             return self._predict(model, latents, time, conditions)
-        opposite = conditions.opposite()
+        halves = conditions.halves()
         if self.batch_guidance:
-            both = Conditions.concatenate([conditions, opposite])
+            both = Conditions.concatenate(halves)
             return self._guide(*self._predict(model, latents.repeat(2, 1, 1), time.repeat(2), both).chunk(2))
-        positive = self._predict(model, latents, time, conditions)
+        positive = self._predict(model, latents, time, halves[0])
         with unrecorded():
-            return self._guide(positive, self._predict(model, latents, time, opposite))
+            return self._guide(positive, self._predict(model, latents, time, halves[1]))
 
     def attention(self, options: AttentionOptions | None = None) -> AttentionRecorder:
         """A recorder of the transformer's attention; refuses blocks that it does not have."""

@@ -71,9 +71,9 @@ class Conditions:
         """Each sample `times` times in a row, so that a group's candidates stand together."""
         return self._map(lambda tensor: tensor.repeat_interleave(times, dim=0))
 
-    def opposite(self) -> Self:
-        """The same with the negative text in the text's place."""
-        return replace(self, text=self.negative, negative={})
+    def halves(self) -> tuple[Self, Self]:
+        """What the two predictions of a guided velocity are conditioned on: the text, and the negative in its place."""
+        return replace(self, negative={}), replace(self, text=self.negative, negative={})
 
     @classmethod
     def concatenate(cls, parts: Sequence[Self]) -> Self:

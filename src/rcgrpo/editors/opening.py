@@ -11,6 +11,7 @@ from .region_decoupled import RegionDecoupled
 
 _FILES = {
     "FluxKontextPipeline": "flux_kontext",
+    "Flux2KleinPipeline": "flux2_klein",
 }
 """The file of each of diffusers' classes; there its pipeline with a region is `RegionDecoupled` + the class's name."""
 
