@@ -112,7 +112,8 @@ def compare(
         raise ValueError(f"mask: got {mask.size}, expected the source's size {source.size}")
     if mask.getbbox() is None:
         raise ValueError("mask: got nothing painted, expected the region to edit")
-    height, width = sampling.size_for(pipeline, source)
+    editor = sampling.editor(pipeline)
+    height, width = editor.size_for(source)
     source = pipeline.image_processor.resize(source.convert("RGB"), height, width)
     mask = mask.convert("L").resize(source.size, Image.Resampling.BOX).point(lambda value: 255 * (value > 0))
     outcomes = []
@@ -126,7 +127,7 @@ def compare(
             output_attention=True,
             num_images_per_prompt=num_candidates,
             generator=torch.Generator().manual_seed(sampling.seed),
-            **sampling.call(height, width),
+            **editor.call_arguments(height, width),
         )
         outcomes.append(
             Outcome(

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from .attention import blocks_of
 from .data.edits import Edit
 from .diagnostics import InsideOutside, group_diagnostics, latent_variance, split_by_region, variance
 from .editors import Editor
@@ -149,17 +150,18 @@ def depth_variance(editor: Editor, model: nn.Module, group: Group, step: int) ->
         step: which step of the rollout, from 0.
     """
     transformer = editor.pipeline.transformer
-    blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
+    entry = getattr(transformer, editor.input_layer)
     tokens, region = len(group.region), group.region.cpu()
+    pictures = tokens + group.conditions.reference_tokens.shape[1]
     found: list[InsideOutside] = []
 
     def hook(module: nn.Module, args: Any, output: Any) -> None:
-        # Blocks return (text, image); reference tokens follow the noisy ones.
-        states = (output[1] if isinstance(output, tuple) else output)[:, :tokens].float()
+        # Blocks return (text, image) or, joined, text and image; reference tokens follow the noisy ones.
+        states = (output[1] if isinstance(output, tuple) else output)[:, -pictures:][:, :tokens].float()
         spread = states.var(0).mean(-1) / states.square().mean().clamp(min=1e-20)
         found.append(split_by_region(spread.cpu(), region))
 
-    handles = [module.register_forward_hook(hook) for module in (transformer.x_embedder, *blocks)]
+    handles = [module.register_forward_hook(hook) for module in (entry, *blocks_of(transformer))]
     try:
         latents = group.trajectory[step]
         timestep = group.schedule.timesteps[step].expand(len(latents))

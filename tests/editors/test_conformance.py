@@ -1,5 +1,6 @@
 """What every editor must pass: one suite, on random models of the real classes. A new editor adds a row to `CASES`."""
 
+import functools
 import json
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -30,16 +31,15 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 @dataclass(frozen=True)
 class Case:
-    """An editor: a tiny pipeline, and how its own call and our editor are told to do the same.
+    """An editor of a tiny pipeline, whose pictures have `side`² pixels.
 
-    `options` go to the editor, `call` to the pipeline; `guided` where each step asks for a negative prompt too;
-    `processors` is where the attention of its transformer is dispatched, `blocks` how many it has.
+    `options` go to the editor; `guided` where each step asks for a negative prompt too; `processors` is where the
+    attention of its transformer is dispatched, `blocks` how many it has; `length` of a padded text.
     """
 
     build: Callable[[], Any]
     processors: Any
     options: dict[str, Any] = field(default_factory=dict)
-    call: dict[str, Any] = field(default_factory=dict)
     guided: bool = False
     blocks: int = 4
     side: int = 64
@@ -58,17 +58,13 @@ class Case:
 
 
 TRUE_CFG = {"true_cfg_scale": 2.5, "negative_prompt": "blurry"}
-KONTEXT = {"call": {"_auto_resize": False}, "side": 32}
-GUIDED_KONTEXT = {"call": {"_auto_resize": False, **TRUE_CFG}, "side": 32}
 CASES = {
-    "kontext": Case(build_tiny_kontext, transformer_flux, **KONTEXT),
-    "kontext, true cfg": Case(build_tiny_kontext, transformer_flux, TRUE_CFG, guided=True, **GUIDED_KONTEXT),
-    "klein base": Case(build_tiny_klein, transformer_flux2, {"guidance_scale": 3.0}, {"guidance_scale": 3.0}, True),
+    "kontext": Case(build_tiny_kontext, transformer_flux, side=32),
+    "kontext, true cfg": Case(build_tiny_kontext, transformer_flux, TRUE_CFG, True, side=32),
+    "klein base": Case(build_tiny_klein, transformer_flux2, {"guidance_scale": 3.0}, True),
     "klein distilled": Case(lambda: build_tiny_klein(is_distilled=True), transformer_flux2),
     "qwen": Case(build_tiny_qwen, transformer_qwenimage, blocks=2),
-    "qwen 2511, cfg": Case(
-        lambda: build_tiny_qwen(zero_cond_t=True), transformer_qwenimage, TRUE_CFG, TRUE_CFG, True, 2
-    ),
+    "qwen 2511, cfg": Case(lambda: build_tiny_qwen(zero_cond_t=True), transformer_qwenimage, TRUE_CFG, True, 2),
 }
 STEPS = 3
 PROMPTS = ["make it red", "add a small boat"]
@@ -89,7 +85,7 @@ def case(request):
 
 @pytest.fixture(scope="module")
 def stock(case):
-    return quiet(case.build())
+    return shared(case.build)
 
 
 @pytest.fixture(scope="module")
@@ -102,11 +98,14 @@ def generator(seed=0):
 
 
 def call_of(case, columns=8, rows=8, **more):
-    width, height = columns * case.side // 8, rows * case.side // 8
-    sized = {"height": height, "width": width, "num_inference_steps": STEPS, "max_sequence_length": case.length}
-    if "_auto_resize" in case.call:
-        sized["max_area"] = width * height
-    return {**sized, **case.call, **more}
+    """The stock call's arguments for the same as the editor does, of a picture of so many tokens."""
+    editor = editor_of(case, shared(case.build))
+    return editor.call_arguments(rows * case.side // 8, columns * case.side // 8) | more
+
+
+@functools.cache
+def shared(build):
+    return quiet(build())
 
 
 def editor_of(case, pipeline, **more):

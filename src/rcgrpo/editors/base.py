@@ -179,10 +179,18 @@ class FlowEditor(ABC):
     def _guide(self, positive: Tensor, negative: Tensor) -> Tensor:
         return negative + self.cfg_scale * (positive - negative)
 
-    @staticmethod
-    def size_arguments(height: int, width: int) -> dict[str, Any]:
-        """What the pipeline's own call needs to edit a picture of this size at this size."""
-        return {"height": height, "width": width}
+    def call_arguments(self, height: int, width: int) -> dict[str, Any]:
+        """What the pipeline's own call takes to draw as this editor does, of a picture that `resized` has made."""
+        return {
+            "height": height,
+            "width": width,
+            "num_inference_steps": self.num_inference_steps,
+            "max_sequence_length": self.max_sequence_length,
+        }
+
+    def resized(self, image: Image.Image, height: int, width: int) -> Image.Image:
+        """The picture to hand to the pipeline's own call, for an output of this size."""
+        return self.pipeline.image_processor.resize(image, height, width)
 
     # -------------------------------------------------------------------------------- sizes
 

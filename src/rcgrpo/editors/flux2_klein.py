@@ -75,6 +75,10 @@ class Flux2KleinEditor(FlowEditor):
         """References are read at a megapixel at most."""
         return _capped(height, width, self.multiple)
 
+    def call_arguments(self, height: int, width: int) -> dict[str, Any]:
+        """The call's negative prompt is the empty one."""
+        return super().call_arguments(height, width) | {"guidance_scale": self.guidance_scale}
+
     def _shift(self, tokens: int) -> float:
         return compute_empirical_mu(tokens, self.num_inference_steps)
 

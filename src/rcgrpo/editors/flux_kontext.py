@@ -97,9 +97,13 @@ class FluxKontextEditor(FlowEditor):
         unpacked = unpacked / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
         return pipe.vae.decode(unpacked, return_dict=False)[0]
 
-    @staticmethod
-    def size_arguments(height: int, width: int) -> dict[str, Any]:
-        return {"height": height, "width": width, "max_area": height * width, "_auto_resize": False}
+    def call_arguments(self, height: int, width: int) -> dict[str, Any]:
+        """Without `max_area` the output would have a megapixel, and the reference one of seventeen sizes."""
+        call = super().call_arguments(height, width) | {"max_area": height * width, "_auto_resize": False}
+        call["guidance_scale"] = self.guidance_scale
+        if self.cfg_scale > 1:
+            call |= {"true_cfg_scale": self.true_cfg_scale, "negative_prompt": self.negative_prompt}
+        return call
 
 
 class RegionDecoupledFluxKontextPipeline(RegionDecoupled, FluxKontextPipeline):

@@ -22,6 +22,9 @@ class Editor(Protocol):
     lora_targets: ClassVar[tuple[str, ...]]
     """Names of the layers that a LoRA is usually put on."""
 
+    input_layer: ClassVar[str]
+    """The transformer's layer that noisy and reference tokens enter by."""
+
     pipeline: Any
     num_inference_steps: int
 
@@ -65,6 +68,12 @@ class Editor(Protocol):
 
     def decode(self, latents: Tensor, height: int, width: int) -> list[Image.Image]:
         """Pictures of clean latents."""
+
+    def call_arguments(self, height: int, width: int) -> dict[str, Any]:
+        """What the pipeline's own call takes to draw as this editor does, of a picture that `resized` has made."""
+
+    def resized(self, image: Image.Image, height: int, width: int) -> Image.Image:
+        """The picture to hand to the pipeline's own call, for an output of this size."""
 
     def attention(self, options: AttentionOptions | None = None) -> AttentionRecorder:
         """A recorder of the transformer's attention."""

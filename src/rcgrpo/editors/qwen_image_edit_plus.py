@@ -54,6 +54,16 @@ class QwenImageEditPlusEditor(FlowEditor):
         """The source is read at a megapixel."""
         return _fitted(stock.VAE_IMAGE_SIZE, height, width)
 
+    def call_arguments(self, height: int, width: int) -> dict[str, Any]:
+        """Without a negative prompt the call does not guide."""
+        call = super().call_arguments(height, width)
+        guidance = {"true_cfg_scale": self.true_cfg_scale, "negative_prompt": self.negative_prompt}
+        return call | (guidance if self.cfg_scale > 1 else {})
+
+    def resized(self, image: Image.Image, height: int, width: int) -> Image.Image:
+        """As it is: the call reads it at a megapixel, whatever the output's size."""
+        return image
+
     def _around(self) -> tuple[str, str]:
         """What the template puts before and after an instruction."""
         before, after = self.pipeline.prompt_template_encode.split("{}")
