@@ -150,18 +150,20 @@ def depth_variance(editor: Editor, model: nn.Module, group: Group, step: int) ->
         step: which step of the rollout, from 0.
     """
     transformer = editor.pipeline.transformer
-    entry = getattr(transformer, editor.input_layer)
-    tokens, region = len(group.region), group.region.cpu()
+    modules = [getattr(transformer, editor.input_layer), *blocks_of(transformer)]
+    members, tokens, region = group.trajectory.shape[1], len(group.region), group.region.cpu()
     pictures = tokens + group.conditions.reference_tokens.shape[1]
     found: list[InsideOutside] = []
 
     def hook(module: nn.Module, args: Any, output: Any) -> None:
+        if len(found) == len(modules):
+            return  # guidance asks again, for the negative prompt
         # Blocks return (text, image) or, joined, text and image; reference tokens follow the noisy ones.
-        states = (output[1] if isinstance(output, tuple) else output)[:, -pictures:][:, :tokens].float()
+        states = (output[1] if isinstance(output, tuple) else output)[:members, -pictures:][:, :tokens].float()
         spread = states.var(0).mean(-1) / states.square().mean().clamp(min=1e-20)
         found.append(split_by_region(spread.cpu(), region))
 
-    handles = [module.register_forward_hook(hook) for module in (entry, *blocks_of(transformer))]
+    handles = [module.register_forward_hook(hook) for module in modules]
     try:
         latents = group.trajectory[step]
         timestep = group.schedule.timesteps[step].expand(len(latents))

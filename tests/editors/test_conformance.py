@@ -23,6 +23,7 @@ from rcgrpo.data.edits import Edit
 from rcgrpo.editors import ConditionCache, Conditions, RegionDecoupledPipeline, open_editor
 from rcgrpo.regions import to_tokens
 from rcgrpo.rollout import Exploration, make_groups, rollout
+from rcgrpo.survey import depth_variance
 from tiny_editors import SMALL_QWEN, build_tiny_klein, build_tiny_qwen
 from tiny_kontext import build_tiny_kontext, in_own_memory
 
@@ -395,6 +396,19 @@ def test_batches_of_several_sizes_and_lengths(case, stock):
         assert torch.equal(group.region, to_tokens(to_mask(case.mask(*shape)), (rows, columns), "max"))
         assert group.conditions.source.shape[1] == rows * columns
         assert (group.trajectory[0][:, group.region == 0] == group.trajectory[0][:1, group.region == 0]).all()
+
+
+def test_depth_is_read_after_every_block(case, stock):
+    """Two candidates differ inside the region from the first layer on, and outside no sooner than they attend."""
+    editor = editor_of(case, stock)
+    edit = Edit(0, "edit", case.picture(1), PROMPTS[0], to_mask(case.mask()), {})
+    (group,) = make_groups(editor, stock.transformer, [edit], 2, Exploration(), (0,))
+    depth = depth_variance(editor, stock.transformer, group, 0)
+    assert depth.inside.shape == depth.outside.shape == (case.blocks + 1,)
+    assert (depth.inside > 0).all() and depth.outside[0] == 0 and (depth.outside[1:] > 0).all()
+    editor.batch_guidance = True
+    at_once = depth_variance(editor, stock.transformer, group, 0)
+    torch.testing.assert_close(at_once.inside, depth.inside, rtol=1e-3, atol=1e-6)
 
 
 def to_mask(image):
