@@ -200,7 +200,7 @@ class Sampling:
 
     resolution: int
     num_inference_steps: int
-    guidance_scale: float = 3.5
+    guidance_scale: float | None = None
     max_sequence_length: int = 512
     seed: int = 0
 

@@ -77,8 +77,9 @@ class RCGRPOTrainer(SavingTrainer):
     Trainer for region-constrained GRPO on flow-matching image editors (RC-GRPO-Editing, arXiv 2604.09386).
 
     Args:
-        model: a `FluxKontextPipeline` (any subclass), a Hub id or a local folder of one. The pipeline is trained in
-            place: `trainer.pipeline` edits with the trained weights at any time.
+        model: a pipeline of FLUX.1-Kontext, FLUX.2-klein or Qwen-Image-Edit-Plus (any subclass), a Hub id or a local
+            folder of one. The pipeline is trained in place: `trainer.pipeline` edits with the trained weights at any
+            time.
         reward_funcs: a reward, or a list of them: callables `f(prompts, images, source_images, masks, **columns) ->
             list[float | None]` (sync or async), names of registered rewards, or dotted paths. See `rcgrpo.rewards`.
         args: the configuration.
@@ -152,6 +153,7 @@ class RCGRPOTrainer(SavingTrainer):
             args.true_cfg_scale,
             args.negative_prompt,
             ConditionCache(args.conditions_cache_dir) if args.cache_conditions else None,
+            args.batch_guidance,
         )
         if self._records_attention:
             self.editor.attention(args.attention_options)  # refuses blocks that are not there
