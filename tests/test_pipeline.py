@@ -346,6 +346,12 @@ def test_the_generator_decides_everything(pipe):
     assert not torch.equal(first, latents_of(pipe, SOURCES, PROMPTS, generator=generator(2), **call))
 
 
+def test_a_list_of_one_generator_serves_all_prompts(pipe):
+    call = {"mask_image": MASKS, "edit_strength": 0.0}
+    result = latents_of(pipe, SOURCES, PROMPTS, generator=[generator(1)], **call)
+    assert torch.equal(result, latents_of(pipe, SOURCES, PROMPTS, generator=generator(1), **call))
+
+
 def test_one_generator_for_each_prompt_makes_prompts_independent(pipe):
     call = {"num_images_per_prompt": 2, "edit_strength": 0.9}
     generators = [generator(1), generator(2)]

@@ -340,7 +340,8 @@ class RegionDecoupled:
         dtype = None if embeds is None else embeds.dtype  # diffusers draws in the text's dtype
 
         def draw(count: int) -> Tensor:
-            return self._draw(count, *size, dtype, generator)
+            alone = isinstance(generator, list) and len(generator) == 1  # serves all prompts
+            return self._draw(count, *size, dtype, generator[0] if alone else generator)
 
         if base is None:
             base = draw(prompts)
