@@ -37,7 +37,7 @@ def tiny(args: argparse.Namespace, device: torch.device) -> tuple[Rollout, str]:
     from rcgrpo.cli.parsing import use_embedded_model
     from rcgrpo.cli.train import LORA_TARGETS
     from rcgrpo.data.edits import EditRows
-    from rcgrpo.editors import FluxKontextEditor
+    from rcgrpo.editors import open_editor
     from rcgrpo.regions import to_tokens
     from rcgrpo.rollout import rollout
     from rcgrpo.tiny import WEIGHTS
@@ -48,7 +48,7 @@ def tiny(args: argparse.Namespace, device: torch.device) -> tuple[Rollout, str]:
     pipeline = RegionDecoupledFluxKontextPipeline.from_pretrained(str(WEIGHTS)).to(device)
     lora = LoraConfig(r=recipe["lora_r"], lora_alpha=recipe["lora_alpha"], target_modules=LORA_TARGETS)
     model = get_peft_model(pipeline.transformer, lora).eval()
-    editor = FluxKontextEditor(
+    editor = open_editor(
         pipeline,
         recipe["resolution"],
         recipe["num_inference_steps"],

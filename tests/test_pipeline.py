@@ -10,7 +10,6 @@ from peft import LoraConfig
 from PIL import Image
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
-import rcgrpo.pipeline as pipeline_module
 from rcgrpo import RegionDecoupledFluxKontextPipeline
 from rcgrpo.attention import AttentionOptions
 from rcgrpo.editors import FluxKontextEditor
@@ -216,7 +215,22 @@ def test_positional_arguments_and_tuples_are_passed_on(stock, pipe):
     assert np.array_equal(*(np.asarray(result[0][0]) for result in results))
 
 
+def test_the_signature_is_diffusers_own_and_ours(pipe):
+    stock, ours = (signature(kind.__call__).parameters for kind in (FluxKontextPipeline, type(pipe)))
+    assert [ours[name] for name in stock] == list(stock.values()) and list(ours)[: len(stock)] == list(stock)
+    added = ["mask_image", "edit_strength", "keep_strength", "output_attention", "attention_options", "attention_words"]
+    assert list(ours)[len(stock) :] == added
+    assert list(signature(pipe).parameters) == list(ours)[1:]
+
+
 # ------------------------------------------------------------------------------------ with a mask
+
+
+def test_positional_arguments_mean_the_same_with_a_mask(pipe):
+    call = {"mask_image": MASKS[0], "generator": generator(), "output_type": "latent"}
+    result = pipe(SOURCES[0], PROMPTS[0], "sunny", **call, **TINY_CALL).images
+    call["generator"] = generator()
+    assert torch.equal(result, pipe(SOURCES[0], PROMPTS[0], prompt_2="sunny", **call, **TINY_CALL).images)
 
 
 def test_groups_start_alike_outside_the_region_and_apart_inside(pipe):
@@ -332,6 +346,12 @@ def test_the_generator_decides_everything(pipe):
     assert not torch.equal(first, latents_of(pipe, SOURCES, PROMPTS, generator=generator(2), **call))
 
 
+def test_a_list_of_one_generator_serves_all_prompts(pipe):
+    call = {"mask_image": MASKS, "edit_strength": 0.0}
+    result = latents_of(pipe, SOURCES, PROMPTS, generator=[generator(1)], **call)
+    assert torch.equal(result, latents_of(pipe, SOURCES, PROMPTS, generator=generator(1), **call))
+
+
 def test_one_generator_for_each_prompt_makes_prompts_independent(pipe):
     call = {"num_images_per_prompt": 2, "edit_strength": 0.9}
     generators = [generator(1), generator(2)]
@@ -440,15 +460,16 @@ def test_attention_is_measured_on_a_compiled_transformer(pipe):
 
 
 def test_attention_is_that_of_the_instruction_that_t5_reads(pipe, monkeypatch):
-    read = []
-    weights = pipeline_module.instruction_token_weights
+    read, weights = [], FluxKontextEditor.instruction_weights
     monkeypatch.setattr(
-        pipeline_module, "instruction_token_weights", lambda p, texts, *a: read.append(texts) or weights(p, texts, *a)
+        FluxKontextEditor,
+        "instruction_weights",
+        lambda editor, text, *a: read.append(text) or weights(editor, text, *a),
     )
     call = {"mask_image": MASKS[0], "num_images_per_prompt": 2, "output_attention": True, **TINY_CALL}
     pipe(SOURCES[0], PROMPTS[0], **call)
     pipe(SOURCES[0], PROMPTS[0], prompt_2="sunny", **call)
-    assert read == [[PROMPTS[0]] * 2, ["sunny"] * 2]
+    assert read == [PROMPTS[0]] * 2 + ["sunny"] * 2
 
 
 def test_attention_of_some_words_blocks_and_steps(pipe):
@@ -506,6 +527,17 @@ def test_attention_is_that_of_the_same_rollout():
         torch.testing.assert_close(alone.attention.mass[0], output.attention.mass[i], rtol=0, atol=1e-6)
 
 
+def test_attention_is_that_of_the_instruction_alone_under_guidance(pipe):
+    """At the first step both calls ask the same of the model, so they read the same."""
+    call = {"mask_image": MASKS[0], "output_attention": True, **TINY_CALL, "latents": noise(1), "edit_strength": 0.0}
+    options = AttentionOptions(steps_range=(0, 1 / 3))
+    guided, alone = (
+        pipe(SOURCES[0], PROMPTS[0], attention_options=options, **call, **guidance).attention_maps
+        for guidance in ({"true_cfg_scale": 3.0, "negative_prompt": "a blue boat"}, {})
+    )
+    assert torch.equal(guided, alone)
+
+
 def test_measuring_attention_changes_no_picture(pipe):
     call = {"mask_image": MASKS, "num_images_per_prompt": 2, "return_dict": False, **TINY_CALL}
     images, attention, maps = pipe(SOURCES, PROMPTS, generator=generator(), **call)
@@ -538,14 +570,10 @@ def test_measuring_attention_changes_no_picture(pipe):
         ({"mask_image": MASKS[0], "generator": [generator()] * 2}, "generator: got 2, expected one, or one for each"),
         (
             {"mask_image": MASKS[0], "latents": noise(2), "num_images_per_prompt": 2},
-            r"latents: got shape \(2, 64, 16\), expected \[prompts, tokens, channels\] = \(1, 64, 16\)",
+            r"latents: got shape \(2, 64, 16\), expected \(1, 64, 16\), one noise for each prompt",
         ),
         ({"mask_image": MASKS[0], "edit_strength": 1.5}, "edit_strength: got 1.5, expected a strength in"),
         ({"mask_image": MASKS[0], "keep_strength": -0.5}, "keep_strength: got -0.5"),
-        (
-            {"mask_image": MASKS[0], "output_attention": True, "true_cfg_scale": 2.0, "negative_prompt": "blue"},
-            "output_attention: cannot be combined",
-        ),
         ({"mask_image": MASKS[0], "attention_words": "hat"}, "expected output_attention=True"),
         (
             {"mask_image": MASKS[0], "output_attention": True, "attention_words": [["a"], ["b"]]},
@@ -577,9 +605,17 @@ def test_wrong_arguments_are_refused_with_their_name(pipe, kwargs, message):
         pipe(**{"image": SOURCES[0], "prompt": PROMPTS[0], **TINY_CALL, **kwargs})
 
 
-def test_positional_extras_are_refused_with_a_mask(pipe):
-    with pytest.raises(ValueError, match="by name when a mask is given"):
-        pipe(SOURCES[0], PROMPTS[0], "second prompt", mask_image=MASKS[0], **TINY_CALL)
+def test_words_need_a_prompt_that_they_are_of(pipe):
+    embeds = {"prompt_embeds": TEXT, "pooled_prompt_embeds": POOLED}
+    call = {"mask_image": MASKS[0], "output_attention": True, "attention_words": "hat", **embeds, **TINY_CALL}
+    with pytest.raises(ValueError, match=r"attention_words: got \[\['hat'\]\] with prompt_embeds alone"):
+        pipe(SOURCES[0], **call)
+
+
+def test_an_argument_that_nobody_knows_is_refused(pipe):
+    for call in ({}, {"mask_image": MASKS[0]}):
+        with pytest.raises(TypeError, match="unexpected keyword argument 'colour'"):
+            pipe(SOURCES[0], PROMPTS[0], colour="red", **call, **TINY_CALL)
 
 
 # ------------------------------------------------------------------------------------ saving and loading

@@ -21,7 +21,7 @@ SIGMAS = torch.tensor([1.0, 0.8, 0.55, 0.3, 0.0])
 
 
 def conditions_of():
-    return Conditions(torch.ones(1, 2, 3), torch.ones(1, 3), torch.ones(1, 2), torch.zeros(1, 1, 1), 32, 32)
+    return Conditions({"prompt_embeds": torch.ones(1, 2, 3)}, torch.ones(1, 2), torch.zeros(1, 1, 1), 32, 32)
 
 
 def group_of(trajectory, advantages, region=None, regions=None, kick_strength=None, noise_level=0.0):

@@ -524,7 +524,7 @@ def test_the_kl_is_to_the_base_and_stronger_outside(moved):
 def test_the_hinge_begins_beyond_its_margin(moved):
     trainer, found, _, now = moved
     clean = found.latents - found.sigma.view(2, 1, 1) * now
-    squared, keep = (clean - found.conditions.image_latents).square().mean(-1), 1 - found.region
+    squared, keep = (clean - found.conditions.source).square().mean(-1), 1 - found.region
     margin = float(squared.median())
     plain = loss_with(trainer, found)
     for weight, allowed in ((2.0, 0.0), (2.0, margin), (4.0, margin), (1.0, 1e6)):

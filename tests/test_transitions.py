@@ -26,7 +26,7 @@ def group(row, side=32, flat=False):
         return torch.rand(shape, generator=generator)
 
     picture = Image.new("RGB", (side, side))
-    conditions = Conditions(draw(1, 2, 3), draw(1, 3), torch.ones(1, 2), draw(1, TOKENS, CHANNELS), side, side)
+    conditions = Conditions({"prompt_embeds": draw(1, 2, 3)}, torch.ones(1, 2), draw(1, TOKENS, CHANNELS), side, side)
     sigmas = torch.linspace(1, 0, STEPS + 1)
     return Group(
         edit=Edit(row, f"train row {row}", picture, "do it", torch.ones(side, side), {}),
@@ -96,7 +96,7 @@ def test_gather_reads_each_place():
         assert found.timestep[k] == source.schedule.timesteps[step]
         assert torch.equal(found.region[k], source.region) and torch.equal(found.advantages[k, 0], source.advantages)
         assert torch.equal(found.weights[k, 0], region_weights(source.region, 0.1)) and not found.std[k].any()
-        assert torch.equal(found.conditions.image_latents[k], source.conditions.image_latents[0])
+        assert torch.equal(found.conditions.source[k], source.conditions.source[0])
         assert torch.equal(found.old[k], known[where[k]])
     assert gather(groups, where, POLICY, {}).old is None
 

@@ -32,7 +32,7 @@ from rcgrpo.diagnostics import (
     target_closeness,
     variance_split,
 )
-from rcgrpo.editors import FluxKontextEditor
+from rcgrpo.editors import Editor, open_editor
 from rcgrpo.evaluation import MINI_METRICS, Result, Scorer
 from rcgrpo.regions import corrupt
 from rcgrpo.report import write_atomically
@@ -138,7 +138,7 @@ def train_cell(spec: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     seconds, used = time.perf_counter() - began, time.process_time() - used
     trainer.model.eval()
     config, spent = trainer.args, compute.report()
-    editor = FluxKontextEditor(
+    editor = open_editor(
         trainer.pipeline, config.resolution, EVALUATION_STEPS, max_sequence_length=config.max_sequence_length
     )
     per_edit = measure(editor, trainer.model, held_out(sizes.eval_edits), spec["seed"])
@@ -158,7 +158,7 @@ def train_cell(spec: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     }
 
 
-def measure(editor: FluxKontextEditor, model: nn.Module, edits: Sequence[Edit], seed: int) -> dict[str, list[Any]]:
+def measure(editor: Editor, model: nn.Module, edits: Sequence[Edit], seed: int) -> dict[str, list[Any]]:
     """Every metric of one candidate for each edit, from noise that depends on seed and edit alone."""
     scorer, asked = Scorer(MINI_METRICS, size=None), judges("reward", "keep", "held_out")
     columns: dict[str, list[Any]] = {}

@@ -11,24 +11,35 @@ __version__ = "0.1.0"
 _HOMES = {
     "RCGRPOConfig": "config",
     "RCGRPOTrainer": "trainer",
-    "RegionDecoupledFluxKontextPipeline": "pipeline",
+    "RegionDecoupledFlux2KleinPipeline": "editors.flux2_klein",
+    "RegionDecoupledFluxKontextPipeline": "editors.flux_kontext",
+    "RegionDecoupledPipeline": "editors.opening",
+    "RegionDecoupledQwenImageEditPlusPipeline": "editors.qwen_image_edit_plus",
     "compbench_mini": "data",
     "load_edit_dataset": "data",
+    "open_editor": "editors.opening",
     "register_reward": "rewards",
 }
 __all__ = [
     "RCGRPOConfig",
     "RCGRPOTrainer",
+    "RegionDecoupledFlux2KleinPipeline",
     "RegionDecoupledFluxKontextPipeline",
+    "RegionDecoupledPipeline",
+    "RegionDecoupledQwenImageEditPlusPipeline",
     "compbench_mini",
     "load_edit_dataset",
+    "open_editor",
     "register_reward",
 ]
 
 if TYPE_CHECKING:
     from .config import RCGRPOConfig
     from .data import compbench_mini, load_edit_dataset
-    from .pipeline import RegionDecoupledFluxKontextPipeline
+    from .editors.flux2_klein import RegionDecoupledFlux2KleinPipeline
+    from .editors.flux_kontext import RegionDecoupledFluxKontextPipeline
+    from .editors.opening import RegionDecoupledPipeline, open_editor
+    from .editors.qwen_image_edit_plus import RegionDecoupledQwenImageEditPlusPipeline
     from .rewards import register_reward
     from .trainer import RCGRPOTrainer
 

@@ -113,10 +113,11 @@ def compare(
         raise ValueError(f"num_candidates: got {num_candidates}, expected at least 1")
     if mask.size != source.size:
         raise ValueError(f"mask: got {mask.size}, expected the source's size {source.size}")
-    height, width = sampling.size_for(pipeline, source)
+    editor = sampling.editor(pipeline)
+    height, width = editor.size_for(source)
     region = at_size(mask_to_tensor(mask), (height, width))
     check_mask(region)
-    source = pipeline.image_processor.resize(to_rgb(source), height, width)
+    source = editor.resized(to_rgb(source), height, width)
     mask = mask_picture((region > 0).float())
     outcomes = []
     for contender in entrants:
@@ -129,7 +130,7 @@ def compare(
             output_attention=True,
             num_images_per_prompt=num_candidates,
             generator=torch.Generator().manual_seed(sampling.seed),
-            **sampling.call(height, width),
+            **editor.call_arguments(height, width),
         )
         outcomes.append(
             Outcome(

@@ -1,15 +1,17 @@
 """How much of the instruction's attention falls on the region, exactly and without the attention matrix.
 
-FLUX attends jointly over [text | noisy image | reference]. What is asked is how a text token's attention is shared out
-among the noisy-image tokens, and there the softmax's total cancels: attending once more, with the instruction's
-queries, over the noisy-image keys alone gives the same shares. Attention is linear in its values, so with the region as
-value its share comes out directly. Padding does not ask, so memory is linear in the picture's tokens. The other way
-round, each noisy-image token is asked what share of its attention on the text falls on the instruction.
+The editors' transformers attend jointly over [text | noisy image | reference]. What is asked is how a text token's
+attention is shared out among the noisy-image tokens, and there the softmax's total cancels: attending once more, with
+the instruction's queries, over the noisy-image keys alone gives the same shares. Attention is linear in its values, so
+with the region as value its share comes out directly. Padding does not ask, so memory is linear in the picture's
+tokens. The other way round, each noisy-image token is asked what share of its attention on the text falls on the
+instruction.
 
-The recorder listens with forward hooks to the normalised queries and keys inside each attention module and to the
-rotary embedding. It replaces no processor, so a user's attention back-end, fused projections and LoRA layers stay as
-they are and the model's output keeps every bit. It records only under `torch.no_grad()`: during training with gradient
-checkpointing, layers run twice. A compiled transformer runs uncompiled meanwhile: compiled code calls no new hooks.
+The recorder listens with forward hooks to what each attention module is called with (the rotary embedding, the text's
+mask) and to the normalised queries and keys inside it. It replaces no processor, so a user's attention back-end, fused
+projections and LoRA layers stay as they are and the model's output keeps every bit. It records only under
+`torch.no_grad()`: during training with gradient checkpointing, layers run twice. A compiled transformer runs uncompiled
+meanwhile: compiled code calls no new hooks.
 """
 
 from collections.abc import Iterator, Sequence
@@ -35,28 +37,44 @@ def unrecorded() -> Iterator[None]:
         _LISTENING.reset(token)
 
 
-def attention_shares(query: Tensor, key: Tensor, values: Tensor) -> Tensor:
+def attention_shares(query: Tensor, key: Tensor, values: Tensor, mask: Tensor | None = None) -> Tensor:
     """`softmax(q kᵀ / √d) · values`, averaged over heads.
 
     Args:
         query: `[batch, rows, heads, d]`, normalised and rotated.
         key: `[batch, keys, heads, d]`, likewise, of the tokens that share the attention among them.
         values: `[batch, keys, groups]`, how much of each token belongs to each group.
+        mask: boolean `[batch, keys]`, False for tokens that get no attention.
 
     Returns:
         `[batch, rows, groups]` fp32: the share of a row's attention that falls on each group.
     """
     query, key, values = query.transpose(1, 2), key.transpose(1, 2), values.to(query.dtype).unsqueeze(1)
+    mask = None if mask is None else mask[:, None, None]
     if query.device.type == "cpu":  # few rows: the fused kernel of the CPU takes twice the time
         query, key = query.contiguous(), key.contiguous()
-        shares = (query @ key.transpose(2, 3) * query.shape[-1] ** -0.5).softmax(-1) @ values
+        scores = query @ key.transpose(2, 3) * query.shape[-1] ** -0.5
+        scores = scores if mask is None else scores.masked_fill(~mask, -torch.inf)
+        shares = scores.softmax(-1) @ values
     else:
-        shares = F.scaled_dot_product_attention(query, key, values.expand(-1, query.shape[1], -1, -1))
+        shares = F.scaled_dot_product_attention(query, key, values.expand(-1, query.shape[1], -1, -1), mask)
     return shares.float().mean(1)
 
 
+def as_turns(rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """One complex factor for each pair of features, `[tokens, d / 2]`, text first, of what a block is called with.
+
+    FLUX's blocks get cosines and sines, `[tokens, d]` each; Qwen-Image's get complex factors, the picture's and the
+    text's.
+    """
+    if rotary[0].is_complex():
+        return torch.cat([rotary[1], rotary[0]])
+    cos, sin = rotary  # each value twice, once for each feature of a pair
+    return torch.complex(cos[:, ::2].float(), sin[:, ::2].float())
+
+
 def rotate(states: Tensor, turns: Tensor) -> Tensor:
-    """FLUX's rotary embedding as a product of complex numbers, several times quicker than with real ones.
+    """A rotary embedding as a product of complex numbers, several times quicker than with real ones.
 
     Args:
         states: `[batch, tokens, heads, d]`, neighbouring features are a pair.
@@ -89,6 +107,12 @@ class Concentration:
 
     def __getitem__(self, index: slice) -> "Concentration":
         return Concentration(self.mass[index], self.density[index], self.contrast[index])
+
+    @classmethod
+    def concatenate(cls, parts: Sequence["Concentration"]) -> "Concentration":
+        """One batch of several."""
+        readings = zip(*((part.mass, part.density, part.contrast) for part in parts), strict=True)
+        return cls(*(torch.cat(reading) for reading in readings))
 
 
 Direction = Literal["text_to_image", "image_to_text"]
@@ -134,8 +158,13 @@ class AttentionOptions:
         return range(first, last)
 
 
+def blocks_of(transformer: nn.Module) -> list[nn.Module]:
+    """A transformer's blocks in the order in which they run: double ones, then, where it has some, single ones."""
+    return [*transformer.transformer_blocks, *getattr(transformer, "single_transformer_blocks", ())]
+
+
 class AttentionRecorder:
-    """Records attention of instruction tokens on noisy-image tokens while a FLUX transformer runs without gradient.
+    """Records attention of instruction tokens on noisy-image tokens while a transformer runs without gradient.
 
         recorder = AttentionRecorder(transformer)
         with recorder.record(region, text_weights):
@@ -143,7 +172,7 @@ class AttentionRecorder:
         recorder.concentration().density
 
     Args:
-        transformer: a `FluxTransformer2DModel`; LoRA layers inside are fine.
+        transformer: of FLUX.1, FLUX.2 or Qwen-Image; LoRA layers inside are fine.
         blocks, direction: as in `AttentionOptions`.
 
     Raises:
@@ -156,14 +185,14 @@ class AttentionRecorder:
         blocks: Sequence[int] | None = None,
         direction: Direction = "text_to_image",
     ) -> None:
-        modules = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
+        modules = blocks_of(transformer)
         check_direction(direction)
         self._asks_text = direction == "text_to_image"
         chosen = range(len(modules)) if blocks is None else blocks
         if not chosen or any(not 0 <= block < len(modules) for block in chosen):
             raise ValueError(f"attention_blocks: got {list(chosen)}, expected block numbers in 0..{len(modules) - 1}")
         self._attentions = [modules[block].attn for block in chosen]
-        self._pos_embed = transformer.pos_embed
+        self._transformer = transformer
         self._sum: Tensor | None = None
         self._readings = 0
 
@@ -175,6 +204,7 @@ class AttentionRecorder:
         maps: bool = False,
         steps: range | None = None,
         order: int = 1,
+        passes: int = 1,
     ) -> Iterator["AttentionRecorder"]:
         """Record forwards inside the context; the context starts a new record.
 
@@ -183,9 +213,12 @@ class AttentionRecorder:
             text_weights: `[batch, text tokens]` ≥ 0, 0 for padding; rows need not be normalised.
             maps: keep the whole map over image tokens (for pictures) instead of the region's mass alone.
             steps: which steps to read, counted from the first forward in here; all by default.
-            order: forwards of a step.
+            order: calls of the model in a step.
+            passes: forwards of a call, of which the first is read: 2 where guidance asks again for a negative prompt.
         """
-        self._region, self._maps, self._steps, self._order = region, maps, steps, order
+        self._region, self._maps, self._steps = region, maps, steps
+        self._order, self._passes = order, passes
+        self._rotary: Any = None
         weights = text_weights / text_weights.sum(-1, keepdim=True).clamp(min=1e-12)
         self._text_length = weights.shape[1]
         # Padding asks nothing, and most of a text is padding. One row stays where there is nothing else.
@@ -195,8 +228,9 @@ class AttentionRecorder:
         self._values = torch.eye(region.shape[1]).expand(len(region), -1, -1) if maps else region.unsqueeze(-1)
         self._text = weights.unsqueeze(-1)
         self._sum, self._readings, self._forwards = None, 0, 0
-        handles = [self._pos_embed.register_forward_hook(self._see_rotary)]
+        handles = [self._transformer.register_forward_pre_hook(self._count)]
         for attention in self._attentions:
+            handles.append(attention.register_forward_pre_hook(self._see_arguments, with_kwargs=True))
             seen: dict[str, Tensor] = {}
             query, key = "norm_q", "norm_k"
             if getattr(attention, "norm_added_q", None) is not None:  # a double block's text has norms of its own
@@ -210,10 +244,14 @@ class AttentionRecorder:
             for handle in handles:
                 handle.remove()
 
-    def _see_rotary(self, module: nn.Module, args: Any, output: tuple[Tensor, Tensor]) -> None:
-        cos, sin = output  # each value twice, once for each feature of a pair
-        self._turns = torch.complex(cos[:, ::2].float(), sin[:, ::2].float())
+    def _count(self, module: nn.Module, args: Any) -> None:
         self._forwards += self._listens
+
+    def _see_arguments(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if kwargs["image_rotary_emb"] is not self._rotary:  # one for all blocks of a forward
+            self._rotary = kwargs["image_rotary_emb"]
+            self._turns = as_turns(self._rotary)
+        self._text_mask = kwargs.get("encoder_hidden_states_mask")
 
     @property
     def _listens(self) -> bool:
@@ -221,8 +259,9 @@ class AttentionRecorder:
 
     def _make_hook(self, seen: dict[str, Tensor], part: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-            step = (self._forwards - 1) // self._order
-            if not self._listens or (self._steps is not None and step not in self._steps):
+            call, number = divmod(self._forwards - 1, self._passes)
+            skipped = number > 0 or (self._steps is not None and call // self._order not in self._steps)
+            if skipped or not self._listens:
                 return
             seen[part] = output
             if len(seen) == 2:
@@ -233,6 +272,8 @@ class AttentionRecorder:
 
     def _read(self, query: Tensor, key: Tensor) -> None:
         """One block's queries and keys: of one kind of tokens in a double block, of all of them in a single one."""
+        batch = len(self._region)  # where both halves of guidance are one batch, the negative one comes last
+        query, key = query[:batch], key[:batch]
         start, tokens = self._text_length, self._region.shape[1]
         if self._values.device != key.device:
             moved = (tensor.to(key.device) for tensor in (self._rows, self._row_weights, self._values, self._text))
@@ -246,7 +287,8 @@ class AttentionRecorder:
         else:
             query = rotate(query[:, image] if joint else query[:, :tokens], self._turns[image])
             key = rotate(key[:, :start], self._turns[:start])
-            shares = attention_shares(query, key, self._text)
+            mask = None if self._text_mask is None else self._text_mask[:batch].bool()
+            shares = attention_shares(query, key, self._text, mask)
             shares = shares / shares.sum(1, keepdim=True).clamp(min=1e-12)
             reading = torch.einsum("bpg,bpo->bg", self._values, shares)
         self._sum = reading if self._sum is None else self._sum + reading

@@ -27,13 +27,14 @@ from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from diffusers import FluxKontextPipeline
+from diffusers import DiffusionPipeline
 from PIL import Image
 from tqdm.auto import tqdm
 
 from .compbench import NOT_SCORED, parse_turn, sub_task
 from .data.edits import Edit, EditRows
-from .editors.flux_kontext import fit_size
+from .editors import open_editor
+from .editors.base import FlowEditor
 from .evaluation import Result, Scorer
 from .hub import LORA_FILE
 from .lora import find_lora, load_lora
@@ -77,7 +78,7 @@ def contenders(loras: Sequence[str]) -> list[Contender]:
     return found
 
 
-def load_loras(pipeline: FluxKontextPipeline, entrants: Sequence[Contender]) -> None:
+def load_loras(pipeline: DiffusionPipeline, entrants: Sequence[Contender]) -> None:
     """Load every contender's LoRA beside the others; `switch_to` chooses among them.
 
     Raises:
@@ -88,7 +89,7 @@ def load_loras(pipeline: FluxKontextPipeline, entrants: Sequence[Contender]) -> 
             load_lora(pipeline, contender.lora, _adapter(contender))
 
 
-def switch_to(pipeline: FluxKontextPipeline, contender: Contender) -> None:
+def switch_to(pipeline: DiffusionPipeline, contender: Contender) -> None:
     """Make the pipeline draw as this contender."""
     if contender.lora is not None:
         pipeline.enable_lora()
@@ -177,57 +178,50 @@ class Sampling:
 
     Args:
         resolution: pictures are made at `resolution²` pixels, keeping the source's aspect ratio.
-        num_inference_steps, guidance_scale, max_sequence_length: as in the pipeline.
+        num_inference_steps, guidance_scale, max_sequence_length: as in the editor.
         seed: of the noise.
     """
 
     resolution: int
     num_inference_steps: int
-    guidance_scale: float = 3.5
+    guidance_scale: float | None = None
     max_sequence_length: int = 512
     seed: int = 0
 
-    def size_for(self, pipeline: FluxKontextPipeline, picture: Image.Image) -> tuple[int, int]:
+    def editor(self, pipeline: DiffusionPipeline) -> FlowEditor:
+        """Knows at which size a picture is edited, and what the pipeline's own call takes for it."""
+        return open_editor(
+            pipeline,
+            self.resolution,
+            self.num_inference_steps,
+            self.guidance_scale,
+            self.max_sequence_length,
+        )
+
+    def size_for(self, pipeline: DiffusionPipeline, picture: Image.Image) -> tuple[int, int]:
         """The (height, width) in pixels at which a picture is edited.
 
         Raises:
             ValueError: the picture is too long and thin to be one token high or wide.
         """
-        multiple = pipeline.vae_scale_factor * 2
-        height, width = fit_size(picture.height, picture.width, self.resolution**2, multiple)
-        if not height or not width:
-            raise ValueError(
-                f"resolution: got {self.resolution} for a picture of {picture.width}×{picture.height}, expected at "
-                f"least {multiple} pixels on its short side; raise it, or crop the picture"
-            )
-        return height, width
-
-    def call(self, height: int, width: int) -> dict[str, Any]:
-        """The pipeline's arguments for a source that has this size, and keeps it."""
-        return {
-            "height": height,
-            "width": width,
-            "max_area": height * width,
-            "_auto_resize": False,
-            "num_inference_steps": self.num_inference_steps,
-            "guidance_scale": self.guidance_scale,
-            "max_sequence_length": self.max_sequence_length,
-        }
+        return self.editor(pipeline).size_for(picture)
 
 
-def sample(pipeline: FluxKontextPipeline, edits: Sequence[Edit], sampling: Sampling) -> list[Image.Image]:
-    """One picture per edit, whose noise depends on the seed and `edit.row` alone; one call for all of one size."""
-    sizes = [sampling.size_for(pipeline, edit.source) for edit in edits]
+def sample(pipeline: DiffusionPipeline, edits: Sequence[Edit], sampling: Sampling) -> list[Image.Image]:
+    """One picture per edit, whose noise depends on the seed and `edit.row` alone; few calls, of one size each."""
+    editor = sampling.editor(pipeline)
+    sizes = [editor.size_for(edit.source) for edit in edits]
     pictures: dict[int, Image.Image] = {}
     for height, width in dict.fromkeys(sizes):
-        chosen = [i for i, size in enumerate(sizes) if size == (height, width)]
-        drawn = pipeline(
-            image=[pipeline.image_processor.resize(edits[i].source, height, width) for i in chosen],
-            prompt=[edits[i].prompt for i in chosen],
-            generator=[keyed_generator(sampling.seed, "evaluate", edits[i].row) for i in chosen],
-            **sampling.call(height, width),
-        ).images
-        pictures.update(zip(chosen, drawn, strict=True))
+        same = [i for i, size in enumerate(sizes) if size == (height, width)]
+        for chosen in [[i] for i in same] if editor.one_prompt_a_call else [same]:
+            drawn = pipeline(
+                image=[editor.resized(edits[i].source, height, width) for i in chosen],
+                prompt=[edits[i].prompt for i in chosen],
+                generator=[keyed_generator(sampling.seed, "evaluate", edits[i].row) for i in chosen],
+                **editor.call_arguments(height, width),
+            ).images
+            pictures.update(zip(chosen, drawn, strict=True))
     return [pictures[i] for i in range(len(edits))]
 
 
@@ -284,7 +278,7 @@ def _write_records(folder: Path, records: Sequence[Record]) -> None:
 
 
 def run(
-    pipeline: FluxKontextPipeline,
+    pipeline: DiffusionPipeline,
     entrants: Sequence[Contender],
     rows: EditRows,
     plan: Plan,
@@ -346,7 +340,7 @@ def _line(record: Record) -> str:
 
 
 def _run_batch(
-    pipeline: FluxKontextPipeline,
+    pipeline: DiffusionPipeline,
     entrants: Sequence[Contender],
     rows: EditRows,
     batch: Sequence[tuple[int, ...]],

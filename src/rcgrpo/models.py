@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import FluxKontextPipeline
+from diffusers import DiffusionPipeline
 from diffusers.quantizers import PipelineQuantizationConfig
 from huggingface_hub import hf_hub_download
 from peft import PeftConfig, PeftModel, get_peft_model
@@ -23,7 +23,8 @@ from transformers import PreTrainedConfig, set_seed
 
 from .adapters import WAYS_OUT, adapters_of, continued, unwrap
 from .checks import naming
-from .pipeline import RegionDecoupledFluxKontextPipeline
+from .editors import RegionDecoupledPipeline
+from .editors.opening import region_decoupled_class
 from .tiny import WEIGHTS
 
 logger = logging.getLogger(__name__)
@@ -32,12 +33,12 @@ INDEX = "model_index.json"
 HUB_OPTIONS = {"revision", "token", "cache_dir", "local_files_only", "force_download"}
 
 
-def load_pipeline(model: Any, init_kwargs: Mapping[str, Any] | None = None) -> RegionDecoupledFluxKontextPipeline:
+def load_pipeline(model: Any, init_kwargs: Mapping[str, Any] | None = None) -> Any:
     """The pipeline of a Hub id or a folder, or the one that shares its parts with a given pipeline.
 
     Args:
-        model: a `FluxKontextPipeline` (any subclass), a Hub id or a folder. Its transformer is taken out of what it is
-            wrapped in (`adapters.unwrap`), whose names would stand in everything that is saved.
+        model: a pipeline of a class that has an editor (any subclass), a Hub id or a folder of one. Its transformer is
+            taken out of what it is wrapped in (`adapters.unwrap`), whose names would stand in everything that is saved.
         init_kwargs: of `from_pretrained`, where `model` is a string; dtypes may be strings, also one for each part, and
             `quantization_config` a mapping with `PipelineQuantizationConfig`'s arguments.
 
@@ -52,22 +53,19 @@ def load_pipeline(model: Any, init_kwargs: Mapping[str, Any] | None = None) -> R
         if isinstance(kwargs.get("quantization_config"), Mapping):  # from YAML
             kwargs["quantization_config"] = PipelineQuantizationConfig(**kwargs["quantization_config"])
         with naming_model(str(model), **{key: kwargs[key] for key in HUB_OPTIONS & kwargs.keys()}):
-            return RegionDecoupledFluxKontextPipeline.from_pretrained(model, **kwargs)
+            return RegionDecoupledPipeline.from_pretrained(model, **kwargs)
     if init_kwargs:
         raise ValueError(
             f"model_init_kwargs: got {dict(init_kwargs)} with a pipeline that is loaded already, expected none; pass "
             "them to its from_pretrained, or name the model"
         )
-    if not all(hasattr(model, part) for part in ("transformer", "vae", "scheduler", "tokenizer_2")):
-        raise TypeError(f"model: got {type(model).__name__}, expected a FluxKontextPipeline, a Hub id or a folder")
-    transformer = unwrap(model.transformer)
-    if isinstance(model, RegionDecoupledFluxKontextPipeline):
-        if transformer is not model.transformer:
-            model.transformer = transformer
-        return model
-    # `from_pipe` would cast everything to fp32.
-    pipe = RegionDecoupledFluxKontextPipeline(**model.components | {"transformer": transformer})
-    pipe.register_to_config(_name_or_path=model.config.get("_name_or_path"))
+    try:
+        pipe: Any = RegionDecoupledPipeline.from_pipe(model)
+    except ValueError as error:
+        raise TypeError(f"{error}, a Hub id or a folder") from None
+    transformer = unwrap(pipe.transformer)
+    if transformer is not pipe.transformer:
+        pipe.transformer = transformer
     return pipe
 
 
@@ -83,14 +81,13 @@ def naming_model(model: str, **hub: Any) -> Iterator[None]:
         ValueError: nothing there, no access, broken files; or, before anything else is fetched, another pipeline.
     """
     expected = (
-        "kontext-tiny, or a folder or Hub id of a FLUX.1-Kontext pipeline, complete, that you may read; check "
-        "the spelling, the network (HF_HUB_OFFLINE) and, where the model is gated, `hf auth login`"
+        "kontext-tiny, or a folder or Hub id of a FLUX.1-Kontext, FLUX.2-klein or Qwen-Image-Edit-Plus pipeline, "
+        "complete, that you may read; check the spelling, the network (HF_HUB_OFFLINE) and, where the model is gated, "
+        "`hf auth login`"
     )
     with naming("model", model, expected):
         index = Path(model, INDEX) if Path(model).is_dir() else Path(hf_hub_download(model, INDEX, **hub))
-        kind = str(json.loads(index.read_text()).get("_class_name"))
-        if not kind.endswith(FluxKontextPipeline.__name__):
-            raise TypeError(f"its {INDEX} says {kind}")
+        region_decoupled_class(str(json.loads(index.read_text()).get("_class_name")))
         yield
 
 
@@ -104,7 +101,7 @@ def _dtype(value: Any, where: str) -> Any:
     return dtype
 
 
-def base_model_name(pipeline: FluxKontextPipeline) -> str:
+def base_model_name(pipeline: DiffusionPipeline) -> str:
     """What to call the base in a card: its Hub id; of a folder its last part, as paths are nobody's business."""
     name = str(pipeline.config.get("_name_or_path") or "")
     if not name or not Path(name).is_dir():
@@ -113,7 +110,7 @@ def base_model_name(pipeline: FluxKontextPipeline) -> str:
     return "kontext-tiny" if folder == WEIGHTS.resolve() else folder.name
 
 
-def trained_model(pipeline: FluxKontextPipeline, peft_config: PeftConfig | None, seed: int) -> nn.Module:
+def trained_model(pipeline: Any, peft_config: PeftConfig | None, seed: int) -> nn.Module:
     """The pipeline's transformer, ready for the Trainer, everything else frozen.
 
     Args:
@@ -126,9 +123,9 @@ def trained_model(pipeline: FluxKontextPipeline, peft_config: PeftConfig | None,
         ValueError: a VAE that tiles, a transformer with a step cache, layers that it does not have, an adapter where a
             new one is to be trained, one that `adapters.continued` refuses, or one on a text encoder.
     """
-    for name in ("vae", "text_encoder", "text_encoder_2"):
-        part = getattr(pipeline, name)
-        if part is not None:
+    transformer = pipeline.transformer
+    for name, part in pipeline.components.items():
+        if isinstance(part, nn.Module) and part is not transformer:
             part.requires_grad_(False).eval()
             if adapters_of(part):
                 raise ValueError(
@@ -137,6 +134,9 @@ def trained_model(pipeline: FluxKontextPipeline, peft_config: PeftConfig | None,
                     "`pipe.unload_lora_weights()`, or load a LoRA without it"
                 )
     transformer = pipeline.transformer
+    for part in pipeline.components.values():
+        if isinstance(part, nn.Module) and part is not transformer:
+            part.requires_grad_(False).eval()
     if getattr(transformer, "is_cache_enabled", False):
         raise ValueError("model: the transformer has a step cache enabled; call `transformer.disable_cache()` first")
 

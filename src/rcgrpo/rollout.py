@@ -15,10 +15,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from .attention import AttentionOptions, AttentionRecorder, Concentration
+from .attention import AttentionOptions, Concentration
 from .data.edits import Edit
-from .editors import Conditions, FluxKontextEditor, Schedule
-from .editors.flux_kontext import find_words
+from .editors import Conditions, Editor, Schedule
+from .editors.words import find_words
 from .labels import split_regions
 from .noise import (
     group_deltas,
@@ -67,7 +67,7 @@ def kick_key(key: tuple[Any, ...], step: int) -> tuple[Any, ...]:
 
 
 def integrate(
-    editor: FluxKontextEditor,
+    editor: Editor,
     model: nn.Module,
     noise: Tensor,
     conditions: Conditions,
@@ -79,17 +79,17 @@ def integrate(
     Args:
         noise: `[batch, tokens, channels]`, N(0, 1).
         conditions: of the same batch.
-        schedule: from `editor.schedule`, called just before, because it readies the scheduler.
+        schedule: from `editor.schedule` at their size.
         kicks: noise of the same batch to inject, which takes the solver's place; only with a first-order solver.
     """
-    # A scheduler counts its steps; a copy starts every integration at the first one.
-    scheduler = copy.deepcopy(editor.scheduler)
-    latents = noise.to(conditions.image_latents.device, torch.float32)
+    # A solver counts its steps and remembers the last; a copy starts every integration afresh.
+    solver = copy.deepcopy(schedule.solver)
+    latents = noise.to(conditions.device, torch.float32)
     trajectory = [latents]
     for stage, timestep in enumerate(schedule.stages):
         velocity = editor.velocity(model, latents, timestep.expand(len(latents)), conditions)
         if kicks is None:
-            latents = scheduler.step(velocity.float(), scheduler.timesteps[stage], latents, return_dict=False)[0]
+            latents = solver.step(velocity.float(), solver.timesteps[stage], latents, return_dict=False)[0]
         else:
             std = kick_std(schedule, stage, kicks.strength[stage], kicks.noise_level).to(latents.device)
             sigma, next_sigma = schedule.sigmas[stage : stage + 2].to(latents.device)
@@ -102,7 +102,7 @@ def integrate(
 
 @torch.no_grad()
 def rollout(
-    editor: FluxKontextEditor,
+    editor: Editor,
     model: nn.Module,
     noise: Tensor,
     conditions: Conditions,
@@ -130,13 +130,12 @@ def rollout(
     options = options or AttentionOptions()
     recorder = None
     if region is not None:
-        recorder = AttentionRecorder(editor.pipeline.transformer, options.blocks, options.direction)
+        recorder = editor.attention(options)
         read = options.reads(editor.num_inference_steps)
+    schedule = editor.schedule(conditions.height, conditions.width)
     trajectories, readings, attention_maps = [], [], []
     for start in range(0, len(noise), batch_size or len(noise)):
         part = slice(start, start + (batch_size or len(noise)))
-        # Readied afresh for each micro-batch, as multistep solvers carry state.
-        schedule = editor.schedule(conditions.height, conditions.width)
         recording = (
             nullcontext()
             if recorder is None or region is None
@@ -149,10 +148,7 @@ def rollout(
             readings.append(recorder.concentration())
             if maps:
                 attention_maps.append(recorder.attention_maps())
-    concentration = None
-    if readings:
-        parts = zip(*((r.mass, r.density, r.contrast) for r in readings), strict=True)
-        concentration = Concentration(*(torch.cat(part) for part in parts))
+    concentration = Concentration.concatenate(readings) if readings else None
     return torch.cat(trajectories, dim=1), concentration, torch.cat(attention_maps) if attention_maps else None
 
 
@@ -307,7 +303,7 @@ def words_of(edit: Edit, column: str) -> list[str]:
 
 
 def make_groups(
-    editor: FluxKontextEditor,
+    editor: Editor,
     model: nn.Module,
     edits: Sequence[Edit],
     num_generations: int,

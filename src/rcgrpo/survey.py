@@ -13,9 +13,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from .attention import blocks_of
 from .data.edits import Edit
 from .diagnostics import InsideOutside, group_diagnostics, latent_variance, split_by_region, variance
-from .editors import FluxKontextEditor
+from .editors import Editor
 from .objective import group_advantages, quasi_norm
 from .rewards import Reward, score
 from .rollout import Exploration, Group, make_groups
@@ -44,7 +45,7 @@ class Finding:
 
 
 def survey(
-    editor: FluxKontextEditor,
+    editor: Editor,
     model: nn.Module,
     edits: Sequence[Edit],
     num_generations: int,
@@ -85,7 +86,7 @@ def survey(
 
 
 def _find(
-    editor: FluxKontextEditor, model: nn.Module, group: Group, scores: Mapping[str, Tensor], depth_step: int | None
+    editor: Editor, model: nn.Module, group: Group, scores: Mapping[str, Tensor], depth_step: int | None
 ) -> Finding:
     rewards = scores.get("reward", torch.full([len(group.images)], math.nan))
     advantages = quasi_norm(group_advantages(rewards))
@@ -139,7 +140,7 @@ def _ignore(name: str, value: Any) -> None:
 
 
 @torch.no_grad()
-def depth_variance(editor: FluxKontextEditor, model: nn.Module, group: Group, step: int) -> InsideOutside:
+def depth_variance(editor: Editor, model: nn.Module, group: Group, step: int) -> InsideOutside:
     """How much a group's hidden states differ, before the first block and after each, `[blocks + 1]` on the CPU.
 
     One forward of the whole group at the latents that it had at this step. The variance across candidates is divided by
@@ -150,17 +151,20 @@ def depth_variance(editor: FluxKontextEditor, model: nn.Module, group: Group, st
         step: which step of the rollout, from 0.
     """
     transformer = editor.pipeline.transformer
-    blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
-    tokens, region = len(group.region), group.region.cpu()
+    modules = [getattr(transformer, editor.input_layer), *blocks_of(transformer)]
+    members, tokens, region = group.trajectory.shape[1], len(group.region), group.region.cpu()
+    pictures = tokens + group.conditions.reference_tokens.shape[1]
     found: list[InsideOutside] = []
 
     def hook(module: nn.Module, args: Any, output: Any) -> None:
-        # Blocks return (text, image); reference tokens follow the noisy ones.
-        states = (output[1] if isinstance(output, tuple) else output)[:, :tokens].float()
+        if len(found) == len(modules):
+            return  # guidance asks again, for the negative prompt
+        # Blocks return (text, image) or, joined, text and image; reference tokens follow the noisy ones.
+        states = (output[1] if isinstance(output, tuple) else output)[:members, -pictures:][:, :tokens].float()
         spread = states.var(0).mean(-1) / states.square().mean().clamp(min=1e-20)
         found.append(split_by_region(spread.cpu(), region))
 
-    handles = [module.register_forward_hook(hook) for module in (transformer.x_embedder, *blocks)]
+    handles = [module.register_forward_hook(hook) for module in modules]
     try:
         latents = group.trajectory[step]
         timestep = group.schedule.timesteps[step].expand(len(latents))

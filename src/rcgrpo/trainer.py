@@ -31,14 +31,14 @@ from transformers import TrainerCallback
 from trl.trainer.utils import RepeatSampler
 
 from .adapters import StartingPoint, adapters_of
-from .attention import AttentionOptions, AttentionRecorder, Concentration
+from .attention import AttentionOptions, Concentration
 from .completions import SHOWN, Completions, record, show, shown_rows, write_completions
 from .config import RCGRPOConfig
 from .config_checks import check_trackers
 from .data.edits import Edit, EditRows
 from .diagnostics import group_diagnostics, reward_parts, variance_by_step
-from .editors import ConditionCache, FluxKontextEditor
-from .editors.flux_kontext import fit_size, instruction_token_weights
+from .editors import ConditionCache, open_editor
+from .editors.base import fit_size
 from .hints import hinted
 from .hub import check_lora_config
 from .metrics import masked_psnr
@@ -110,8 +110,9 @@ class RCGRPOTrainer(SavingTrainer):
     Trainer for region-constrained GRPO on flow-matching image editors (RC-GRPO-Editing, arXiv 2604.09386).
 
     Args:
-        model: a `FluxKontextPipeline` (any subclass), a Hub id or a local folder of one. The pipeline is trained in
-            place: `trainer.pipeline` edits with the trained weights at any time.
+        model: a pipeline of FLUX.1-Kontext, FLUX.2-klein or Qwen-Image-Edit-Plus (any subclass), a Hub id or a local
+            folder of one. The pipeline is trained in place: `trainer.pipeline` edits with the trained weights at any
+            time.
         reward_funcs: a reward, or a list of them: callables `f(prompts, images, source_images, masks, **columns) ->
             list[float | None]` (sync or async), names of registered rewards, or dotted paths. See `rcgrpo.rewards`.
         args: the configuration.
@@ -178,7 +179,7 @@ class RCGRPOTrainer(SavingTrainer):
         goes_on = peft_config is None and bool(adapters_of(self.pipeline.transformer))
         if args.beta and peft_config is None and not goes_on:
             raise ValueError(f"beta: got {args.beta} without peft_config, expected LoRA, whose base is the reference")
-        self.editor = FluxKontextEditor(
+        self.editor = open_editor(
             self.pipeline,
             args.resolution,
             args.num_inference_steps,
@@ -188,9 +189,10 @@ class RCGRPOTrainer(SavingTrainer):
             args.true_cfg_scale,
             args.negative_prompt,
             ConditionCache(args.conditions_cache_dir) if args.cache_conditions else None,
+            args.batch_guidance,
         )
         if self._records_attention:
-            AttentionRecorder(self.pipeline.transformer, args.attention_blocks)  # refuses blocks that are not there
+            self.editor.attention(args.attention_options)  # refuses blocks that are not there
         elif args.attention_options != AttentionOptions():
             raise ValueError(
                 f"attention_blocks, attention_...: got {args.attention_options}, expected the defaults, as nothing "
@@ -374,7 +376,7 @@ class RCGRPOTrainer(SavingTrainer):
             self._check_edit(edit, args, (height, width))
             if args.attention_words_column is not None:
                 words = words_of(edit, args.attention_words_column)
-                instruction_token_weights(self.pipeline, [edit.prompt], args.max_sequence_length, [words])
+                self.editor.instruction_weights(edit.prompt, words)
             turn = self._next_edit(edit, Image.new("RGB", (width, height)), following)
             if turn is not None:
                 play(turn, following + 1)
@@ -738,7 +740,7 @@ class RCGRPOTrainer(SavingTrainer):
             loss = loss + args.beta * kl * inputs.taught
         if args.keep_hinge_weight:
             clean = predict_clean(inputs.latents, velocity, inputs.sigma)
-            hinge = keep_hinge(clean, inputs.conditions.image_latents, inputs.region, args.keep_hinge_margin)
+            hinge = keep_hinge(clean, inputs.conditions.source, inputs.region, args.keep_hinge_margin)
             numbers["keep_hinge"] = float(hinge.detach().mean())
             loss = loss + args.keep_hinge_weight * hinge * inputs.taught
         for name, value in numbers.items():

@@ -70,8 +70,8 @@ def test_the_velocity_mask_is_the_editors_own_answer(editor, monkeypatch):
     assert len(seen) == 3
     latents, timestep, conditions = seen[0]
     assert torch.equal(latents[0], latents[1]) and timestep.tolist() == [250.0, 250.0]
-    assert not torch.equal(conditions.prompt_embeds[0], conditions.prompt_embeds[1])
-    noise = (latents[0] - 0.75 * conditions.image_latents[0]) / 0.25  # x = (1 - σ) x_0 + σ ε
+    assert not torch.equal(*conditions.text["prompt_embeds"])
+    noise = (latents[0] - 0.75 * conditions.source[0]) / 0.25  # x = (1 - σ) x_0 + σ ε
     assert abs(noise.mean()) < 0.3 and 0.8 < noise.std() < 1.2
     assert not torch.equal(seen[0][0], seen[1][0])
 

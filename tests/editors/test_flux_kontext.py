@@ -4,15 +4,10 @@ import torch
 from PIL import Image
 
 from rcgrpo.attention import AttentionRecorder
-from rcgrpo.editors import Conditions, FluxKontextEditor
-from rcgrpo.editors.flux_kontext import (
-    SOLVERS,
-    Schedule,
-    find_words,
-    fit_size,
-    instruction_token_weights,
-    make_solver,
-)
+from rcgrpo.editors import Conditions, FluxKontextEditor, Schedule
+from rcgrpo.editors.base import fit_size
+from rcgrpo.editors.schedule import SOLVERS, make_solver
+from rcgrpo.editors.words import find_words
 from rcgrpo.rollout import integrate, rollout
 from tiny_kontext import TINY_CALL, build_tiny_kontext, encode_one_by_one
 
@@ -104,13 +99,13 @@ def test_velocities_in_bf16_are_the_stock_ones_and_latents_stay_fp32():
 def test_a_vae_in_fp32_beside_a_model_in_bf16():
     """Decoding in bf16 is learned as texture, so the VAE may keep its precision."""
     pipe = build_tiny_kontext()
-    expected = editor_of(pipe).encode([picture(1)], PROMPTS[:1]).image_latents
+    expected = editor_of(pipe).encode([picture(1)], PROMPTS[:1]).source
     for part in (pipe.transformer, pipe.text_encoder, pipe.text_encoder_2):
         part.to(torch.bfloat16)
     editor = editor_of(pipe)
     conditions = editor.encode([picture(1)], PROMPTS[:1])
-    assert torch.equal(conditions.image_latents, expected.bfloat16())
-    assert conditions.prompt_embeds.dtype == torch.bfloat16
+    assert torch.equal(conditions.source, expected.bfloat16())
+    assert conditions.text["prompt_embeds"].dtype == torch.bfloat16
     seen = []
     pipe.vae.decoder.register_forward_pre_hook(lambda module, args: seen.append(args[0].dtype))
     assert len(editor.decode(expected, 32, 32)) == 1 and seen == [torch.float32]
@@ -123,7 +118,7 @@ def test_schedule_runs_from_1_to_0_and_is_ready_to_repeat(pipeline):
     assert schedule.sigmas[0] == 1 and schedule.sigmas[-1] == 0
     assert (schedule.sigmas.diff() < 0).all()
     torch.testing.assert_close(schedule.timesteps, 1000 * schedule.sigmas[:-1])
-    assert pipeline.scheduler.begin_index == 0
+    assert schedule.solver.begin_index == 0 and schedule.solver is not pipeline.scheduler
     # The shift counts the noisy tokens: 64 here, exp(mu) with mu linear through (256, .5) and (4096, 1.15).
     shift = np.exp(0.5 + (64 - 256) * 0.65 / 3840)
     assert schedule.sigmas[1].item() == pytest.approx(shift / (shift + (1 / (2 / 3) - 1)), abs=1e-6)
@@ -167,7 +162,7 @@ def test_pictures_of_different_sizes_are_refused_together(pipeline):
 def test_pictures_of_different_size_and_one_aspect_ratio_go_together(pipeline):
     conditions = editor_of(pipeline).encode([picture(1), picture(2, width=80, height=80)], PROMPTS)
     assert (conditions.height, conditions.width) == (32, 32)
-    assert conditions.image_latents.shape == (2, 64, 16)
+    assert conditions.source.shape == (2, 64, 16)
 
 
 # ------------------------------------------------------------------------------------ conditions
@@ -178,61 +173,52 @@ def test_samples_are_encoded_independently_of_their_batch(pipeline):
     both = editor.encode([picture(1), picture(2)], PROMPTS)
     for i in range(2):
         alone = editor.encode([picture(i + 1)], PROMPTS[i : i + 1])
-        for name in ("prompt_embeds", "pooled_prompt_embeds", "text_weights", "image_latents"):
-            assert torch.equal(getattr(both[i : i + 1], name), getattr(alone, name))
+        assert both.text.keys() == alone.text.keys() == {"prompt_embeds", "pooled_prompt_embeds"}
+        assert all(torch.equal(both[i : i + 1].text[name], tensor) for name, tensor in alone.text.items())
+        assert torch.equal(both.text_weights[i : i + 1], alone.text_weights)
+        assert torch.equal(both.source[i : i + 1], alone.source)
 
 
 def conditions_of(values):
     values = torch.tensor(values, dtype=torch.float32)
-    return Conditions(values.view(-1, 1, 1), values.view(-1, 1), values.view(-1, 1), values.view(-1, 1, 1), 32, 16)
-
-
-def firsts(conditions):
-    columns = [conditions.prompt_embeds, conditions.pooled_prompt_embeds, conditions.text_weights]
-    lists = [tensor.flatten().tolist() for tensor in [*columns, conditions.image_latents]]
-    assert lists.count(lists[0]) == 4
-    assert (conditions.height, conditions.width) == (32, 16)
-    return lists[0]
-
-
-def test_conditions_repeat_index_and_concatenate():
-    conditions = conditions_of([1, 2, 3])
-    assert len(conditions) == 3
-    assert firsts(conditions.repeat(2)) == [1, 1, 2, 2, 3, 3]
-    assert firsts(conditions[1:]) == [2, 3]
-    assert firsts(conditions[torch.tensor([2, 0, 2])]) == [3, 1, 3]
-    assert firsts(Conditions.concatenate([conditions[2:], conditions_of([7])])) == [3, 7]
+    return Conditions({"prompt_embeds": values.view(-1, 1, 1)}, values.view(-1, 1), values.view(-1, 1, 1), 32, 16)
 
 
 def test_instruction_weights_leave_out_padding_and_the_end(pipeline):
-    weights = instruction_token_weights(pipeline, ["red", "a boat"], 10)
+    editor = editor_of(pipeline)
+    editor.max_sequence_length = 10
     # the tokenizer spells: one mark at the start of each word, one token a letter
-    assert weights.tolist() == [[1] * 4 + [0] * 6, [1] * 7 + [0] * 3]
+    assert editor.instruction_weights("red").tolist() == [1] * 4 + [0] * 6
+    assert editor.instruction_weights("a boat").tolist() == [1] * 7 + [0] * 3
     # cut off, the instruction still ends in the end-of-sequence token
-    assert instruction_token_weights(pipeline, ["a boat"], 4).tolist() == [[1, 1, 1, 0]]
+    editor.max_sequence_length = 4
+    assert editor.instruction_weights("a boat").tolist() == [1, 1, 1, 0]
 
 
 def test_given_words_are_found_by_where_their_tokens_stand(pipeline):
-    prompts = ["a hat, a red hat", "that Hat hath"]
-    weights = instruction_token_weights(pipeline, prompts, 20, [["hat"], ["hat"]])
+    editor, prompts = editor_of(pipeline), ["a hat, a red hat", "that Hat hath"]
+    editor.max_sequence_length = 20
+    weights = [editor.instruction_weights(prompt, ["hat"]) for prompt in prompts]
     spelt = [pipeline.tokenizer_2.convert_ids_to_tokens(pipeline.tokenizer_2(p).input_ids) for p in prompts]
     chosen = ["".join(t for t, w in zip(s, row, strict=False) if w) for s, row in zip(spelt, weights, strict=True)]
     # whole words, wherever they stand and however they are written; the mark at a word's start may be either's
     assert [text.replace("▁", "") for text in chosen] == ["hathat", "Hat"]
-    both = instruction_token_weights(pipeline, prompts[:1], 20, [["red", "a hat"]])
-    assert both.sum() == instruction_token_weights(pipeline, prompts[:1], 20, [["red"]]).sum() + 6
+    both = editor.instruction_weights(prompts[0], ["red", "a hat"])
+    assert both.sum() == editor.instruction_weights(prompts[0], ["red"]).sum() + 6
     assert find_words("C++ (or c++)", ["c++"]) == [(0, 3), (8, 11)]
     with pytest.raises(ValueError, match=r"words: got \['boat'\], expected words of 'a hat, a red hat' within"):
-        instruction_token_weights(pipeline, prompts, 20, [["boat"], ["hat"]])
+        editor.instruction_weights(prompts[0], ["boat"])
+    editor.max_sequence_length = 4
     with pytest.raises(ValueError, match="within its first 4 tokens"):  # cut off
-        instruction_token_weights(pipeline, prompts[:1], 4, [["red"]])
+        editor.instruction_weights(prompts[0], ["red"])
 
 
 def test_given_words_need_a_tokenizer_that_knows_where_they_stand(pipeline, monkeypatch):
     monkeypatch.setattr(type(pipeline.tokenizer_2), "is_fast", False)
-    assert instruction_token_weights(pipeline, ["a hat"], 9).sum() == 6
+    editor = editor_of(pipeline)
+    assert editor.instruction_weights("a hat").sum() == 6
     with pytest.raises(ValueError, match="expected a fast tokenizer"):
-        instruction_token_weights(pipeline, ["a hat"], 9, [["hat"]])
+        editor.instruction_weights("a hat", ["hat"])
 
 
 def test_velocity_depends_on_source_and_instruction(pipeline):
@@ -256,8 +242,8 @@ class LinearFlow:
     def __init__(self, solver, steps):
         line = torch.linspace(1, 0, steps + 1, dtype=torch.float32)
         sigmas = 2 * line / (1 + line)  # shifted as the pipeline's are
-        self.schedule = Schedule(sigmas, 1000 * sigmas[:-1], order=2 if solver == "heun" else 1)
-        self.scheduler = make_solver(solver, sigmas)
+        order = 2 if solver == "heun" else 1
+        self.schedule = Schedule(sigmas, 1000 * sigmas[:-1], order, make_solver(solver, sigmas))
         self.asked = []
 
     def velocity(self, model, latents, timestep, conditions):
@@ -321,15 +307,6 @@ def test_true_cfg_reproduces_the_stock_pipeline():
     plain = editor_of(pipe)
     unguided, *_ = rollout(plain, pipe.transformer, start, plain.encode(sources, PROMPTS))
     assert (unguided[-1] - latents).abs().max() > 1e-2
-
-
-def test_conditions_carry_the_negative_prompt_wherever_they_go(pipeline):
-    conditions = editor_of(pipeline, true_cfg_scale=2.0).encode([picture(1), picture(2)], PROMPTS)
-    shapes = [c.negative_prompt_embeds.shape[0] for c in (conditions, conditions.repeat(3), conditions[:1])]
-    assert shapes == [2, 6, 1]
-    joined = Conditions.concatenate([conditions, conditions[1:]])
-    assert len(joined.negative_pooled_prompt_embeds) == len(joined.prompt_embeds) == 3
-    assert editor_of(pipeline).encode([picture(1)], PROMPTS[:1]).negative_prompt_embeds is None
 
 
 def test_the_negative_pass_leaves_no_trace_in_the_attention_record(pipeline):

@@ -325,7 +325,7 @@ def _maker(args: MaskArguments) -> Any:
         return FromText(args.detector, segmenter, args.phrase_column, args.box_threshold, args.text_threshold, device)
     from diffusers import FluxKontextPipeline
 
-    from ..editors import FluxKontextEditor
+    from ..editors import open_editor
     from .opening import call_defaults, open_pipeline
 
     if args.model == TINY:
@@ -333,5 +333,5 @@ def _maker(args: MaskArguments) -> Any:
     pipe = open_pipeline(FluxKontextPipeline, args.model)
     resolution = args.resolution or min(512, call_defaults(args.model)["resolution"])
     length = call_defaults(args.model)["max_sequence_length"]
-    editor = FluxKontextEditor(pipe, resolution, num_inference_steps=1, max_sequence_length=length)
+    editor = open_editor(pipe, resolution, num_inference_steps=1, max_sequence_length=length)
     return FromVelocity(editor, args.num_draws, args.sigma, args.threshold, args.seed)

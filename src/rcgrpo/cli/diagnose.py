@@ -93,7 +93,7 @@ def run(arguments: Sequence[str]) -> None:
     from ..benchmark import contenders, load_loras, switch_to
     from ..data.edits import EditRows
     from ..diagnosis import BASE, GLOBAL, MATCHED, REGION, mean, write_diagnosis
-    from ..editors import FluxKontextEditor
+    from ..editors import open_editor
     from ..rewards import resolve_rewards
     from ..rollout import Exploration
     from ..survey import JUDGES, match_strength, survey
@@ -112,7 +112,7 @@ def run(arguments: Sequence[str]) -> None:
     pipeline = open_pipeline(FluxKontextPipeline, args.model)
     pipeline.set_progress_bar_config(disable=True)
     load_loras(pipeline, entrants)
-    editor = FluxKontextEditor(
+    editor = open_editor(
         pipeline, args.resolution, args.num_inference_steps, args.guidance_scale, args.max_sequence_length, args.solver
     )
 

@@ -68,15 +68,16 @@ def run(arguments: Sequence[str]) -> None:
         args.instruction = args.instruction.lower().strip(" .!")  # its vocabulary is the data set's
     asked = {name: getattr(args, name) for name in ("resolution", "num_inference_steps", "guidance_scale")}
     sampling = Sampling(**call_defaults(args.model) | {name: v for name, v in asked.items() if v is not None})
-    height, width = sampling.size_for(pipe, source)
+    editor = sampling.editor(pipe)
+    height, width = editor.size_for(source)
     images = pipe(
-        image=pipe.image_processor.resize(source, height, width),
+        image=editor.resized(source, height, width),
         prompt=args.instruction,
         mask_image=None if mask is None else at_size(mask, (height, width)),
         **({} if mask is None else {"edit_strength": args.edit_strength}),
         num_images_per_prompt=args.num_generations,
         generator=torch.Generator().manual_seed(args.seed),
-        **sampling.call(height, width),
+        **editor.call_arguments(height, width),
     ).images
     strip = Image.new("RGB", (sum(image.width for image in images), images[0].height))
     for i, image in enumerate(images):

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..editors import FluxKontextEditor
+from ..editors import Editor
 from ..noise import keyed_noise
 from ..report import write_atomically
 from .loading import METADATA
@@ -61,7 +61,7 @@ class FromVelocity:
     """
 
     def __init__(
-        self, editor: FluxKontextEditor, num_draws: int = 8, sigma: float = 0.75, threshold: float = 0.5, seed: int = 0
+        self, editor: Editor, num_draws: int = 8, sigma: float = 0.75, threshold: float = 0.5, seed: int = 0
     ) -> None:
         if num_draws < 1:
             raise ValueError(f"num_draws: got {num_draws}, expected at least 1")
@@ -74,7 +74,7 @@ class FromVelocity:
     def __call__(self, row: Mapping[str, Any]) -> Image.Image:
         editor, source = self.editor, row["input_image"]
         conditions = editor.encode([source, source], [row["instruction"], ""])
-        clean = conditions.image_latents[:1].float()
+        clean = conditions.source[:1].float()
         timestep = torch.full((2,), 1000 * self.sigma)
         velocities = []
         for draw in range(self.num_draws):

@@ -1,461 +1,135 @@
-"""Everything that is specific to FLUX.1-Kontext, behind five methods.
+"""FLUX.1-Kontext: CLIP's pooled and T5's padded text, positions of three axes, guidance that is distilled."""
 
-The rollout, the trainer and the pipeline know packed latents `[batch, tokens, channels]`, sigmas and `Conditions`; what
-the transformer wants to be called with stands here alone. Gotchas: reference tokens follow the noisy ones and are
-cropped from the prediction; the schedule's shift counts the noisy tokens only; `timestep` must be computed exactly as
-diffusers does, or a rollout differs from the pipeline in the last bits.
-"""
-
-import copy
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from functools import cached_property
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar
 
-import numpy as np
 import torch
-from accelerate import cpu_offload_with_hook
-from accelerate.hooks import UserCpuOffloadHook
-from diffusers import (
-    DPMSolverMultistepScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    FlowMatchHeunDiscreteScheduler,
-    UniPCMultistepScheduler,
-)
-from diffusers.pipelines.flux.pipeline_flux_kontext import FluxKontextPipeline, calculate_shift, retrieve_timesteps
+from diffusers import FluxKontextPipeline
 from PIL import Image
 from torch import Tensor, nn
 
-from ..attention import unrecorded
-from .cache import ConditionCache, modules_digest, picture_digest, surroundings
+from .base import FlowEditor, fit_size
+from .conditions import Conditions
+from .region_decoupled import RegionDecoupled, with_region
+from .words import token_weights
 
-Solver = Literal["euler", "heun", "dpmpp_2m", "unipc"]
-SOLVERS: tuple[Solver, ...] = get_args(Solver)
+_PADDED: dict[str, Any] = {"padding": "max_length", "truncation": True}
 
 
-@dataclass(frozen=True)
-class Conditions:
-    """What a batch of edits is conditioned on; every tensor starts with the batch.
+class FluxKontextEditor(FlowEditor):
+    """FLUX.1-Kontext (any size, Kontext-tiny too) as the rollout sees it; arguments as in `FlowEditor`.
 
-    `prompt_embeds` `[batch, text tokens, width]`, `pooled_prompt_embeds` `[batch, width]`, `text_weights`
-    `[batch, text tokens]` (1 for the instruction's own tokens), `image_latents` `[batch, reference tokens, channels]`;
-    `height` and `width` of the pictures in pixels; with true CFG the negative prompt's embeddings.
+    `guidance_scale` is distilled into the model, and ignored by models without guidance embedding; `true_cfg_scale`
+    is real guidance on top.
     """
 
-    prompt_embeds: Tensor
-    pooled_prompt_embeds: Tensor
-    text_weights: Tensor
-    image_latents: Tensor
-    height: int
-    width: int
-    negative_prompt_embeds: Tensor | None = None
-    negative_pooled_prompt_embeds: Tensor | None = None
-
-    def __len__(self) -> int:
-        return len(self.prompt_embeds)
-
-    def _map(self, function: Any) -> "Conditions":
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Conditions(**{k: function(v) if isinstance(v, Tensor) else v for k, v in values.items()})
-
-    def __getitem__(self, index: slice | Tensor) -> "Conditions":
-        return self._map(lambda tensor: tensor[index])
-
-    @classmethod
-    def concatenate(cls, parts: Sequence["Conditions"]) -> "Conditions":
-        """One batch of several of one picture size."""
-        names = [f.name for f in fields(cls) if isinstance(getattr(parts[0], f.name), Tensor)]
-        tensors = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
-        return cls(**tensors, height=parts[0].height, width=parts[0].width)
-
-    def repeat(self, times: int) -> "Conditions":
-        """Each sample `times` times in a row, so that a group's candidates stand together."""
-        return self._map(lambda tensor: tensor.repeat_interleave(times, dim=0))
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """Noise levels: `sigmas` `[steps + 1]` from 1 to 0, and what the model is told, `timesteps` `[steps]`.
-
-    A second-order solver calls the model twice in a step: `order` 2. Its last step is of first order.
-    """
-
-    sigmas: Tensor
-    timesteps: Tensor
-    order: int = 1
-
-    def __len__(self) -> int:
-        return len(self.timesteps)
-
-    @property
-    def stages(self) -> Tensor:
-        """The timesteps of all model calls of a rollout, in order."""
-        if self.order == 1:
-            return self.timesteps
-        return torch.cat([self.timesteps[:1], self.timesteps[1:].repeat_interleave(2)])
-
-    def completes(self, stage: int) -> bool:
-        """Whether a step ends with this model call."""
-        return self.order == 1 or stage % 2 == 1 or stage == len(self.stages) - 1
-
-
-def make_solver(solver: Solver, sigmas: Tensor) -> Any:
-    """One of diffusers' schedulers, ready to step through given noise levels of a flow.
-
-    Args:
-        solver: `"euler"`; `"heun"`, which calls the model twice a step; `"dpmpp_2m"` (DPM-Solver++ 2M) and `"unipc"`,
-            which remember the step before. All but Euler's are of second order.
-        sigmas: `[steps + 1]` from 1 to 0.
-    """
-    steps = len(sigmas) - 1
-    flow = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "solver_order": 2}
-    made: Any = {
-        "euler": FlowMatchEulerDiscreteScheduler,
-        "heun": FlowMatchHeunDiscreteScheduler,
-        "dpmpp_2m": lambda: DPMSolverMultistepScheduler(algorithm_type="dpmsolver++", **flow),
-        "unipc": lambda: UniPCMultistepScheduler(solver_type="bh2", **flow),
-    }[solver]()
-    made.set_timesteps(steps)
-    # These schedulers take no sigmas, take them only shifted, or round the times that belong to them. Written over
-    # theirs, all solvers walk the same levels.
-    if solver == "heun":
-        levels = torch.cat([sigmas[:1], sigmas[1:-1].repeat_interleave(2), sigmas[-1:]])
-    else:
-        levels = sigmas.clone()
-        if solver in ("dpmpp_2m", "unipc"):  # at 1 the logarithm of the signal's share is infinite
-            levels[0] = levels[0].clamp(max=1 - 1e-6)
-    made.sigmas = levels.cpu()
-    made.timesteps = 1000 * levels[:-1]
-    made.set_begin_index(0)
-    return made
-
-
-def fit_size(height: int, width: int, max_area: int, multiple: int) -> tuple[int, int]:
-    """The (height, width) at which diffusers' Kontext pipeline generates: `max_area` at this aspect ratio, floored."""
-    aspect_ratio = width / height
-    new_width = round((max_area * aspect_ratio) ** 0.5)
-    new_height = round((max_area / aspect_ratio) ** 0.5)
-    return new_height // multiple * multiple, new_width // multiple * multiple
-
-
-def find_words(text: str, words: Sequence[str]) -> list[tuple[int, int]]:
-    """Where these words stand in a text, first and last character + 1; whole words, in upper or lower case."""
-    pattern = "|".join(re.escape(word.strip()) for word in words)
-    return [match.span() for match in re.finditer(rf"(?<!\w)(?:{pattern})(?!\w)", text, re.IGNORECASE)]
-
-
-def instruction_token_weights(
-    pipeline: FluxKontextPipeline,
-    prompts: Sequence[str],
-    length: int,
-    words: Sequence[Sequence[str]] | None = None,
-) -> Tensor:
-    """1 for the T5 tokens of the instruction itself, 0 for padding and special tokens, `[batch, length]`.
-
-    Args:
-        length: tokens of a padded instruction.
-        words: of each instruction; only their tokens count. All of them by default.
-
-    Raises:
-        ValueError: words that the instruction, cut to its length, does not have; a tokenizer that does not know where
-            its tokens stand.
-    """
-    if words is not None and not pipeline.tokenizer_2.is_fast:
-        raise ValueError(
-            f"words: got {list(words)} with {type(pipeline.tokenizer_2).__name__}, expected a fast tokenizer, which "
-            "knows where its tokens stand; load the pipeline's tokenizer_2 as T5TokenizerFast"
-        )
-    encoded = pipeline.tokenizer_2(
-        list(prompts),
-        padding="max_length",
-        max_length=length,
-        truncation=True,
-        return_special_tokens_mask=True,
-        return_offsets_mapping=words is not None,
-        return_tensors="pt",
+    # Every linear layer of the blocks, and the model's last layer, which shares a name with theirs.
+    lora_targets: ClassVar[tuple[str, ...]] = (
+        *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
+        *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
+        *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp", "proj_out"),
     )
-    weights = ((1 - encoded.special_tokens_mask) * encoded.attention_mask).float()
-    for i, (prompt, chosen) in enumerate(zip(prompts, words or [], strict=words is not None)):
-        begins, ends = encoded.offset_mapping[i].unbind(-1)
-        named = torch.zeros(length, dtype=torch.bool)
-        for first, last in find_words(prompt, chosen):
-            named |= (begins < last) & (ends > first)
-        weights[i] *= named
-        if not weights[i].any():
-            raise ValueError(
-                f"words: got {list(chosen)}, expected words of {prompt!r} within its first {length} tokens"
-            )
-    return weights
+    licenses: ClassVar = {
+        "black-forest-labs/FLUX.1-Kontext-dev": {
+            "license": "other",
+            "license_name": "flux-1-dev-non-commercial-license",
+            "license_link": "https://huggingface.co/black-forest-labs/FLUX.1-Kontext-dev/blob/main/LICENSE.md",
+        }
+    }
+    encoders = ("text_encoder", "text_encoder_2")
+    one_prompt_a_call = False
+    default_guidance = 3.5
 
+    def instruction_weights(self, prompt: str, words: Sequence[str] | None = None) -> Tensor:
+        """Of T5's tokens; CLIP's are pooled."""
+        return token_weights(self.pipeline.tokenizer_2, prompt, words, max_length=self.max_sequence_length, **_PADDED)
 
-def can_move(part: nn.Module) -> bool:
-    """Whether a model may go to another device, which bitsandbytes' 8-bit weights may not."""
-    return not getattr(part, "is_loaded_in_8bit", False)
-
-
-class FluxKontextEditor:
-    """FLUX.1-Kontext (any size, Kontext-tiny too) as the rollout sees it.
-
-    Args:
-        pipeline: a `FluxKontextPipeline`; its text encoders, VAE, scheduler and tokenizers are used as they are. The
-            transformer is passed to `velocity` by the caller, so that rollout and training share one wrapped module.
-        resolution: pictures are edited at `resolution²` pixels, keeping their aspect ratio, multiples of 16 (of
-            `multiple` for smaller models).
-        num_inference_steps: steps of the ODE.
-        guidance_scale: distilled guidance, ignored by models without guidance embedding.
-        max_sequence_length: T5 tokens.
-        solver: what rollouts step with; the pipeline's own scheduler by default.
-        true_cfg_scale: above 1, every velocity is guided away from the negative prompt, at twice the cost.
-        negative_prompt: what true CFG guides away from.
-        cache: keeps what the encoders make of instructions and sources. Their weights must not change from then on.
-    """
-
-    def __init__(
-        self,
-        pipeline: FluxKontextPipeline,
-        resolution: int,
-        num_inference_steps: int,
-        guidance_scale: float = 3.5,
-        max_sequence_length: int = 512,
-        solver: Solver | None = None,
-        true_cfg_scale: float = 1.0,
-        negative_prompt: str = "",
-        cache: ConditionCache | None = None,
-    ) -> None:
-        self.pipeline = pipeline
-        self.resolution = resolution
-        self.num_inference_steps = num_inference_steps
-        self.guidance_scale = guidance_scale
-        self.max_sequence_length = max_sequence_length
-        self.solver = solver
-        self.true_cfg_scale = true_cfg_scale
-        self.negative_prompt = negative_prompt
-        self.cache = cache
-        self._offloads: list[UserCpuOffloadHook] = []
-        self._device: torch.device | None = None
-        self.scheduler = pipeline.scheduler
-        if solver is not None and not isinstance(pipeline.scheduler, FlowMatchEulerDiscreteScheduler):
-            raise ValueError(
-                f"solver: got {solver!r} with a pipeline whose scheduler is {type(pipeline.scheduler).__name__}, "
-                "expected FlowMatchEulerDiscreteScheduler, whose noise levels the solver takes over; leave solver "
-                "unset to step with the pipeline's own"
-            )
-        self.multiple = pipeline.vae_scale_factor * 2
-        if resolution < self.multiple:
-            raise ValueError(f"resolution: got {resolution}, expected at least {self.multiple} pixels for this model")
-
-    def with_steps(self, num_inference_steps: int) -> "FluxKontextEditor":
-        """The same editor, models and cache shared, with another number of steps."""
-        other = copy.copy(self)
-        other.num_inference_steps = num_inference_steps
-        return other
-
-    # -------------------------------------------------------------------------------- sizes
-
-    def size_for(self, image: Image.Image) -> tuple[int, int]:
-        """The (height, width) at which this picture is edited."""
-        return fit_size(image.height, image.width, self.resolution**2, self.multiple)
-
-    def grid_for(self, height: int, width: int) -> tuple[int, int]:
-        """Token rows and columns of a picture."""
-        return height // self.multiple, width // self.multiple
-
-    @property
-    def channels(self) -> int:
-        return int(self.pipeline.transformer.config.in_channels)
-
-    # -------------------------------------------------------------------------------- encode
-
-    def place(self, device: torch.device) -> None:
-        """Move the models to a device.
-
-        With a cache the text encoders stay on the CPU, come to the device when something new is to be encoded, and
-        leave it again.
-        """
-        pipe = self.pipeline
-        if self.cache is None:
-            pipe.to(device)
-            return
-        for part in (pipe.transformer, pipe.vae):
-            if can_move(part):
-                part.to(device)
-        encoders = [part for part in (pipe.text_encoder, pipe.text_encoder_2) if can_move(part)]
-        self._offloads = [cpu_offload_with_hook(part, device)[1] for part in encoders]
-        self._device = device
-
-    @property
-    def device(self) -> torch.device:
-        """Where everything is computed, wherever the text encoders wait."""
-        return self._device or self.pipeline._execution_device
-
-    @torch.no_grad()
-    def encode(
-        self,
-        images: Sequence[Image.Image],
-        prompts: Sequence[str],
-        cache_images: bool = True,
-        words: Sequence[Sequence[str]] | None = None,
-    ) -> Conditions:
-        """Encode sources of one common size (see `size_for`) and their instructions.
-
-        Each is encoded by itself: its numbers are the same bits in every batch, from the cache or not. The stock
-        pipeline encodes a batch at once, which some CPUs round differently in the last bits.
-
-        Args:
-            images, prompts: one of each for every edit.
-            cache_images: whether a cache may keep the latents; not for pictures that nobody will bring again.
-            words: of each instruction, whose attention is to be recorded; all of it by default.
-
-        Raises:
-            ValueError: pictures that would be edited at different sizes, words that are not in their instruction.
-        """
-        sizes = {self.size_for(image) for image in images}
-        if len(sizes) > 1:
-            raise ValueError(f"images: got pictures edited at {sorted(sizes)}, expected one size per batch")
-        height, width = sizes.pop()
-        guided = self.true_cfg_scale > 1
-        texts = {prompt: self._encode_prompt(prompt) for prompt in prompts}
-        negative = self._encode_prompt(self.negative_prompt) if guided else {}
-        for text_encoder in self._offloads:
-            text_encoder.offload()
-        dtype = texts[prompts[0]]["prompt_embeds"].dtype
-
-        def batch(name: str) -> Tensor:
-            return torch.cat([texts[prompt][name] for prompt in prompts])
-
-        def repeated(name: str) -> Tensor | None:
-            return torch.cat([negative[name]] * len(prompts)) if guided else None
-
-        return Conditions(
-            batch("prompt_embeds"),
-            batch("pooled_prompt_embeds"),
-            instruction_token_weights(self.pipeline, prompts, self.max_sequence_length, words),
-            torch.cat([self._encode_image(image, height, width, dtype, cache_images) for image in images]),
-            height,
-            width,
-            repeated("prompt_embeds"),
-            repeated("pooled_prompt_embeds"),
+    def _encode_text(self, prompt: str, picture: Image.Image | None, size: tuple[int, int]) -> dict[str, Tensor]:
+        embeds, pooled, _ = self.pipeline.encode_prompt(
+            prompt=[prompt], prompt_2=None, device=self.device, max_sequence_length=self.max_sequence_length
         )
+        return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
 
-    def _encode_prompt(self, prompt: str) -> dict[str, Tensor]:
-        """`prompt_embeds` `[1, text tokens, width]` and `pooled_prompt_embeds` `[1, width]` of one instruction."""
-        pipe, device = self.pipeline, self.device
-
-        def make() -> dict[str, Tensor]:
-            embeds, pooled, _ = pipe.encode_prompt(
-                prompt=[prompt], prompt_2=None, device=device, max_sequence_length=self.max_sequence_length
-            )
-            return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
-
-        if self.cache is None:
-            return make()
+    def _text_key(self, prompt: str, picture: Image.Image | None, size: tuple[int, int]) -> list[Any]:
         # The tokens speak for the tokenizers, and for the length that they are padded to.
-        padded = {"padding": "max_length", "truncation": True}
-        clip = pipe.tokenizer(prompt, max_length=pipe.tokenizer_max_length, **padded).input_ids
-        t5 = pipe.tokenizer_2(prompt, max_length=self.max_sequence_length, **padded).input_ids
-        made_from = [self._text_weights, surroundings(device), prompt, clip, t5]
-        entry = self.cache.get(f"text-{self._text_weights[:12]}", made_from, make)
-        return {name: tensor.to(device) for name, tensor in entry.items()}
+        pipe = self.pipeline
+        clip = pipe.tokenizer(prompt, max_length=pipe.tokenizer_max_length, **_PADDED).input_ids
+        t5 = pipe.tokenizer_2(prompt, max_length=self.max_sequence_length, **_PADDED).input_ids
+        return [prompt, clip, t5]
 
-    def _encode_image(self, image: Image.Image, height: int, width: int, dtype: torch.dtype, keep: bool) -> Tensor:
-        """Packed latents of one source, `[1, reference tokens, channels]`."""
-        pipe, device = self.pipeline, self.device
-
-        def make() -> dict[str, Tensor]:
-            pixels = pipe.image_processor.resize([image], height, width)
-            pixels = pipe.image_processor.preprocess(pixels, height, width)
-            # Only the reference is wanted; given noise is passed through untouched.
-            noise = torch.empty(0)
-            _, latents, _, _ = pipe.prepare_latents(
-                pixels, 1, self.channels // 4, height, width, pipe.vae.dtype, device, latents=noise
-            )
-            return {"image_latents": latents.to(dtype)}
-
-        if self.cache is None or not keep:
-            return make()["image_latents"]
-        # Tiling and slicing are plain attributes of the VAE.
-        settings = {name: value for name, value in vars(pipe.vae).items() if isinstance(value, bool | int | float)}
-        processor = dict(pipe.image_processor.config)
-        made_from = [self._vae_weights, surroundings(device), settings, processor, dtype, height, width]
-        kind = f"image-{self._vae_weights[:12]}"
-        return self.cache.get(kind, [*made_from, picture_digest(image)], make)["image_latents"].to(device)
-
-    @cached_property
-    def _text_weights(self) -> str:
-        return modules_digest(self.pipeline.text_encoder, self.pipeline.text_encoder_2)
-
-    @cached_property
-    def _vae_weights(self) -> str:
-        return modules_digest(self.pipeline.vae)
-
-    # -------------------------------------------------------------------------------- integrate
-
-    def schedule(self, height: int, width: int) -> Schedule:
-        """Sigmas and timesteps at this size, shifted as the pipeline does; leaves `scheduler` ready to step."""
-        scheduler = self.pipeline.scheduler
-        rows, columns = self.grid_for(height, width)
-        mu = calculate_shift(
-            rows * columns,
-            scheduler.config.get("base_image_seq_len", 256),
-            scheduler.config.get("max_image_seq_len", 4096),
-            scheduler.config.get("base_shift", 0.5),
-            scheduler.config.get("max_shift", 1.15),
+    def _encode_picture(self, image: Image.Image, height: int, width: int) -> Tensor:
+        pipe = self.pipeline
+        pixels = pipe.image_processor.resize([image], height, width)
+        pixels = pipe.image_processor.preprocess(pixels, height, width)
+        # Only the reference is wanted; given noise is passed through untouched.
+        noise = torch.empty(0)
+        _, latents, _, _ = pipe.prepare_latents(
+            pixels, 1, self.channels // 4, height, width, pipe.vae.dtype, self.device, latents=noise
         )
-        sigmas = np.linspace(1.0, 1 / self.num_inference_steps, self.num_inference_steps)
-        timesteps, _ = retrieve_timesteps(scheduler, self.num_inference_steps, self.device, sigmas=sigmas, mu=mu)
-        scheduler.set_begin_index(0)
-        levels = scheduler.sigmas.to(timesteps.device, torch.float32)
-        if self.solver is None:
-            self.scheduler = scheduler
-        else:
-            self.scheduler = make_solver(self.solver, levels)
-        return Schedule(levels, timesteps, order=2 if self.solver == "heun" else 1)
+        return latents
 
-    def velocity(self, model: nn.Module, latents: Tensor, timestep: Tensor, conditions: Conditions) -> Tensor:
-        """The model's velocity `[batch, tokens, channels]` at noisy latents.
-
-        Args:
-            model: the transformer, wrapped as it is trained.
-            latents: `[batch, tokens, channels]`, any floating dtype; the model sees the conditions' dtype.
-            timestep: `[batch]`, the schedule's timesteps in [0, 1000].
-            conditions: of the same batch.
-        """
-        dtype, device = conditions.image_latents.dtype, conditions.image_latents.device
+    def _predict(self, model: nn.Module, latents: Tensor, time: Tensor, conditions: Conditions) -> Tensor:
+        place: dict[str, Any] = {"device": conditions.device, "dtype": conditions.dtype}
         rows, columns = self.grid_for(conditions.height, conditions.width)
-        ids = FluxKontextPipeline._prepare_latent_image_ids(1, rows, columns, device, dtype)
+        ids = FluxKontextPipeline._prepare_latent_image_ids(1, rows, columns, **place)
         reference_ids = ids.clone()
         reference_ids[:, 0] = 1
         guidance = None
         if self.pipeline.transformer.config.guidance_embeds:
-            guidance = torch.full([len(latents)], self.guidance_scale, device=device, dtype=torch.float32)
+            scale: Any = self.guidance_scale
+            guidance = torch.full([len(latents)], scale, device=conditions.device, dtype=torch.float32)
+        embeds = conditions.text["prompt_embeds"]
+        prediction = model(
+            hidden_states=torch.cat([latents, conditions.reference_tokens], dim=1),
+            timestep=time,
+            guidance=guidance,
+            pooled_projections=conditions.text["pooled_prompt_embeds"],
+            encoder_hidden_states=embeds,
+            txt_ids=torch.zeros(embeds.shape[1], 3, **place),
+            img_ids=torch.cat([ids, reference_ids]),
+            return_dict=False,
+        )[0]
+        return prediction[:, : latents.shape[1]]
 
-        def predict(prompt_embeds: Tensor, pooled_prompt_embeds: Tensor) -> Tensor:
-            prediction = model(
-                hidden_states=torch.cat([latents.to(device, dtype), conditions.image_latents], dim=1),
-                timestep=timestep.to(device, dtype) / 1000,
-                guidance=guidance,
-                pooled_projections=pooled_prompt_embeds,
-                encoder_hidden_states=prompt_embeds,
-                txt_ids=torch.zeros(prompt_embeds.shape[1], 3, device=device, dtype=dtype),
-                img_ids=torch.cat([ids, reference_ids]),
-                return_dict=False,
-            )[0]
-            return prediction[:, : latents.shape[1]]
-
-        velocity = predict(conditions.prompt_embeds, conditions.pooled_prompt_embeds)
-        if conditions.negative_prompt_embeds is None or conditions.negative_pooled_prompt_embeds is None:
-            return velocity
-        with unrecorded():
-            negative = predict(conditions.negative_prompt_embeds, conditions.negative_pooled_prompt_embeds)
-        return negative + self.true_cfg_scale * (velocity - negative)
-
-    # -------------------------------------------------------------------------------- decode
-
-    @torch.no_grad()
-    def decode(self, latents: Tensor, height: int, width: int) -> list[Image.Image]:
-        """Pictures of clean latents `[batch, tokens, channels]`."""
+    def _decode(self, latents: Tensor, height: int, width: int) -> Tensor:
         pipe = self.pipeline
-        unpacked = pipe._unpack_latents(latents.to(pipe.vae.dtype), height, width, pipe.vae_scale_factor)
+        unpacked = pipe._unpack_latents(latents, height, width, pipe.vae_scale_factor)
         unpacked = unpacked / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
-        return pipe.image_processor.postprocess(pipe.vae.decode(unpacked, return_dict=False)[0], output_type="pil")
+        return pipe.vae.decode(unpacked, return_dict=False)[0]
+
+    def call_arguments(self, height: int, width: int) -> dict[str, Any]:
+        """Without `max_area` the output would have a megapixel, and the reference one of seventeen sizes."""
+        call = super().call_arguments(height, width) | {"max_area": height * width, "_auto_resize": False}
+        call["guidance_scale"] = self.guidance_scale
+        if self.cfg_scale > 1:
+            call |= {"true_cfg_scale": self.true_cfg_scale, "negative_prompt": self.negative_prompt}
+        return call
+
+
+class RegionDecoupledFluxKontextPipeline(RegionDecoupled, FluxKontextPipeline):
+    """FLUX.1-Kontext with region-decoupled initial noise (RC-GRPO-Editing, arXiv 2604.09386).
+
+    Loads from any Kontext folder or Hub id. From another pipeline it is made, as every diffusers pipeline, by
+    `from_pipe(pipe, dtype=pipe.dtype)`; without a dtype diffusers casts the shared weights to fp32. Offloading,
+    LoRAs, IP adapters and compiled transformers work as in the stock pipeline.
+    """
+
+    editor_class = FluxKontextEditor
+    __call__ = with_region(FluxKontextPipeline)
+
+    def _output_size(self, pictures: Any, call: dict[str, Any]) -> tuple[int, int]:
+        default = self.default_sample_size * self.vae_scale_factor
+        height, width = call["height"] or default, call["width"] or default
+        return fit_size(height, width, call["max_area"], self.vae_scale_factor * 2)
+
+    def _draw(self, count: int, height: int, width: int, dtype: torch.dtype | None, generator: Any) -> Tensor:
+        dtype = dtype or self.text_encoder_2.dtype
+        channels, device = self.transformer.config.in_channels // 4, self._execution_device
+        return self.prepare_latents(None, count, channels, height, width, dtype, device, generator)[0]
+
+    def _is_guided(self, call: dict[str, Any]) -> bool:
+        embeds = call["negative_prompt_embeds"] is not None and call["negative_pooled_prompt_embeds"] is not None
+        return call["true_cfg_scale"] > 1 and (call["negative_prompt"] is not None or embeds)
+
+    def _texts_read(self, call: dict[str, Any]) -> Any:
+        return call["prompt_2"] or call["prompt"]  # the second prompt is T5's

@@ -1,0 +1,386 @@
+"""What editors of diffusers' flow models have in common; a model's own file says only where it differs.
+
+Gotchas: reference tokens follow the noisy ones and are cropped from the prediction; a schedule's shift counts the noisy
+tokens only; `timestep` must be computed exactly as diffusers does, or a rollout differs from the pipeline in the last
+bits.
+"""
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import torch
+from accelerate import cpu_offload_with_hook
+from accelerate.hooks import UserCpuOffloadHook
+from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.pipelines.flux.pipeline_flux_kontext import calculate_shift, retrieve_timesteps
+from PIL import Image
+from torch import Tensor, nn
+
+from ..attention import AttentionOptions, AttentionRecorder, unrecorded
+from .cache import ConditionCache, modules_digest, picture_digest, surroundings
+from .conditions import Conditions
+from .schedule import Schedule, Solver, make_solver
+from .words import as_long_as
+
+
+def fit_size(height: int, width: int, max_area: int, multiple: int) -> tuple[int, int]:
+    """The (height, width) at which diffusers' Kontext pipeline generates: `max_area` at this aspect ratio, floored."""
+    aspect_ratio = width / height
+    new_width = round((max_area * aspect_ratio) ** 0.5)
+    new_height = round((max_area / aspect_ratio) ** 0.5)
+    return new_height // multiple * multiple, new_width // multiple * multiple
+
+
+def can_move(part: nn.Module) -> bool:
+    """Whether a model may go to another device, which bitsandbytes' 8-bit weights may not."""
+    return not getattr(part, "is_loaded_in_8bit", False)
+
+
+class FlowEditor(ABC):
+    """An `Editor` made of a diffusers pipeline.
+
+    Args:
+        pipeline: its text encoders, VAE, scheduler and tokenizers are used as they are. The transformer is passed to
+            `velocity` by the caller, so that rollout and training share one wrapped module.
+        resolution: pictures are edited at `resolution²` pixels, keeping their aspect ratio, in multiples of what one
+            token covers.
+        num_inference_steps: steps of the ODE.
+        guidance_scale: as the pipeline's argument of this name; its default by default.
+        max_sequence_length: tokens of an instruction, where the text encoder pads or cuts it.
+        solver: what rollouts step with; the pipeline's own scheduler by default.
+        true_cfg_scale: as the pipeline's argument of this name. Above 1, every velocity is guided away from the
+            negative prompt, at twice the cost.
+        negative_prompt: what guidance leads away from.
+        cache: keeps what the encoders make of instructions and sources. Their weights must not change from then on.
+        batch_guidance: ask for both halves of a guided velocity in one forward: quicker where one does not fill the
+            device, at twice its memory, and rounded otherwise in the last bits than diffusers' two forwards.
+
+    Raises:
+        ValueError: a resolution below one token, or a solver for a scheduler whose noise levels it cannot take over.
+    """
+
+    lora_targets: ClassVar[tuple[str, ...]]
+    """Names of the layers that a LoRA is usually put on."""
+    licenses: ClassVar[Mapping[str, Mapping[str, str]]]
+    """What binds a LoRA of a base, by Hub id, as the base's own card says it."""
+    encoders: ClassVar[tuple[str, ...]] = ("text_encoder",)
+    """The pipeline's text encoders."""
+    sees_pictures: ClassVar[bool] = False
+    """Whether the text encoder reads the source too."""
+    one_prompt_a_call: ClassVar[bool] = True
+    """Whether the pipeline's own call takes one prompt at a time, and a list of pictures as its references."""
+    input_layer: ClassVar[str] = "x_embedder"
+    """The transformer's layer that noisy and reference tokens enter by."""
+    default_guidance: ClassVar[float | None] = None
+
+    def __init__(
+        self,
+        pipeline: Any,
+        resolution: int,
+        num_inference_steps: int,
+        guidance_scale: float | None = None,
+        max_sequence_length: int = 512,
+        solver: Solver | None = None,
+        true_cfg_scale: float = 1.0,
+        negative_prompt: str = "",
+        cache: ConditionCache | None = None,
+        batch_guidance: bool = False,
+    ) -> None:
+        self.pipeline = pipeline
+        self.resolution = resolution
+        self.num_inference_steps = num_inference_steps
+        self.guidance_scale = self.default_guidance if guidance_scale is None else guidance_scale
+        self.max_sequence_length = max_sequence_length
+        self.solver = solver
+        self.true_cfg_scale = true_cfg_scale
+        self.negative_prompt = negative_prompt
+        self.cache = cache
+        self.batch_guidance = batch_guidance
+        self._offloads: list[UserCpuOffloadHook] = []
+        self._device: torch.device | None = None
+        if solver is not None and not isinstance(pipeline.scheduler, FlowMatchEulerDiscreteScheduler):
+            raise ValueError(
+                f"solver: got {solver!r} with a pipeline whose scheduler is {type(pipeline.scheduler).__name__}, "
+                "expected FlowMatchEulerDiscreteScheduler, whose noise levels the solver takes over; leave solver "
+                "unset to step with the pipeline's own"
+            )
+        self.multiple = pipeline.vae_scale_factor * 2
+        if resolution < self.multiple:
+            raise ValueError(f"resolution: got {resolution}, expected at least {self.multiple} pixels for this model")
+
+    def with_steps(self, num_inference_steps: int) -> Self:
+        """The same editor, models and cache shared, with another number of steps."""
+        other = copy.copy(self)
+        other.num_inference_steps = num_inference_steps
+        return other
+
+    # -------------------------------------------------------------------------------- what a model's file says
+
+    @property
+    def cfg_scale(self) -> float:
+        """The scale of real guidance, two predictions combined; none at 1 or below."""
+        return self.true_cfg_scale
+
+    @abstractmethod
+    def instruction_weights(self, prompt: str, words: Sequence[str] | None = None) -> Tensor:
+        """1 for the tokens of the instruction, or of these words of it, `[tokens]`; aligned with the text's end.
+
+        Raises:
+            ValueError: words that the instruction, cut to its length, does not have.
+        """
+
+    @abstractmethod
+    def _encode_text(self, prompt: str, picture: Image.Image | None, size: tuple[int, int]) -> dict[str, Tensor]:
+        """One instruction as `Conditions.text`, of a picture to be edited at this (height, width)."""
+
+    @abstractmethod
+    def _text_key(self, prompt: str, picture: Image.Image | None, size: tuple[int, int]) -> list[Any]:
+        """All that `_encode_text` depends on besides the encoders' weights."""
+
+    @abstractmethod
+    def _encode_picture(self, image: Image.Image, height: int, width: int) -> Tensor:
+        """Packed latents of one source at this size, `[1, tokens, channels]`."""
+
+    @abstractmethod
+    def _predict(self, model: nn.Module, latents: Tensor, time: Tensor, conditions: Conditions) -> Tensor:
+        """What the model answers, `[batch, tokens, channels]`, without guidance; all in the conditions' dtype.
+
+        Args:
+            time: `[batch]` in [0, 1].
+        """
+
+    @abstractmethod
+    def _decode(self, latents: Tensor, height: int, width: int) -> Tensor:
+        """Pictures `[batch, 3, height, width]` in [-1, 1] of clean latents in the VAE's dtype."""
+
+    def reference_size(self, height: int, width: int) -> tuple[int, int]:
+        """The (height, width) at which the model reads the source of an output of this size."""
+        return height, width
+
+    def _shift(self, tokens: int) -> float:
+        """`mu` of the scheduler's dynamic shift."""
+        config = self.pipeline.scheduler.config
+        return calculate_shift(
+            tokens,
+            config.get("base_image_seq_len", 256),
+            config.get("max_image_seq_len", 4096),
+            config.get("base_shift", 0.5),
+            config.get("max_shift", 1.15),
+        )
+
+    def _sigmas(self) -> np.ndarray | None:
+        """Noise levels before the shift, or None where the scheduler makes its own."""
+        return np.linspace(1.0, 1 / self.num_inference_steps, self.num_inference_steps)
+
+    def _guide(self, positive: Tensor, negative: Tensor) -> Tensor:
+        return negative + self.cfg_scale * (positive - negative)
+
+    def call_arguments(self, height: int, width: int) -> dict[str, Any]:
+        """What the pipeline's own call takes to draw as this editor does, of a picture that `resized` has made."""
+        return {
+            "height": height,
+            "width": width,
+            "num_inference_steps": self.num_inference_steps,
+            "max_sequence_length": self.max_sequence_length,
+        }
+
+    def resized(self, image: Image.Image, height: int, width: int) -> Image.Image:
+        """The picture to hand to the pipeline's own call, for an output of this size."""
+        return self.pipeline.image_processor.resize(image, height, width)
+
+    # -------------------------------------------------------------------------------- sizes
+
+    def size_for(self, image: Image.Image) -> tuple[int, int]:
+        """The (height, width) at which this picture is edited.
+
+        Raises:
+            ValueError: the picture is too long and thin to be one token high or wide.
+        """
+        height, width = fit_size(image.height, image.width, self.resolution**2, self.multiple)
+        if not height or not width:
+            raise ValueError(
+                f"resolution: got {self.resolution} for a picture of {image.width}×{image.height}, expected at least "
+                f"{self.multiple} pixels on its short side; raise it, or crop the picture"
+            )
+        return height, width
+
+    def grid_for(self, height: int, width: int) -> tuple[int, int]:
+        """Token rows and columns of a picture."""
+        return height // self.multiple, width // self.multiple
+
+    @property
+    def channels(self) -> int:
+        """Of a token."""
+        return int(self.pipeline.transformer.config.in_channels)
+
+    # -------------------------------------------------------------------------------- devices
+
+    @property
+    def text_encoders(self) -> list[nn.Module]:
+        """Of the pipeline."""
+        return [getattr(self.pipeline, name) for name in self.encoders]
+
+    def place(self, device: torch.device) -> None:
+        """Move the models to a device.
+
+        With a cache the text encoders stay on the CPU, come to the device when something new is to be encoded, and
+        leave it again.
+        """
+        pipe = self.pipeline
+        if self.cache is None:
+            pipe.to(device)
+            return
+        for part in (pipe.transformer, pipe.vae):
+            if can_move(part):
+                part.to(device)
+        self._offloads = [cpu_offload_with_hook(part, device)[1] for part in self.text_encoders if can_move(part)]
+        self._device = device
+
+    @property
+    def device(self) -> torch.device:
+        """Where everything is computed, wherever the text encoders wait."""
+        return self._device or self.pipeline._execution_device
+
+    # -------------------------------------------------------------------------------- encode
+
+    @torch.no_grad()
+    def encode(
+        self,
+        images: Sequence[Image.Image],
+        prompts: Sequence[str],
+        cache_images: bool = True,
+        words: Sequence[Sequence[str]] | None = None,
+    ) -> Conditions:
+        """Encode sources of one common size (see `size_for`) and their instructions.
+
+        Each is encoded by itself: its numbers are the same bits in every batch, from the cache or not. The stock
+        pipeline encodes a batch at once, which some CPUs round differently in the last bits.
+
+        Args:
+            images, prompts: one of each for every edit.
+            cache_images: whether a cache may keep the latents; not for pictures that nobody will bring again.
+            words: of each instruction, whose attention is to be recorded; all of it by default.
+
+        Raises:
+            ValueError: pictures that would be edited at different sizes, words that are not in their instruction.
+        """
+        sizes = {self.size_for(image) for image in images}
+        if len(sizes) > 1:
+            raise ValueError(f"images: got pictures edited at {sorted(sizes)}, expected one size per batch")
+        size = sizes.pop()
+        read: dict[tuple[str, int], dict[str, Tensor]] = {}
+
+        def text(prompt: str, image: Image.Image) -> dict[str, Tensor]:
+            seen = image if self.sees_pictures else None
+            key = (prompt, id(seen))
+            if key not in read:
+                read[key] = self._text(prompt, seen, size, cache_images or not self.sees_pictures)
+            return read[key]
+
+        texts = [text(prompt, image) for prompt, image in zip(prompts, images, strict=True)]
+        negatives = [text(self.negative_prompt, image) if self.cfg_scale > 1 else {} for image in images]
+        for text_encoder in self._offloads:
+            text_encoder.offload()
+        chosen: Sequence[Sequence[str] | None] = words or [None] * len(prompts)
+        weights = [self.instruction_weights(prompt, some) for prompt, some in zip(prompts, chosen, strict=True)]
+        reference, parts = self.reference_size(*size), []
+        for image, positive, negative, weight in zip(images, texts, negatives, weights, strict=True):
+            embeds = positive["prompt_embeds"]
+            source = self._picture(image, *size, embeds.dtype, cache_images)
+            parts.append(
+                Conditions(
+                    positive,
+                    as_long_as(weight, embeds.shape[1]).unsqueeze(0),
+                    source,
+                    *size,
+                    negative,
+                    None if reference == size else self._picture(image, *reference, embeds.dtype, cache_images),
+                    None if reference == size else self.grid_for(*reference),
+                )
+            )
+        return Conditions.concatenate(parts)
+
+    def _text(self, prompt: str, picture: Image.Image | None, size: tuple[int, int], keep: bool) -> dict[str, Tensor]:
+        if self.cache is None or not keep:
+            return self._encode_text(prompt, picture, size)
+        made_from = [self._text_weights, surroundings(self.device), *self._text_key(prompt, picture, size)]
+        kind = f"text-{self._text_weights[:12]}"
+        entry = self.cache.get(kind, made_from, lambda: self._encode_text(prompt, picture, size))
+        # Masks stay on the CPU.
+        return {name: each.to(self.device) if each.is_floating_point() else each for name, each in entry.items()}
+
+    def _picture(self, image: Image.Image, height: int, width: int, dtype: torch.dtype, keep: bool) -> Tensor:
+        """Packed latents of one source, `[1, tokens, channels]`."""
+
+        def make() -> dict[str, Tensor]:
+            return {"image_latents": self._encode_picture(image, height, width).to(dtype)}
+
+        if self.cache is None or not keep:
+            return make()["image_latents"]
+        # Tiling and slicing are plain attributes of the VAE; what it counts while it works is private.
+        plain = {name: value for name, value in vars(self.pipeline.vae).items() if not name.startswith("_")}
+        settings = {name: value for name, value in plain.items() if isinstance(value, bool | int | float)}
+        processor = dict(self.pipeline.image_processor.config)
+        made_from = [self._vae_weights, surroundings(self.device), settings, processor, dtype, height, width]
+        kind = f"image-{self._vae_weights[:12]}"
+        return self.cache.get(kind, [*made_from, picture_digest(image)], make)["image_latents"].to(self.device)
+
+    @cached_property
+    def _text_weights(self) -> str:
+        return modules_digest(*self.text_encoders)
+
+    @cached_property
+    def _vae_weights(self) -> str:
+        return modules_digest(self.pipeline.vae)
+
+    # -------------------------------------------------------------------------------- integrate
+
+    def schedule(self, height: int, width: int) -> Schedule:
+        """Sigmas and timesteps at this size, shifted as the pipeline does, and a solver that stands at the first."""
+        scheduler = copy.deepcopy(self.pipeline.scheduler)
+        rows, columns = self.grid_for(height, width)
+        timesteps, _ = retrieve_timesteps(
+            scheduler, self.num_inference_steps, self.device, sigmas=self._sigmas(), mu=self._shift(rows * columns)
+        )
+        scheduler.set_begin_index(0)
+        levels = scheduler.sigmas.to(timesteps.device, torch.float32)
+        solver = scheduler if self.solver is None else make_solver(self.solver, levels)
+        return Schedule(levels, timesteps, 2 if self.solver == "heun" else 1, solver)
+
+    def velocity(self, model: nn.Module, latents: Tensor, timestep: Tensor, conditions: Conditions) -> Tensor:
+        """The model's velocity `[batch, tokens, channels]` at noisy latents.
+
+        Args:
+            model: the transformer, wrapped as it is trained.
+            latents: `[batch, tokens, channels]`, any floating dtype; the model sees the conditions' dtype.
+            timestep: `[batch]`, the schedule's timesteps in [0, 1000].
+            conditions: of the same batch.
+        """
+        latents = latents.to(conditions.device, conditions.dtype)
+        time = timestep.to(conditions.device, conditions.dtype) / 1000
+        if not conditions.negative:
+            return self._predict(model, latents, time, conditions)
+        halves = conditions.halves()
+        if self.batch_guidance:
+            both = Conditions.concatenate(halves)
+            return self._guide(*self._predict(model, latents.repeat(2, 1, 1), time.repeat(2), both).chunk(2))
+        positive = self._predict(model, latents, time, halves[0])
+        with unrecorded():
+            return self._guide(positive, self._predict(model, latents, time, halves[1]))
+
+    def attention(self, options: AttentionOptions | None = None) -> AttentionRecorder:
+        """A recorder of the transformer's attention; refuses blocks that it does not have."""
+        options = options or AttentionOptions()
+        return AttentionRecorder(self.pipeline.transformer, options.blocks, options.direction)
+
+    # -------------------------------------------------------------------------------- decode
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor, height: int, width: int) -> list[Image.Image]:
+        """Pictures of clean latents `[batch, tokens, channels]`."""
+        pixels = self._decode(latents.to(self.pipeline.vae.dtype), height, width)
+        return self.pipeline.image_processor.postprocess(pixels, output_type="pil")
