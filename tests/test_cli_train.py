@@ -267,7 +267,7 @@ def test_a_run_goes_on_from_a_lora_which_is_part_of_before(monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--lora_r", "8"], "--lora_r: got 8, expected 3, which --init_lora first has; leave the flag out"),
+        (["--lora_r", "8"], "--lora_r: got 8, expected 3, which --init_lora first has; leave it out, or set it"),
         (["--lora_alpha", "16"], "--lora_alpha: got 16, expected 6, which --init_lora first has"),
         (["--lora_target_modules", "proj_out"], r"--lora_target_modules: got \['proj_out'\], expected .*to_q"),
         (["--config", "job.yaml"], "--lora_r: got 4, expected 3"),
