@@ -315,18 +315,9 @@ def test_the_same_command_goes_on_after_a_stop_and_ends(monkeypatch, capsys, cap
         "        os.kill(os.getpid(), signal.SIGTERM)\n"
         "    return [float(image.getpixel((0, 0))[0]) for image in images]\n"
     )
-    job = [
-        "train",
-        "--reward_funcs",
-        "preempted.reward",
-        "--eval_split",
-        "",
-        "--use_cpu",
-        "true",
-        "--output_dir",
-        "run",
-    ]
-    job += [*JOB.split(), "--max_steps", "3", "--resume_from_checkpoint", "true"]
+    flags = "--model kontext-tiny --reward_funcs preempted.reward --use_cpu true --output_dir run"
+    job = ["train", *JOB.split(), *flags.split(), "--max_steps", "3", "--eval_split", ""]
+    job += ["--resume_from_checkpoint", "true"]
     with pytest.raises(SystemExit) as stop:
         main(job)
     told = capsys.readouterr().err
