@@ -224,6 +224,26 @@ def test_every_layer_counts_and_faint_paint_does_not():
     assert np.argwhere(np.asarray(mask)).tolist() == [[2, 1], [2, 5]]
 
 
+def test_what_is_transparent_in_an_upload_is_white():
+    upload = Image.new("RGBA", (20, 10), (255, 0, 0, 0))
+    upload.paste((0, 0, 255, 255), (0, 0, 5, 10))
+    layer = Image.new("RGBA", (20, 10), (255, 0, 0, 255))
+    source, _ = read_painting({"background": upload, "layers": [layer]})
+    assert source.getpixel((1, 1)) == (0, 0, 255) and source.getpixel((9, 9)) == (255, 255, 255)
+
+
+def test_a_mask_of_0_and_1_is_compared_as_one_of_0_and_255(pipeline):
+    source, mask = make_edit((48, 24))
+    ones = Image.fromarray((np.asarray(mask) > 0).astype(np.uint8))
+    clear = source.convert("RGBA")
+    clear.putalpha(mask)
+    first, second = (compare(pipeline, contenders([]), source, m, "x", SAMPLING) for m in (mask, ones))
+    assert first.mask.tobytes() == second.mask.tobytes() and np.asarray(first.mask).any()
+    assert first.outcomes[0].images[0].tobytes() == second.outcomes[0].images[0].tobytes()
+    shown = np.asarray(compare(pipeline, contenders([]), clear, mask, "x", SAMPLING).source)
+    assert (shown[-1, -1] == 255).all()
+
+
 @pytest.mark.parametrize(
     ("painting", "message"),
     [

@@ -3,10 +3,12 @@
 import os
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from diffusers import FluxKontextPipeline
+from diffusers.image_processor import VaeImageProcessor
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 
@@ -127,3 +129,71 @@ def test_flags_that_cannot_work_are_refused_before_the_edit(flags, said):
 def test_what_diffusers_calls_it_is_answered_with_the_flag_of_here(flag, here):
     with pytest.raises(UsageError, match=f"unknown flag '--{flag}'; it is called --{here} here$"):
         run([*EDIT, f"--{flag}", "x"])
+
+
+# What is drawn
+
+
+@pytest.fixture
+def called(monkeypatch):
+    """What the pipeline is called with, without drawing."""
+    calls = []
+
+    class Pipeline:
+        vae_scale_factor = 8
+        image_processor = VaeImageProcessor(vae_scale_factor=16)
+
+        def __call__(self, **call):
+            calls.append(call)
+            return SimpleNamespace(images=[Image.new("RGB", (call["width"], call["height"]))])
+
+    monkeypatch.setattr("rcgrpo.cli.edit.open_pipeline", lambda *_: Pipeline())
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("size", "flags", "expected"),
+    [
+        ((900, 600), ["--resolution", "64"], (64, 48)),  # 78 × 52, cut to whole tokens
+        ((600, 900), ["--resolution", "256"], (208, 304)),
+        ((900, 600), ["--model", "some/kontext"], (1248, 832)),
+        ((900, 600), [], (64, 48)),
+        ((64, 64), [], (64, 64)),
+    ],
+)
+def test_a_picture_keeps_its_proportions(called, size, flags, expected):
+    Image.new("RGB", size, (9, 9, 9)).save("wide.png")
+    mask = Image.new("L", size)
+    mask.paste(1, (size[0] // 2, 0, *size))  # the right half, as 0 and 1
+    mask.save("mask.png")
+    run(["--image", "wide.png", "--mask", "mask.png", "--instruction", "x", *flags])
+    (call,) = called
+    assert Image.open("edited.png").size == call["image"].size == expected
+    assert (call["width"], call["height"]) == expected and call["max_area"] == expected[0] * expected[1]
+    region = call["mask_image"]
+    assert region.shape == expected[::-1] and region.unique().tolist() == [0, 1]
+    assert region.mean().item() == pytest.approx(0.5, abs=0.02) and region[:, -1].all() and not region[:, 0].any()
+
+
+def test_a_region_of_one_pixel_is_not_lost_on_the_way(called):
+    Image.new("RGB", (900, 600)).save("wide.png")
+    mask = Image.new("L", (900, 600))
+    mask.putpixel((450, 301), 255)
+    mask.save("mask.png")
+    run(["--image", "wide.png", "--mask", "mask.png", "--instruction", "x"])
+    assert called[0]["mask_image"].sum() == 1
+
+
+def test_transparent_pixels_of_the_source_are_white(called):
+    image = Image.new("RGBA", (64, 64), (255, 0, 0, 0))
+    image.paste((0, 0, 255, 255), (0, 0, 32, 64))
+    image.save("clear.png")
+    run(["--image", "clear.png", "--instruction", "x"])
+    drawn = called[0]["image"]
+    assert drawn.getpixel((8, 8)) == (0, 0, 255) and drawn.getpixel((50, 8)) == (255, 255, 255)
+
+
+def test_a_picture_too_thin_to_edit_is_refused(called):
+    Image.new("RGB", (3000, 20)).save("thin.png")
+    with pytest.raises(ValueError, match="resolution: got 64 for a picture of 3000×20, expected at least 16 pixels"):
+        run(["--image", "thin.png", "--instruction", "x"])

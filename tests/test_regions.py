@@ -1,4 +1,5 @@
 import math
+import time
 from contextlib import nullcontext
 
 import numpy as np
@@ -11,6 +12,7 @@ from PIL import Image
 
 from rcgrpo.regions import (
     CORRUPTIONS,
+    at_size,
     check_mask,
     corrupt,
     grow,
@@ -138,6 +140,35 @@ def test_grow_keeps_leading_dimensions_apart():
     grown = grow(masks, 1)
     assert grown.shape == masks.shape
     assert grown.sum() == grown[1, 2].sum() == 9
+
+
+@given(st.integers(1, 30), st.integers(1, 30), st.integers(1, 40), st.integers(0, 2**31))
+@settings(deadline=None, max_examples=30)
+def test_grow_is_the_maximum_over_a_square_to_the_bit(height, width, pixels, seed):
+    mask = torch.rand(2, height, width, generator=torch.Generator().manual_seed(seed))
+    padded = F.pad(mask, (pixels,) * 4, value=-1.0)
+    assert torch.equal(grow(mask, pixels), F.max_pool2d(padded, 2 * pixels + 1, stride=1))
+
+
+def test_grow_takes_no_longer_for_a_large_radius():
+    mask = (torch.rand(512, 512, generator=torch.Generator().manual_seed(0)) > 0.999).float()
+
+    def seconds(pixels):
+        began = time.perf_counter()
+        grow(mask, pixels)
+        return time.perf_counter() - began
+
+    small, large = (min(seconds(pixels) for _ in range(3)) for pixels in (4, 64))
+    assert large < 10 * small + 0.05  # a maximum over all pixels of the square: 200 times
+
+
+def test_a_mask_at_another_size_loses_no_edit_pixel():
+    for y, x in ((0, 0), (3, 5), (6, 9)):
+        mask = torch.zeros(7, 10)
+        mask[y, x] = 0.5
+        assert at_size(mask, (2, 3)).amax() == 0.5 and at_size(mask, (2, 3)).shape == (2, 3)
+        assert at_size(mask, (14, 20)).eq(0.5).sum() == 4
+    assert torch.equal(at_size(mask, (7, 10)), mask)
 
 
 def test_grow_refuses_a_negative_radius():

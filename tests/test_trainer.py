@@ -1415,6 +1415,14 @@ def with_mask(rows, mask):
     return listed
 
 
+def test_rows_are_checked_without_growing_their_masks(tmp_path, data, monkeypatch):
+    """At full size that took longer than the training of 12-megapixel pictures."""
+    monkeypatch.setattr("rcgrpo.rollout.grow", None)
+    trainer = make(tmp_path, data, mask_growth=0.02)
+    with pytest.raises(TypeError):
+        trainer.exploration.masks(trainer.train_dataset.edit(0))
+
+
 BAD = {
     "mask of another size": (
         ValueError,
@@ -1425,6 +1433,16 @@ BAD = {
         ValueError,
         "train row 1, column 'mask': got an empty mask.*255 = edit",
         dict(change=lambda rows: with_mask(rows, Image.new("L", (32, 32)))),
+    ),
+    "mask of labels": (
+        ValueError,
+        "train row 1, column 'mask': got several values, whose brightest is 7 of 255.*'nonzero'",
+        dict(change=lambda rows: with_mask(rows, Image.fromarray(np.arange(1024, dtype=np.uint8).reshape(32, 32) % 8))),
+    ),
+    "mask that vanishes": (
+        ValueError,
+        r"train row 1: got a region that vanishes at the edit's height × width \(16, 16\).*raise `resolution`",
+        dict(change=lambda rows: with_mask(rows, np.eye(1, 1024, 990).reshape(32, 32)), resolution=16),
     ),
     "no mask": (
         ValueError,

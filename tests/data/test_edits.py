@@ -265,3 +265,57 @@ def test_the_embedded_set_passes():
     inside = edit.mask.bool()
     source, target = (torch.from_numpy(np.array(i)) for i in (edit.source, edit.columns["edited_image"]))
     assert torch.equal(source[~inside], target[~inside]) and not torch.equal(source[inside], target[inside])
+
+
+# What users do to a dataset
+
+
+def stored_rows():
+    rows = [row(other=picture(2), numbers=[1.0, 2.0]), row(instruction="go", other=picture(3), numbers=[3.0, 4.0])]
+    return Dataset.from_list(rows)
+
+
+def test_a_transform_of_the_users_own_makes_the_rows():
+    def turn(batch):
+        pictures = [image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for image in batch["input_image"]]
+        return {"input_image": pictures, "instruction": [f"please {text}" for text in batch["instruction"]]} | {
+            key: batch[key] for key in ("mask", "task")
+        }
+
+    rows = EditRows(stored_rows().with_transform(turn), "train", required_columns=["task"])
+    edit = rows.edit(*rows[1])
+    assert edit.prompt == "please go" and set(edit.columns) == {"task"} and rows.check(2) == 0
+    assert np.array_equal(np.asarray(edit.source), np.asarray(picture())[:, ::-1])
+    assert edit.mask.sum() == 8
+    with pytest.raises(
+        ValueError, match=r"got columns \['input_image', .*, expected also 'other', which a reward reads"
+    ):
+        EditRows(stored_rows().with_transform(turn), "train", required_columns=["other"])
+
+
+@pytest.mark.parametrize(("form", "kind"), [("numpy", np.ndarray), ("torch", torch.Tensor)])
+def test_a_format_decides_what_rewards_are_given_and_not_how_pictures_are_read(form, kind):
+    rows = EditRows(stored_rows().with_format(form), "train")
+    edit = rows.edit(*rows[1])
+    assert edit.prompt == "go" and edit.mask.sum() == 8
+    assert edit.source.tobytes() == picture().tobytes() and edit.columns["other"].tobytes() == picture(3).tobytes()
+    assert isinstance(edit.columns["numbers"], kind) and edit.columns["numbers"].tolist() == [3, 4]
+
+
+def test_columns_that_a_format_leaves_out_are_left_out():
+    data = stored_rows()
+    data.set_format("torch", columns=["input_image", "instruction", "mask", "numbers"])
+    assert set(EditRows(data, "train").edit(0).columns) == {"numbers"}
+    data.set_format("torch", columns=["numbers"], output_all_columns=True)
+    assert set(EditRows(data, "train").edit(0).columns) == {"task", "other", "numbers"}
+    data.set_format(columns=["input_image", "instruction"])
+    with pytest.raises(
+        ValueError, match=r"mask_column: train_dataset has no column 'mask', expected one of \['input_im"
+    ):
+        EditRows(data, "train")
+
+
+@pytest.mark.parametrize("form", ["pandas", "arrow"])
+def test_tables_are_no_rows(form):
+    with pytest.raises(TypeError, match=rf"train_dataset: got rows in the format '{form}', .*with_format\(None\)"):
+        EditRows(stored_rows().with_format(form), "train")

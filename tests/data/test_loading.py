@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from rcgrpo.data.edits import EditRows
-from rcgrpo.data.loading import is_held_out, load_edit_dataset, parse_split
+from rcgrpo.data.loading import is_held_out, load_edit_dataset, parse_split, read_stored_masks
+from rcgrpo.data.make_masks import MaskFolder
 from rcgrpo.data.presets import CANONICAL
 from rcgrpo.rollout import Exploration
 from rcgrpo.turns import join_turns, next_edit
@@ -656,3 +657,43 @@ def test_a_list_of_mask_paths_is_a_region_each_and_a_wrong_one_is_named(tmp_path
     assert Exploration(regions_column="parts").masks(rows.edit(0)).shape == (2, *REGION.shape)
     with pytest.raises(ValueError, match=r"train row 1, column 'parts': got '.*none.png', expected a picture"):
         rows.edit(1)
+
+
+# Lines, formats and transforms
+
+
+SEPARATORS = "one\u2028two\u2029three\x85four\x0bfive\x0csix\x1cseven"
+"""What `str.splitlines` takes for ends of lines, and JSON does not escape."""
+
+
+def test_json_lines_end_at_newlines_alone(tmp_path):
+    photo().save(tmp_path / "a.png")
+    white_mask().save(tmp_path / "m.png")
+    rows = [
+        {"input_image": "a.png", "instruction": SEPARATORS, "mask": "m.png", "id": f"{SEPARATORS} {i}"} for i in (0, 1)
+    ]
+    (tmp_path / "edits.jsonl").write_text(
+        "".join(json.dumps(row, ensure_ascii=False) + "\r\n" for row in rows), encoding="utf-8", newline=""
+    )
+    data = load_edit_dataset(str(tmp_path / "edits.jsonl"))
+    assert len(data) == 2 and data[1]["instruction"] == SEPARATORS
+
+    folder = MaskFolder(tmp_path / "masks", "difference")
+    for row in data:
+        folder.add(row, white_mask())
+    folder.skip({"id": f"{SEPARATORS} 2"}, SEPARATORS)
+    again = MaskFolder(tmp_path / "masks", "difference")
+    assert again.made == {row["id"] for row in rows} and again.skipped == {f"{SEPARATORS} 2": SEPARATORS}
+    assert set(read_stored_masks(tmp_path / "masks")) == again.made
+    metadata = tmp_path / "masks" / "metadata.jsonl"
+    metadata.write_bytes(metadata.read_bytes()[:-40])  # killed while it wrote, perhaps within a character
+    assert MaskFolder(tmp_path / "masks", "difference").made == {rows[0]["id"]}
+
+
+def test_a_transform_of_the_users_own_is_not_replaced_unsaid():
+    data = Dataset.from_list([{"input_image": photo(), "instruction": "x", "mask": white_mask()}])
+    with pytest.raises(ValueError, match=r"data set train: got rows with a transform of your own .*apply it with"):
+        load_edit_dataset(data.with_transform(lambda batch: batch))
+    for form in ("numpy", "torch"):
+        assert load_edit_dataset(data.with_format(form))[0]["input_image"].tobytes() == photo().tobytes()
+    assert load_edit_dataset(load_edit_dataset(data))[0]["instruction"] == "x"

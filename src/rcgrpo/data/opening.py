@@ -21,6 +21,8 @@ from datasets import Dataset, IterableDataset
 from datasets.exceptions import DatasetGenerationError
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
+from ..pictures import short
+
 BUILDERS = {
     ".jsonl": "json",
     ".json": "json",
@@ -94,7 +96,14 @@ def _open_folder(folder: Path, split: str, streaming: bool, kwargs: dict[str, An
         return _open_file(folder / "mapping_file.json", split, streaming, kwargs)
     if _has_picture_metadata(folder):
         place = glob.escape(str(folder))
-        data = datasets.load_dataset("imagefolder", data_dir=place, split=split, streaming=streaming, **kwargs)
+        try:
+            data = datasets.load_dataset("imagefolder", data_dir=place, split=split, streaming=streaming, **kwargs)
+        except DatasetGenerationError as error:
+            reason = error.__cause__ or error
+            raise ValueError(
+                f"{folder}: got pictures whose metadata cannot be read, expected rows with the same columns and the "
+                f"names of files in the folder ({short(reason)})"
+            ) from error
         return data, str(folder)
     archives = sorted(map(str, folder.glob("*.tar")))
     if archives:
