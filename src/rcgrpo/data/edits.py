@@ -115,7 +115,11 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _short(value: Any) -> str:
-    return f"{len(value)} bytes" if isinstance(value, bytes) else repr(value)[:80]
+    return (
+        f"{len(value)} bytes"
+        if isinstance(value, bytes)
+        else repr(str(value) if isinstance(value, Path) else value)[:80]
+    )
 
 
 class RowTransform(ABC):
