@@ -35,6 +35,8 @@ TRAIN = (
     "--num_generations 4 --num_anchors 1 --num_inference_steps_eval 1 --output_dir {tmp}/out"
 ).split()
 TRAIN_FILE = [*TRAIN, "--eval_split", ""]
+TRAIN_ALONE = [*TRAIN_FILE, *"--model kontext-tiny --num_inference_steps 2 --num_policy_steps 1".split()]
+"""Without the embedded recipe, whose rewards have regions."""
 EDIT = ["edit", "--instruction", "remove the apple", "--num_inference_steps", "1", "--image", "{tmp}/source.png"]
 EVALUATE = "evaluate --num_samples 2 --num_inference_steps 1 --metrics psnr --output_dir {tmp}/evaluation".split()
 DIAGNOSE = "diagnose --num_samples 2 --num_generations 2 --num_inference_steps 2 --output_dir {tmp}/diagnosis".split()
@@ -44,7 +46,7 @@ MASKS = ["data", "masks", "--num_samples", "2", "--output_dir", "{tmp}/masks"]
 TUX = ["data", "build-tux", "--num_train", "2", "--num_test", "1", "--output_dir", "{tmp}/tux"]
 SERVE = ["rewards", "serve", "--port", "0"]
 
-# Each `flag=value`, after a command that is fine without it ------------------------------------------------------------
+# Each `flag=value`, after a command that is fine without it ----------------------------------------------------------
 
 FLAGS: list[tuple[list[str], str]] = [
     (
@@ -98,7 +100,7 @@ FLAGS: list[tuple[list[str], str]] = [
     (
         INSPECT,
         "dataset={tmp}/gone.jsonl dataset={tmp}/broken.jsonl dataset={tmp}/empty.jsonl dataset={tmp}/empty "
-        "dataset={tmp}/table.xyz dataset={tmp}/mapping dataset={tmp}/rle-huge.jsonl dataset=nobody/nothing",
+        "dataset={tmp}/table.xyz dataset={tmp}/mapping dataset=nobody/nothing",
     ),
     (
         [*INSPECT[:2], "compbench-mini", *INSPECT[2:]],
@@ -169,7 +171,7 @@ def _bad_inputs() -> Iterator[tuple[str, list[str]]]:
                     value,
                 ],
             )
-    yield from ((f"train: reward {name}", [*TRAIN, "--reward_funcs", name]) for name in REWARDS)
+    yield from ((f"train: reward {name}", [*TRAIN_ALONE, "--reward_funcs", name]) for name in REWARDS)
     for table in TABLES:
         yield f"train: data set {table}", [*TRAIN_FILE, "--dataset", f"{{tmp}}/{table}"]
     for model in MODELS:
@@ -187,6 +189,7 @@ def _bad_inputs() -> Iterator[tuple[str, list[str]]]:
     yield "edit: no value", [*EDIT[:-1]]
     yield "evaluate: --num_edits", [*EVALUATE, "--num_edits", "3"]
     yield "rewards: now", ["rewards", "now"]
+    yield "data inspect: rle-huge", [*INSPECT, "--mask_encoding", "rle", "--dataset", "{tmp}/rle-huge.jsonl"]
     yield "data: nothing", ["data"]
     yield "data: look", ["data", "look"]
     yield "command: trian", ["trian"]
