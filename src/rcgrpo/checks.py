@@ -153,7 +153,8 @@ def lacking(error: BaseException) -> str | None:
     text = str(error)
     if type(error).__name__ == "OutOfMemoryError" or "CUDA out of memory" in text:
         return "GPU memory"
-    if isinstance(error, MemoryError) or "can't allocate memory" in text or "Cannot allocate memory" in text:
+    too_big = ("can't allocate memory", "Cannot allocate memory", "array is too big")
+    if isinstance(error, MemoryError) or any(words in text for words in too_big):
         return "memory"
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     return "disk" if full or "No space left on device" in text or "Disk quota exceeded" in text else None

@@ -81,10 +81,10 @@ def naming_model(model: str, **hub: Any) -> Iterator[None]:
         ValueError: nothing there, no access, broken files; or, before anything else is fetched, another pipeline.
     """
     expected = (
-        "kontext-tiny, or a folder or Hub id of a FLUX.1-Kontext, FLUX.2-klein or Qwen-Image-Edit-Plus pipeline, "
-        "complete, that you may read; check the spelling, the network (HF_HUB_OFFLINE) and, where the model is gated, "
-        "`hf auth login`"
+        "kontext-tiny, or a folder or Hub id of a complete FLUX.1-Kontext, FLUX.2-klein or Qwen-Image-Edit-Plus pipeline"
     )
+    if not Path(model).is_dir():
+        expected += "; if it is one, check the network (HF_HUB_OFFLINE) and, where it is gated, `hf auth login`"
     with naming("model", model, expected):
         index = Path(model, INDEX) if Path(model).is_dir() else Path(hf_hub_download(model, INDEX, **hub))
         region_decoupled_class(str(json.loads(index.read_text()).get("_class_name")))

@@ -51,10 +51,11 @@ def run(arguments: Sequence[str]) -> None:
         os.environ.setdefault("HF_HUB_OFFLINE", "0")  # a LoRA may come from the Hub all the same
         use_embedded_model()
     from ..app import create_app, serve
-    from ..benchmark import Sampling
+    from ..benchmark import Sampling, contenders
     from ..pipeline import RegionDecoupledFluxKontextPipeline
     from .opening import call_defaults, open_pipeline
 
+    contenders(args.lora)  # refuses what is not there before anybody chooses it
     pipeline = open_pipeline(RegionDecoupledFluxKontextPipeline, args.model)
     asked = {name: getattr(args, name) for name in ("resolution", "num_inference_steps", "guidance_scale")}
     sampling = Sampling(**call_defaults(args.model) | {name: v for name, v in asked.items() if v is not None})

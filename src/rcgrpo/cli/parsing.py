@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import Field, fields
 from pathlib import Path
-from typing import Any, NoReturn, get_args, get_type_hints
+from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 from ..checks import check_ranges, naming
 from ..hints import hint
@@ -52,6 +52,12 @@ def parse(
         name = _name(flag)
         if flag.startswith("--") and name not in {*known, "help"} and name.removeprefix("no_") not in known:
             raise UsageError(_unknown(f"unknown flag {flag.split('=')[0]!r}", name, known, program, "--"))
+    several = set().union(*map(_may_be_lists, classes))
+    for key, value in config.items():
+        if isinstance(value, list) and (key not in several or not value):
+            raise UsageError(
+                f"{path}: {key}: got {value!r}, expected {'one or more values' if key in several else 'one value'}"
+            )
     unset, flags = _take_unset(flags, set().union(*map(_may_be_unset, classes)))
     config = {name: value for name, value in config.items() if name not in unset}
     for name, value in variables.items():
@@ -137,6 +143,13 @@ def _may_be_unset(cls: type) -> set[str]:
     """Fields that are None by default, but those of texts, for which "none" could be a value."""
     hints = get_type_hints(cls)  # the parser changes what the fields themselves say
     return {f.name for f in fields(cls) if f.init and f.default is None and str not in get_args(hints[f.name])}
+
+
+def _may_be_lists(cls: type) -> set[str]:
+    """Names of fields that take a list, with or without something else."""
+    kinds = {name: (hint, *get_args(hint)) for name, hint in get_type_hints(cls).items()}
+    lists = {name for name, found in kinds.items() if any(get_origin(kind) is list for kind in found)}
+    return {name for f in fields(cls) if f.name in lists for name in (f.name, *_other_names(f))}
 
 
 def _may_be_several(cls: type) -> set[str]:

@@ -97,6 +97,8 @@ def settle_splits(script: ScriptArguments) -> None:
             )
         if script.masks is not None:
             raise UsageError(f"--masks: got {script.masks}, expected none on {MINI}, whose rows have masks")
+        if script.preset is not None:
+            raise UsageError(f"--preset: got {script.preset!r}, expected none on {MINI}, whose columns are canonical")
         for flag in ("train_split", "eval_split"):
             one_of(script, flag, ("train", "test", "") if flag == "eval_split" else ("train", "test"))
     elif script.eval_split is None and not script.held_out and is_one_table(script.dataset):

@@ -21,6 +21,7 @@ from datasets import Dataset, IterableDataset
 from datasets.exceptions import DatasetGenerationError
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
+from ..checks import naming
 from ..pictures import short
 
 BUILDERS = {
@@ -70,10 +71,11 @@ def _one_split(data: Any, split: str, name: str) -> Any:
 
 def _pie_bench(path: Path) -> Dataset:
     """PIE-Bench's `mapping_file.json`: one object of rows, keyed by their number."""
-    rows = [{"key": key, **row} for key, row in json.loads(path.read_text(encoding="utf-8")).items()]
-    for row in rows:
-        row["mask"] = [int(number) for number in row["mask"]]
-    return Dataset.from_list(rows)
+    with naming("name_or_path", str(path), "PIE-Bench's object of rows, each with its mask as a list of numbers"):
+        rows = [{"key": key, **row} for key, row in json.loads(path.read_text(encoding="utf-8")).items()]
+        for row in rows:
+            row["mask"] = [int(number) for number in row["mask"]]
+        return Dataset.from_list(rows)
 
 
 def _names_files(metadata: Path) -> bool:
