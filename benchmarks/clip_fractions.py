@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from peft import LoraConfig
 
 from rcgrpo import policies
@@ -38,22 +39,23 @@ STEPS = {
     3: [],
     8: ["--num_inference_steps", "8", "--num_policy_steps", "2"],
 }
-OBJECTIVES = {
-    "regions": [],
-    "one": ["--region_advantages", "false", "--reward_regions", "null", "--region_advantage_weights", "null"],
-}
+REGIONS = ("region_advantages", "reward_regions", "region_advantage_weights")
 SKIPPED = 2
-"""Rollouts at the beginning that are not counted: the learning rate warms up, Adam's moments fill."""
+"""Rollouts at the beginning that are not counted, while Adam's moments fill."""
 MISMATCH = "policy/rollout_mismatch"
 
 Seen = dict[tuple[int, int], torch.Tensor]
 """By update on a rollout and row of advantages, `[numbers, 2]`: log-ratios and the advantages that they carry."""
 
 
-def measure(arguments: list[str]) -> tuple[RCGRPOTrainer, Seen]:
-    """One run, and what its updates after a rollout's first met."""
-    recipe = str(files("rcgrpo") / "recipes" / "tiny.yaml")
-    script, config = parse((ScriptArguments, RCGRPOConfig), arguments, recipe, "clip_fractions")
+def measure(arguments: list[str], folder: Path, in_regions: bool) -> tuple[RCGRPOTrainer, Seen]:
+    """One run, with or without region advantages, and what its updates after a rollout's first met."""
+    settings = yaml.safe_load((files("rcgrpo") / "recipes" / "tiny.yaml").read_text())
+    recipe = folder / "recipe.yaml"
+    recipe.parent.mkdir(parents=True, exist_ok=True)
+    recipe.write_text(yaml.safe_dump({k: v for k, v in settings.items() if in_regions or k not in REGIONS}))
+    arguments = ["--output_dir", str(folder / "run"), *arguments]
+    script, config = parse((ScriptArguments, RCGRPOConfig), arguments, str(recipe), "clip_fractions")
     use_embedded_model()
     targets = list(script.lora_target_modules)
     trainer = RCGRPOTrainer(
@@ -128,12 +130,12 @@ def main() -> None:
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     with tempfile.TemporaryDirectory() as temporary:
-        for name, steps, objective in itertools.product(given.only, given.steps, OBJECTIVES):
-            folder = (given.work or Path(temporary)) / f"{name.replace(', ', '-')}-{steps}-{objective}"
-            shared = ["--output_dir", str(folder), "--max_steps", str(given.rollouts * given.num_iterations)]
-            shared += ["--num_iterations", str(given.num_iterations), "--save_strategy", "no", "--eval_split", ""]
-            shared += ["--lr_scheduler_type", "constant_with_warmup", "--num_train_samples", "96"]
-            trainer, seen = measure([*shared, *POLICIES[name], *STEPS[steps], *OBJECTIVES[objective], *extra])
+        for name, steps, in_regions in itertools.product(given.only, given.steps, (True, False)):
+            folder = (given.work or Path(temporary)) / f"{name.replace(', ', '-')}-{steps}-{in_regions}"
+            shared = ["--max_steps", str(given.rollouts * given.num_iterations), "--save_strategy", "no"]
+            shared += ["--num_iterations", str(given.num_iterations), "--eval_split", "", "--num_train_samples", "96"]
+            shared += ["--lr_scheduler_type", "constant", "--warmup_steps", "0"]
+            trainer, seen = measure([*shared, *POLICIES[name], *STEPS[steps], *extra], folder, in_regions)
             lines += report(name, steps, given.num_iterations, trainer, seen)
             print("\n".join(lines[-len(trainer.args.named_regions or [1]) :]), file=sys.stderr, flush=True)
             trainer.close()

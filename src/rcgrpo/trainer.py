@@ -68,8 +68,8 @@ from .turns import REGIONS, best_candidate, join_turns, next_edit
 logger = logging.getLogger(__name__)
 
 
-NEARLY_ALL = 0.8
-"""Share of clipped candidates of which a warning is given."""
+NEARLY_ALL = 0.7
+"""Share of clipped candidates of which a warning is given: the others mostly moved against their advantage."""
 
 
 def _candidate_labels(groups: Sequence[Group]) -> list[str]:

@@ -261,45 +261,43 @@ def test_circuit_opens_lets_one_through_after_a_while_and_closes():
 
 
 def test_an_answer_is_never_unpacked_beyond_the_bound(server):
-    server.behave(body("{}", blanks=256 << 20, packing="gzip"))
-    reward = RemoteReward(server.url, **{**FAST, "attempt_timeout": 4.0})
+    server.behave(body("{}", blanks=64 << 20, packing="gzip"))
+    reward = RemoteReward(server.url, timeout=60)
     tracemalloc.start()
     scored = run(reward)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert column(scored) == NOTHING and reward.faults == {"malformed": 1} and peak < 32 << 20
+    assert column(scored) == NOTHING and reward.faults == {"malformed": 1} and peak < 16 << 20
 
 
-FAR = ["1e9", "inf", "9" * 400, "Fri, 31 Dec 9999 23:59:59 GMT"]
+FAR = ["1e9", "Fri, 31 Dec 9999 23:59:59 GMT"]
 NO_PAUSE = ["-1e9", "nan", "soon", "", "Mon, 01 Jan 0001 00:00:00 -0000", "Mon, 99 Foo 2020 99:99:99"]
 
 
 @pytest.mark.parametrize("header", FAR)
 def test_a_server_that_wants_peace_for_ever_costs_one_batch(server, header):
     server.behave(status(429, Retry_After=header), OK)
-    reward = RemoteReward(server.url, **{**FAST, "timeout": 0.6})
-    began = time.monotonic()
+    reward = RemoteReward(server.url, **{**FAST, "timeout": 2.0})
     assert column(run(reward)) == NOTHING and reward.faults == {"http_429": 1, "deadline": 1}
-    assert column(run(reward)) == GOOD and time.monotonic() - began < 0.6
-    assert len(server.log()) == 2
+    assert column(run(reward)) == GOOD
+    first, second = (request["began"] for request in server.log())
+    assert 0.9 < second - first < 2  # it was left alone for half of a batch's time
 
 
 @pytest.mark.parametrize("header", NO_PAUSE)
 def test_a_pause_that_is_none_is_a_back_off(server, header):
     server.behave(status(503, Retry_After=header), OK)
     reward = RemoteReward(server.url, **FAST)
-    began = time.monotonic()
-    assert column(run(reward)) == GOOD and time.monotonic() - began < 0.5
-    assert reward.faults == {"http_503": 1}
+    assert column(run(reward)) == GOOD and reward.faults == {"http_503": 1}
 
 
 def test_a_long_pause_is_cut_for_the_next_batch(server, monkeypatch):
     monkeypatch.setattr(transport, "MAX_RETRY_AFTER", 0.3)
     server.behave(status(429, Retry_After="100"), OK)
     reward = RemoteReward(server.url, **{**FAST, "timeout": 100.0})
-    began = time.monotonic()
-    assert column(run(reward)) == NOTHING and time.monotonic() - began < 0.25
-    assert column(run(reward)) == GOOD and 0.3 <= time.monotonic() - began < 1
+    assert column(run(reward)) == NOTHING and column(run(reward)) == GOOD
+    first, second = (request["began"] for request in server.log())
+    assert 0.28 < second - first < 20
 
 
 def test_busy_server_is_not_cut_off(server):
@@ -364,7 +362,10 @@ def test_set_up_mistakes():
 
 
 def test_retry_after_and_loopback():
-    assert _retry_after("1.5") == 1.5 and _retry_after("-3") == 0
+    assert (
+        _retry_after("1.5") == 1.5 and _retry_after("-3") == 0 and _retry_after("inf") == _retry_after("9" * 400) > 1e9
+    )
+    assert _retry_after("Fri, 31 Dec 9999 23:59:59 GMT") > 1e9 and _retry_after("Mon, 99 Foo 2020 99:99:99") is None
     assert _retry_after("Wed, 21 Oct 2015 07:28:00 GMT") == 0
     assert _retry_after(None) is None and _retry_after("soon") is None and _retry_after("nan") is None
     assert all(map(is_loopback, ("127.0.0.1", "127.9.9.9", "::1", "[::1]", "localhost")))
