@@ -80,7 +80,8 @@ def naming_model(model: str, **hub: Any) -> Iterator[None]:
     Raises:
         ValueError: nothing there, no access, broken files; or, before anything else is fetched, another pipeline.
     """
-    expected = "kontext-tiny, or a folder or Hub id of a complete FLUX.1-Kontext, FLUX.2-klein or Qwen-Image-Edit-Plus pipeline"
+    kinds = "FLUX.1-Kontext, FLUX.2-klein or Qwen-Image-Edit-Plus"
+    expected = f"kontext-tiny, or a folder or Hub id of a complete {kinds} pipeline"
     if not Path(model).is_dir():
         expected += "; if it is one, check the network (HF_HUB_OFFLINE) and, where it is gated, `hf auth login`"
     with naming("model", model, expected):
