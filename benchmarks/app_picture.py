@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rcgrpo import RegionDecoupledFluxKontextPipeline
 from rcgrpo.app import create_app, serve
-from rcgrpo.benchmark import Sampling
+from rcgrpo.evaluation.benchmark import Sampling
 from rcgrpo.tiny import CALL, RESOLUTION, WEIGHTS
 
 PICTURE = Path(__file__).parent.parent / "docs" / "images" / "app.png"

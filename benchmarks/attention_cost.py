@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 
-from rcgrpo.attention import AttentionOptions, AttentionRecorder
-from rcgrpo.report import pad_table
+from rcgrpo.editors.attention import AttentionOptions, AttentionRecorder
+from rcgrpo.reporting.statistics import pad_table
 
 Rollout = Callable[[bool], Any]
 
@@ -38,8 +38,8 @@ def tiny(args: argparse.Namespace, device: torch.device) -> tuple[Rollout, str]:
     from rcgrpo.cli.train import LORA_TARGETS
     from rcgrpo.data.edits import EditRows
     from rcgrpo.editors import open_editor
-    from rcgrpo.regions import to_tokens
-    from rcgrpo.rollout import rollout
+    from rcgrpo.groups.rollout import rollout
+    from rcgrpo.maths.regions import to_tokens
     from rcgrpo.tiny import WEIGHTS
 
     use_embedded_model()

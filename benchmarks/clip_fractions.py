@@ -23,12 +23,12 @@ import torch
 import yaml
 from peft import LoraConfig
 
-from rcgrpo import policies
 from rcgrpo.cli.parsing import parse, use_embedded_model
 from rcgrpo.cli.train import ScriptArguments, load_rows
-from rcgrpo.config import RCGRPOConfig
+from rcgrpo.groups import policies
 from rcgrpo.tiny import WEIGHTS
-from rcgrpo.trainer import RCGRPOTrainer
+from rcgrpo.training.config import RCGRPOConfig
+from rcgrpo.training.trainer import RCGRPOTrainer
 
 POLICIES = {
     "neighbor, latents": ["--distance_space", "latents"],

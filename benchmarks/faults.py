@@ -21,9 +21,9 @@ from peft import LoraConfig
 from PIL import Image
 
 from rcgrpo import RCGRPOConfig, RCGRPOTrainer, compbench_mini
-from rcgrpo.models import load_pipeline
 from rcgrpo.rewards import RemoteReward
 from rcgrpo.tiny import WEIGHTS
+from rcgrpo.training.model import load_pipeline
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from fault_server import FaultServer

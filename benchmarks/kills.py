@@ -31,8 +31,8 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 
 from rcgrpo import RCGRPOConfig, RCGRPOTrainer, compbench_mini
-from rcgrpo.models import load_pipeline
 from rcgrpo.tiny import WEIGHTS
+from rcgrpo.training.model import load_pipeline
 
 SMALL: dict[str, Any] = {
     "resolution": 64,

@@ -23,10 +23,10 @@ from tqdm.auto import tqdm
 from rcgrpo import RegionDecoupledFluxKontextPipeline
 from rcgrpo.data.mini import PHOTOS, render
 from rcgrpo.data.scenes import TASKS
-from rcgrpo.report import macro_bootstrap, write_atomically
+from rcgrpo.reporting.sheets import contact_sheet, outline
+from rcgrpo.reporting.statistics import macro_bootstrap, write_atomically
 from rcgrpo.rewards.builtin import ADDS, background_psnr, compbench_mini, region_edit
 from rcgrpo.rewards.region_scorer import get_region_scorer, split_mask
-from rcgrpo.sheets import contact_sheet, outline
 from rcgrpo.tiny import CALL, WEIGHTS
 
 TEXTURES = ("brick",)

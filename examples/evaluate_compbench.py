@@ -17,10 +17,10 @@ import torch
 from diffusers import FluxKontextPipeline
 
 from rcgrpo import compbench_mini, load_edit_dataset
-from rcgrpo.benchmark import Sampling, contenders, load_loras, make_plan, open_folder, run
 from rcgrpo.data import EditRows
-from rcgrpo.evaluation import COMPBENCH_METRICS, MINI_METRICS, Scorer
-from rcgrpo.results import write_results
+from rcgrpo.evaluation.benchmark import Sampling, contenders, load_loras, make_plan, open_folder, run
+from rcgrpo.evaluation.held_out import COMPBENCH_METRICS, MINI_METRICS, Scorer
+from rcgrpo.evaluation.results import write_results
 
 
 def main() -> None:

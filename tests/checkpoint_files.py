@@ -5,7 +5,7 @@ import json
 import torch
 from safetensors.torch import save_file
 
-from rcgrpo.checkpoints import UNFINISHED, publish, seal
+from rcgrpo.training.checkpoints import UNFINISHED, publish, seal
 
 FILES = ["trainer_state.json", "adapter_model.safetensors", "optimizer.pt", "rng_state.pth", "nested/more.json"]
 

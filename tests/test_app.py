@@ -16,12 +16,12 @@ from PIL import Image
 
 import rcgrpo.app as app
 from rcgrpo.app import LoraSlot, changes_outside, compare, draw, painting_of, read_painting, table
-from rcgrpo.benchmark import Sampling, contenders
 from rcgrpo.cli.app import read_auth, run
 from rcgrpo.cli.parsing import UsageError
 from rcgrpo.data import compbench_mini
-from rcgrpo.hub import LORA_FILE, save_lora
-from rcgrpo.pipeline import RegionDecoupledFluxKontextPipeline
+from rcgrpo.editors.pipeline import RegionDecoupledFluxKontextPipeline
+from rcgrpo.evaluation.benchmark import Sampling, contenders
+from rcgrpo.training.hub import LORA_FILE, save_lora
 from tiny_kontext import build_tiny_kontext
 
 SAMPLING = Sampling(32, 2, max_sequence_length=48, seed=3)

@@ -90,7 +90,7 @@ def test_inspect_draws_a_sheet_and_counts(capsys):
 
 def test_inspect_points_out_masks_that_miss_the_change(capsys, monkeypatch):
     captions = []
-    monkeypatch.setattr("rcgrpo.sheets.contact_sheet", lambda columns, names, *rest: captions.extend(names))
+    monkeypatch.setattr("rcgrpo.reporting.sheets.contact_sheet", lambda columns, names, *rest: captions.extend(names))
     rows = load_edit_dataset(save(without=()), "compbench").with_format(None)
 
     def move(row, i):
@@ -152,7 +152,7 @@ def test_inspect_the_embedded_set(capsys, monkeypatch):
 
 
 def test_masks_are_made_for_the_rows_that_lack_one_and_the_second_call_resumes(capsys, monkeypatch):
-    from rcgrpo.data import make_masks
+    from rcgrpo.editors import make_masks
 
     run(["masks", save(), "--preset", "compbench", "--output", "m", "--num_samples", "3"])
     assert "m: 1 masks (1 new), 0 rows without" in capsys.readouterr().out
@@ -186,7 +186,7 @@ def test_masks_of_every_row_by_the_embedded_editors_velocity(capsys):
 
 
 def test_flags_reach_the_text_prompted_makers(monkeypatch):
-    from rcgrpo.data import make_masks
+    from rcgrpo.editors import make_masks
 
     seen = {}
     for name in ("FromText", "FromConcept"):

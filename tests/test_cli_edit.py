@@ -16,8 +16,8 @@ from hub_server import HubServer, Repo, run_with_hub
 from rcgrpo.cli import main
 from rcgrpo.cli.edit import run
 from rcgrpo.cli.parsing import UsageError
-from rcgrpo.hub import LORA_FILE, save_lora
 from rcgrpo.tiny import WEIGHTS
+from rcgrpo.training.hub import LORA_FILE, save_lora
 from tiny_kontext import build_tiny_kontext
 
 EDIT = ["--image", "source.png", "--instruction", "remove the apple"]

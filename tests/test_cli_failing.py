@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from rcgrpo import cli
-from rcgrpo.checks import naming
 from rcgrpo.cli import main
 from rcgrpo.cli.parsing import UsageError
+from rcgrpo.inputs.ranges import naming
 
 
 @pytest.fixture(autouse=True)

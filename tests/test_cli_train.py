@@ -17,9 +17,9 @@ from rcgrpo.cli import main
 from rcgrpo.cli.parsing import UsageError
 from rcgrpo.cli.train import ScriptArguments, load_rows, run, settle_resume, settle_splits
 from rcgrpo.data import EditRows, load_edit_dataset
-from rcgrpo.data.make_masks import MaskFolder
-from rcgrpo.hub import LORA_FILE, save_lora
+from rcgrpo.editors.make_masks import MaskFolder
 from rcgrpo.tiny import WEIGHTS
+from rcgrpo.training.hub import LORA_FILE, save_lora
 
 
 @pytest.fixture(autouse=True)
@@ -211,7 +211,7 @@ def test_what_was_trained_is_on_disk_before_it_is_reported_on(monkeypatch):
             raise ConnectionError("the judge has gone")
         return []
 
-    monkeypatch.setattr("rcgrpo.evaluation.judge_held_out", judge)
+    monkeypatch.setattr("rcgrpo.evaluation.held_out.judge_held_out", judge)
     with pytest.raises(ConnectionError):
         run(
             [
@@ -245,7 +245,7 @@ def before_of(flags, monkeypatch):
         seen.append(trainer)
         raise UsageError("far enough")
 
-    monkeypatch.setattr("rcgrpo.evaluation.judge_held_out", judge)
+    monkeypatch.setattr("rcgrpo.evaluation.held_out.judge_held_out", judge)
     with pytest.raises(UsageError, match="far enough"):
         run(["--use_cpu", "true", "--output_dir", "run", "--num_eval_samples", "2", *JOB.split(), *flags])
     return seen[0]
@@ -306,7 +306,7 @@ def test_a_run_that_went_on_ends_with_a_lora_of_the_same_shape():
 
 def test_the_same_command_goes_on_after_a_stop_and_ends(monkeypatch, capsys, caplog):
     """A job script's, from its first call to one too many."""
-    monkeypatch.setattr("rcgrpo.resuming.leave_in_time", lambda code: None)
+    monkeypatch.setattr("rcgrpo.training.resuming.leave_in_time", lambda code: None)
     Path("preempted.py").write_text(
         "import os, signal\n"
         "def reward(images, trainer_state, **columns):\n"

@@ -12,10 +12,10 @@ from torch import nn
 
 from rcgrpo.cli.parsing import MINI, UsageError, parse
 from rcgrpo.cli.train import LORA_TARGETS, ScriptArguments
-from rcgrpo.config import RCGRPOConfig
 from rcgrpo.data.loading import parse_split
 from rcgrpo.data.presets import find_preset
 from rcgrpo.rewards import resolve_rewards
+from rcgrpo.training.config import RCGRPOConfig
 
 RECIPES = sorted(Path(str(files("rcgrpo") / "recipes")).glob("*.yaml"))
 

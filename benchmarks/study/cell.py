@@ -23,7 +23,10 @@ from rcgrpo.cli.parsing import use_embedded_model
 from rcgrpo.cli.train import LORA_TARGETS
 from rcgrpo.data.edits import Edit, EditRows
 from rcgrpo.data.mini import render
-from rcgrpo.diagnostics import (
+from rcgrpo.editors import Editor, open_editor
+from rcgrpo.evaluation.held_out import MINI_METRICS, Result, Scorer
+from rcgrpo.evaluation.survey import Finding, depth_variance, judge, match_strength, survey
+from rcgrpo.groups.diagnostics import (
     InsideOutside,
     colour_entropy,
     edge_density,
@@ -32,16 +35,13 @@ from rcgrpo.diagnostics import (
     target_closeness,
     variance_split,
 )
-from rcgrpo.editors import Editor, open_editor
-from rcgrpo.evaluation import MINI_METRICS, Result, Scorer
-from rcgrpo.regions import corrupt
-from rcgrpo.report import write_atomically
+from rcgrpo.groups.rollout import Exploration, Group, make_groups
+from rcgrpo.groups.transitions import choose, gather
+from rcgrpo.maths.regions import corrupt
+from rcgrpo.reporting.statistics import write_atomically
 from rcgrpo.rewards import resolve_rewards
 from rcgrpo.rewards.pictures import image_tensor
-from rcgrpo.rollout import Exploration, Group, make_groups
-from rcgrpo.survey import Finding, depth_variance, judge, match_strength, survey
 from rcgrpo.tiny import WEIGHTS
-from rcgrpo.transitions import choose, gather
 
 from .harness import EVALUATION_STEPS, Compute, Sizes, finite, updates_for
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rcgrpo.report import pad_table, write_atomically
+from rcgrpo.reporting.statistics import pad_table, write_atomically
 
 from .harness import finite
 from .tables import BASE, COSTS, RATES, Table

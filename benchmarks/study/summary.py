@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from rcgrpo.report import paired_bootstrap
+from rcgrpo.reporting.statistics import paired_bootstrap
 
 from .tables import BASE, COSTS, RATES, Table
 

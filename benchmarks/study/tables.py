@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import yaml
 
-from rcgrpo.regions import CORRUPTIONS
+from rcgrpo.maths.regions import CORRUPTIONS
 
 Kind = Literal["train", "groups"]
 

@@ -34,14 +34,14 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from .config import RCGRPOConfig
     from .data import compbench_mini, load_edit_dataset
     from .editors.flux2_klein import RegionDecoupledFlux2KleinPipeline
     from .editors.flux_kontext import RegionDecoupledFluxKontextPipeline
     from .editors.opening import RegionDecoupledPipeline, open_editor
     from .editors.qwen_image_edit_plus import RegionDecoupledQwenImageEditPlusPipeline
     from .rewards import register_reward
-    from .trainer import RCGRPOTrainer
+    from .training.config import RCGRPOConfig
+    from .training.trainer import RCGRPOTrainer
 
 
 def __getattr__(name: str) -> Any:

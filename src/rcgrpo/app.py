@@ -19,15 +19,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .benchmark import Contender, Sampling, contenders, load_loras, switch_to
 from .data import compbench_mini
-from .mask_reader import mask_picture, mask_to_tensor
-from .metrics import first_words, masked_psnr
-from .pictures import to_rgb
-from .pipeline import RegionDecoupledFluxKontextPipeline
-from .regions import at_size, check_mask
+from .editors.pipeline import RegionDecoupledFluxKontextPipeline
+from .evaluation.benchmark import Contender, Sampling, contenders, load_loras, switch_to
+from .inputs.masks import mask_picture, mask_to_tensor
+from .inputs.pictures import to_rgb
+from .maths.metrics import first_words, masked_psnr
+from .maths.regions import at_size, check_mask
+from .reporting.sheets import heatmap, outline
 from .rewards.transport import is_loopback
-from .sheets import heatmap, outline
 
 logger = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ from PIL import Image as PILImage
 
 from rcgrpo.data import EditRows, compbench_mini, load_edit_dataset
 from rcgrpo.data.corruption import corrupt_dataset
-from rcgrpo.regions import CORRUPTIONS, corrupt, is_full, mask_to_tensor
+from rcgrpo.maths.regions import CORRUPTIONS, corrupt, is_full, mask_to_tensor
 
 
 @pytest.fixture(scope="module")

@@ -15,10 +15,10 @@ from PIL import Image
 
 from rcgrpo.data.edits import EditRows
 from rcgrpo.data.loading import is_held_out, load_edit_dataset, parse_split, read_stored_masks
-from rcgrpo.data.make_masks import MaskFolder
 from rcgrpo.data.presets import CANONICAL
-from rcgrpo.rollout import Exploration
-from rcgrpo.turns import join_turns, next_edit
+from rcgrpo.editors.make_masks import MaskFolder
+from rcgrpo.groups.rollout import Exploration
+from rcgrpo.groups.turns import join_turns, next_edit
 
 SIZE = (16, 12)
 BOX = (3, 2, 9, 8)

@@ -28,7 +28,7 @@ from rcgrpo.data.masks import (
     velocity_map,
     velocity_mask,
 )
-from rcgrpo.regions import grow
+from rcgrpo.maths.regions import grow
 
 regions = npst.arrays(bool, npst.array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=24))
 

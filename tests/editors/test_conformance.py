@@ -18,12 +18,12 @@ from peft import LoraConfig
 from PIL import Image
 
 from rcgrpo import RCGRPOConfig, RCGRPOTrainer, compbench_mini
-from rcgrpo.attention import AttentionOptions
 from rcgrpo.data.edits import Edit
 from rcgrpo.editors import ConditionCache, Conditions, RegionDecoupledPipeline, open_editor
-from rcgrpo.regions import to_tokens
-from rcgrpo.rollout import Exploration, make_groups, rollout
-from rcgrpo.survey import depth_variance
+from rcgrpo.editors.attention import AttentionOptions
+from rcgrpo.evaluation.survey import depth_variance
+from rcgrpo.groups.rollout import Exploration, make_groups, rollout
+from rcgrpo.maths.regions import to_tokens
 from tiny_editors import SMALL_QWEN, build_tiny_klein, build_tiny_qwen
 from tiny_kontext import build_tiny_kontext, in_own_memory
 

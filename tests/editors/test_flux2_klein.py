@@ -11,7 +11,7 @@ from PIL import Image
 
 from rcgrpo.editors import RegionDecoupledPipeline, open_editor
 from rcgrpo.editors.flux2_klein import Flux2KleinEditor, _capped
-from rcgrpo.rollout import rollout
+from rcgrpo.groups.rollout import rollout
 from tiny_editors import build_tiny_klein
 
 CALL = {"height": 64, "width": 64, "num_inference_steps": 3, "max_sequence_length": 96}

@@ -3,12 +3,12 @@ import pytest
 import torch
 from PIL import Image
 
-from rcgrpo.attention import AttentionRecorder
 from rcgrpo.editors import Conditions, FluxKontextEditor, Schedule
+from rcgrpo.editors.attention import AttentionRecorder
 from rcgrpo.editors.base import fit_size
 from rcgrpo.editors.schedule import SOLVERS, make_solver
 from rcgrpo.editors.words import find_words
-from rcgrpo.rollout import integrate, rollout
+from rcgrpo.groups.rollout import integrate, rollout
 from tiny_kontext import TINY_CALL, build_tiny_kontext, encode_one_by_one
 
 PROMPTS = ["make it red", "add a small boat"]

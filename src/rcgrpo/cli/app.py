@@ -51,8 +51,8 @@ def run(arguments: Sequence[str]) -> None:
         os.environ.setdefault("HF_HUB_OFFLINE", "0")  # a LoRA may come from the Hub all the same
         use_embedded_model()
     from ..app import create_app, serve
-    from ..benchmark import Sampling, contenders
-    from ..pipeline import RegionDecoupledFluxKontextPipeline
+    from ..editors.pipeline import RegionDecoupledFluxKontextPipeline
+    from ..evaluation.benchmark import Sampling, contenders
     from .opening import call_defaults, open_pipeline
 
     contenders(args.lora)  # refuses what is not there before anybody chooses it

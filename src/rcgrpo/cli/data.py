@@ -7,16 +7,7 @@ from importlib import import_module
 from itertools import chain, islice
 from typing import Any
 
-from .parsing import (
-    MINI,
-    TINY,
-    UsageError,
-    check_folder,
-    check_picture,
-    one_of,
-    parse,
-    use_embedded_model,
-)
+from .parsing import MINI, TINY, UsageError, check_folder, check_picture, one_of, parse, use_embedded_model
 
 VERBS = {
     "inspect": "draw a contact sheet with the masks, and count",
@@ -167,7 +158,7 @@ POOR = 0.5
 def inspect(args: InspectArguments) -> None:
     """Draw a contact sheet and print counts."""
     from ..data.masks import change_inside, mask_share
-    from ..sheets import contact_sheet
+    from ..reporting.sheets import contact_sheet
 
     check_picture("output", args.output)
     rows = load(args, on_missing=tuple(args.on_missing), masks=args.masks)
@@ -226,7 +217,7 @@ def tint(image: Any, mask: Any) -> Any:
     """The picture with its region under a translucent colour, a line around it."""
     from PIL import Image, ImageChops
 
-    from ..sheets import outline
+    from ..reporting.sheets import outline
 
     colour = Image.new("RGB", image.size, "#ff2d78")
     cover = ImageChops.multiply(mask.convert("L"), Image.new("L", image.size, 90))
@@ -274,7 +265,7 @@ def make(args: MaskArguments) -> None:
     check_folder("output_dir", args.output_dir)
     from tqdm.auto import tqdm
 
-    from ..data.make_masks import MaskFolder
+    from ..editors.make_masks import MaskFolder
 
     rows = load(args, on_missing="full")
     folder = MaskFolder(args.output_dir, args.method)
@@ -311,7 +302,7 @@ def _todo(rows: Any, folder: Any, args: MaskArguments) -> Iterator[Mapping[str, 
 
 
 def _maker(args: MaskArguments) -> Any:
-    from ..data.make_masks import FromConcept, FromText, FromVelocity, from_difference
+    from ..editors.make_masks import FromConcept, FromText, FromVelocity, from_difference
 
     if args.method == "difference":
         return from_difference

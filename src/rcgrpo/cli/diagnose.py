@@ -6,19 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
-from .parsing import (
-    MINI,
-    TINY,
-    UsageError,
-    check_folder,
-    free_folder,
-    one_of,
-    parse,
-    use_embedded_model,
-)
+from .parsing import MINI, TINY, UsageError, check_folder, free_folder, one_of, parse, use_embedded_model
 
 if TYPE_CHECKING:
-    from ..survey import Finding
+    from ..evaluation.survey import Finding
 
 
 @dataclass
@@ -60,7 +51,7 @@ class DiagnoseArguments:
     )
     keep_reward: str = field(default="background_keep", metadata={"help": "A reward that sees the background alone."})
     held_out_reward: str = field(
-        default="rcgrpo.diagnostics.target_closeness",
+        default="rcgrpo.groups.diagnostics.target_closeness",
         metadata={"help": "A reward that nothing was trained on; by default closeness to `edited_image`."},
     )
     resolution: int | None = field(
@@ -90,13 +81,13 @@ def run(arguments: Sequence[str]) -> None:
         use_embedded_model([] if args.lora is None else [args.lora])
     from diffusers import FluxKontextPipeline
 
-    from ..benchmark import contenders, load_loras, switch_to
     from ..data.edits import EditRows
-    from ..diagnosis import BASE, GLOBAL, MATCHED, REGION, mean, write_diagnosis
     from ..editors import open_editor
+    from ..evaluation.benchmark import contenders, load_loras, switch_to
+    from ..evaluation.diagnosis import BASE, GLOBAL, MATCHED, REGION, mean, write_diagnosis
+    from ..evaluation.survey import JUDGES, match_strength, survey
+    from ..groups.rollout import Exploration
     from ..rewards import resolve_rewards
-    from ..rollout import Exploration
-    from ..survey import JUDGES, match_strength, survey
     from .opening import check_loras, open_pipeline
 
     folder = Path(args.output_dir)

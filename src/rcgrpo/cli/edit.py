@@ -49,12 +49,12 @@ def run(arguments: Sequence[str]) -> None:
     import torch
     from PIL import Image
 
-    from ..benchmark import Sampling
-    from ..lora import load_lora
-    from ..pictures import decode_picture, to_rgb
-    from ..pipeline import RegionDecoupledFluxKontextPipeline
-    from ..regions import at_size
-    from ..report import write_atomically
+    from ..editors.lora import load_lora
+    from ..editors.pipeline import RegionDecoupledFluxKontextPipeline
+    from ..evaluation.benchmark import Sampling
+    from ..inputs.pictures import decode_picture, to_rgb
+    from ..maths.regions import at_size
+    from ..reporting.statistics import write_atomically
 
     source = to_rgb(decode_picture(Path(args.image), "--image"))
     mask = None if args.mask is None else read_mask(Path(args.mask), (source.height, source.width))
@@ -93,8 +93,8 @@ def read_mask(path: Path, size: tuple[int, int]) -> Any:
     Raises:
         ValueError: no picture, another (height, width) than the source's, nothing to edit, or what could be labels.
     """
-    from ..mask_reader import mask_to_tensor
-    from ..regions import check_mask
+    from ..inputs.masks import mask_to_tensor
+    from ..maths.regions import check_mask
 
     mask = mask_to_tensor(path, "--mask")
     check_mask(mask, size, "--mask")

@@ -8,16 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from .parsing import (
-    MINI,
-    TINY,
-    UsageError,
-    check_folder,
-    free_folder,
-    one_of,
-    parse,
-    use_embedded_model,
-)
+from .parsing import MINI, TINY, UsageError, check_folder, free_folder, one_of, parse, use_embedded_model
 
 COMPBENCH = "BohanJia/CompBench"
 
@@ -107,11 +98,11 @@ def run(arguments: Sequence[str]) -> None:
     from accelerate.utils import broadcast_object_list
     from diffusers import FluxKontextPipeline
 
-    from ..benchmark import Sampling, contenders, load_loras, make_plan, open_folder, rows_digest
-    from ..benchmark import run as run_benchmark
     from ..data.edits import EditRows
-    from ..evaluation import Scorer
-    from ..results import write_results
+    from ..evaluation.benchmark import Sampling, contenders, load_loras, make_plan, open_folder, rows_digest
+    from ..evaluation.benchmark import run as run_benchmark
+    from ..evaluation.held_out import Scorer
+    from ..evaluation.results import write_results
     from .opening import check_loras, open_pipeline
 
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
@@ -165,9 +156,9 @@ def run(arguments: Sequence[str]) -> None:
 
 def fill_in(args: EvaluateArguments) -> None:
     """The defaults that depend on the model and the data set; checks what is wrong whatever they are."""
-    from ..benchmark import SETTINGS
     from ..data.opening import is_one_table
-    from ..evaluation import COMPBENCH_METRICS, METRICS, MINI_METRICS
+    from ..evaluation.benchmark import SETTINGS
+    from ..evaluation.held_out import COMPBENCH_METRICS, METRICS, MINI_METRICS
     from .opening import call_defaults
 
     mini = args.dataset == MINI

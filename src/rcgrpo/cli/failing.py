@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..checks import lacking, one_line
+from ..inputs.ranges import lacking, one_line
 
 PACKAGE = Path(__file__).parents[1]
 

@@ -7,9 +7,9 @@ import torch
 from diffusers import FluxKontextPipeline, FluxTransformer2DModel
 from torch import nn
 
-from ..lora import check_lora
-from ..models import naming_model
+from ..editors.lora import check_lora
 from ..tiny import CALL, RESOLUTION, WEIGHTS
+from ..training.model import naming_model
 from .parsing import TINY, UsageError
 
 Pipeline = TypeVar("Pipeline", bound=FluxKontextPipeline)

@@ -14,8 +14,8 @@ from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
-from ..checks import check_ranges, naming
-from ..hints import hint
+from ..inputs.hints import hint
+from ..inputs.ranges import check_ranges, naming
 
 TINY = "kontext-tiny"
 MINI = "compbench-mini"

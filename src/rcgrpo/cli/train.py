@@ -7,11 +7,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
-from .parsing import MINI, TINY, UsageError, check_folder, free_folder, given, one_of, parse, use_embedded_model
+from .parsing import (
+    MINI,
+    TINY,
+    UsageError,
+    check_folder,
+    free_folder,
+    given,
+    one_of,
+    parse,
+    use_embedded_model,
+)
 
 if TYPE_CHECKING:
-    from ..config import RCGRPOConfig
-    from ..trainer import RCGRPOTrainer
+    from ..training.config import RCGRPOConfig
+    from ..training.trainer import RCGRPOTrainer
 
 LORA_TARGETS = [
     "attn.to_q",
@@ -132,9 +142,9 @@ def load_model(script: ScriptArguments, config: "RCGRPOConfig", named: Collectio
     model = str(WEIGHTS) if script.model == TINY else script.model
     if script.init_lora is None:
         return model
-    from ..adapters import describe
-    from ..lora import load_lora
-    from ..models import load_pipeline
+    from ..editors.lora import load_lora
+    from ..training.adapters import describe
+    from ..training.model import load_pipeline
 
     pipeline = load_pipeline(model, config.model_init_kwargs)  # type: ignore[arg-type]
     config.model_init_kwargs = None  # they have had their effect
@@ -205,7 +215,7 @@ def settle_resume(config: "RCGRPOConfig") -> str | bool | None:
     Raises:
         UsageError: there is no such checkpoint, or there are checkpoints and nobody said to go on from them.
     """
-    from ..checkpoints import newest_whole, require_whole
+    from ..training.checkpoints import newest_whole, require_whole
 
     folder, asked = Path(config.output_dir), str(config.resume_from_checkpoint)
     if asked.lower() == "true":
@@ -234,7 +244,7 @@ def run(arguments: Sequence[str]) -> None:
     recipe = str(files("rcgrpo") / "recipes" / "tiny.yaml") if own_job else None
     if not any(a.split("=")[0] in ("--output_dir", "--config") for a in arguments):
         arguments = [*arguments, "--output_dir", free_folder("rcgrpo-output")]
-    from ..config import RCGRPOConfig
+    from ..training.config import RCGRPOConfig
 
     script, config = parse((ScriptArguments, RCGRPOConfig), arguments, recipe, "rcgrpo train")
     folder = Path(config.output_dir)
@@ -248,9 +258,9 @@ def run(arguments: Sequence[str]) -> None:
     from peft import LoraConfig
 
     from ..data.edits import EditRows
-    from ..evaluation import judge_held_out, write_report
-    from ..report import markdown_table
-    from ..trainer import RCGRPOTrainer
+    from ..evaluation.held_out import judge_held_out, write_report
+    from ..reporting.statistics import markdown_table
+    from ..training.trainer import RCGRPOTrainer
     from .opening import check_loras
 
     check_loras(script.model, loras, "--init_lora")
@@ -294,7 +304,7 @@ def run(arguments: Sequence[str]) -> None:
 
 
 def _announce(trainer: "RCGRPOTrainer", script: ScriptArguments) -> None:
-    from ..log import ReadableLog
+    from ..training.log import ReadableLog
 
     ReadableLog.install(trainer)
     if not trainer.is_world_process_zero():

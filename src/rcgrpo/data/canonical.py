@@ -13,8 +13,8 @@ from typing import Any
 
 from PIL import Image
 
-from ..mask_reader import as_weights
-from ..pictures import decode_picture, is_encoded, to_rgb
+from ..inputs.masks import as_weights
+from ..inputs.pictures import decode_picture, is_encoded, to_rgb
 from .bounds import check_inside, local_part
 from .edits import RowTransform
 from .masks import PICTURE_ENCODINGS, Size, decode_mask, difference_mask, feather_mask, grow_mask

@@ -6,8 +6,8 @@ from typing import Any
 
 from datasets import Dataset, Features, Image
 
-from ..mask_reader import mask_picture, mask_to_tensor
-from ..regions import CORRUPTIONS, Corruption, corrupt
+from ..inputs.masks import mask_picture, mask_to_tensor
+from ..maths.regions import CORRUPTIONS, Corruption, corrupt
 from .canonical import CanonicalRows
 
 
@@ -19,7 +19,7 @@ def corrupt_dataset(
     mask_column: str = "mask",
     other_column: str | None = None,
 ) -> Dataset:
-    """The same rows with `rcgrpo.regions.corrupt` applied to every mask; other columns keep their bytes.
+    """The same rows with `rcgrpo.maths.regions.corrupt` applied to every mask; other columns keep their bytes.
 
     Args:
         dataset: one that `load_edit_dataset` opened, whatever the encoding of its masks: each is decoded at its

@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from ..mask_reader import is_numbers, mask_to_tensor
-from ..pictures import decode_picture, is_stored, open_picture, to_rgb
-from ..regions import check_mask, is_full
+from ..inputs.masks import is_numbers, mask_to_tensor
+from ..inputs.pictures import decode_picture, is_stored, open_picture, to_rgb
+from ..maths.regions import check_mask, is_full
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset
 
-from ..pictures import is_encoded, short
+from ..inputs.pictures import is_encoded, short
 from .bounds import caches, check_inside
 from .canonical import LADDER, ON_MISSING, CanonicalRows, is_missing
 from .edits import RowTransform

@@ -19,8 +19,8 @@ from PIL import Image
 from scipy import ndimage
 from torch import Tensor
 
-from ..mask_reader import array_of, mask_picture, mask_to_tensor
-from ..pictures import decode_picture, is_stored, open_picture, short, to_rgb
+from ..inputs.masks import array_of, mask_picture, mask_to_tensor
+from ..inputs.pictures import decode_picture, is_stored, open_picture, short, to_rgb
 
 Size = tuple[int, int]
 """Width and height in pixels, as Pillow counts."""

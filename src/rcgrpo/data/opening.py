@@ -21,8 +21,8 @@ from datasets import Dataset, IterableDataset
 from datasets.exceptions import DatasetGenerationError
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-from ..checks import naming
-from ..pictures import short
+from ..inputs.pictures import short
+from ..inputs.ranges import naming
 
 BUILDERS = {
     ".jsonl": "json",

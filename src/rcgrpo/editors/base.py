@@ -20,7 +20,7 @@ from diffusers.pipelines.flux.pipeline_flux_kontext import calculate_shift, retr
 from PIL import Image
 from torch import Tensor, nn
 
-from ..attention import AttentionOptions, AttentionRecorder, unrecorded
+from .attention import AttentionOptions, AttentionRecorder, unrecorded
 from .cache import ConditionCache, modules_digest, picture_digest, surroundings
 from .conditions import Conditions
 from .schedule import Schedule, Solver, make_solver

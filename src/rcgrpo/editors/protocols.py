@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ..attention import AttentionOptions, AttentionRecorder
+from .attention import AttentionOptions, AttentionRecorder
 from .conditions import Conditions
 from .schedule import Schedule
 

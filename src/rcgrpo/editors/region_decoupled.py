@@ -18,10 +18,10 @@ from diffusers.utils import BaseOutput
 from PIL import Image
 from torch import Tensor
 
-from ..attention import AttentionOptions, Concentration
-from ..mask_reader import mask_to_tensor, split_masks
-from ..noise import perturb, region_strength
-from ..regions import check_mask, to_tokens
+from ..inputs.masks import mask_to_tensor, split_masks
+from ..maths.noise import perturb, region_strength
+from ..maths.regions import check_mask, to_tokens
+from .attention import AttentionOptions, Concentration
 
 if TYPE_CHECKING:
     from .base import FlowEditor

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..stopping import Interrupted, Stopped, interruptible
+from ..processes.stopping import Interrupted, Stopped, interruptible
 from .registry import Reward, RewardError
 from .scoring import RewardFailure, ScoredBatch
 

@@ -29,7 +29,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from ..checks import naming
+from ..inputs.ranges import naming
 
 RewardFunction = Callable[..., Any]
 """`(prompts, images, source_images, masks, **columns) -> list[float | None]`, or a coroutine function of the same."""

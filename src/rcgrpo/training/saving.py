@@ -1,0 +1,116 @@
+"""What a run leaves on disk: weights and LoRA in diffusers' format, the model card, the Hub.
+
+The trainer's base class, on the one that stops and resumes; it knows nothing of groups and rewards beyond the rewards'
+names for the card.
+"""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ..editors.pipeline import RegionDecoupledFluxKontextPipeline
+from ..rewards import Reward
+from .hub import LORA_FILE, model_card, save_lora
+from .model import base_model_name
+from .resuming import ResumingTrainer
+
+
+class SavingTrainer(ResumingTrainer):
+    """Saves a diffusers LoRA (or transformer) and a card."""
+
+    pipeline: RegionDecoupledFluxKontextPipeline
+    rewards: list[Reward]
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if isinstance(self.accelerator.unwrap_model(self.model), PeftModel):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        weights: dict[str, Tensor] = {}
+        for file in sorted(Path(resume_from_checkpoint, "transformer").glob("*.safetensors")):
+            weights |= load_file(file)
+        try:
+            self.accelerator.unwrap_model(self.model).load_state_dict(weights)
+        except RuntimeError as error:
+            raise ValueError(
+                f"resume_from_checkpoint: {resume_from_checkpoint} holds another model's weights, expected this one's "
+                f"({' '.join(str(error).split())[:200]}); set model back, or train from the start"
+            ) from error
+
+    def _load_best_model(self) -> None:
+        if isinstance(self.accelerator.unwrap_model(self.model), PeftModel):
+            super()._load_best_model()
+        else:
+            self._load_from_checkpoint(str(self.state.best_model_checkpoint))
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        model = self.accelerator.unwrap_model(self.model)
+        if isinstance(model, PeftModel):
+            super()._save(str(folder), state_dict)
+            save_lora(self.pipeline, model, folder)
+        else:
+            model.save_pretrained(folder / "transformer")
+        self._write_card(folder)
+
+    def _write_card(
+        self, folder: Path, model_name: str | None = None, dataset_name: str | None = None, tags: Sequence[str] = ()
+    ) -> None:
+        table, report = folder / "metrics.md", folder / "metrics.json"
+        saved = json.loads(report.read_text()) if report.exists() else {}  # written by `evaluation.write_report`
+        if saved:
+            metrics = {row["metric"]: row["after"] for row in saved["held_out"]}
+        else:
+            logged = [row for row in self.state.log_history if "eval_reward" in row] or [{}]
+            chosen = ("eval_reward", "eval_background")
+            metrics = {k.removeprefix("eval_"): v for k, v in logged[-1].items() if k.startswith(chosen)}
+        card = model_card(
+            model_name=model_name or Path(self.args.hub_model_id or self.args.output_dir).name,
+            hub_model_id=self.args.hub_model_id,
+            base_model=base_model_name(self.pipeline),
+            datasets=[dataset_name] if dataset_name else (),
+            metrics=metrics,
+            metric_table=table.read_text() if table.exists() else None,
+            examples=saved.get("examples", ()),
+            settings=self.card_settings(),
+            folder=folder,
+            tags=tags,
+        )
+        card.save(folder / "README.md")
+
+    def card_settings(self) -> dict[str, Any]:
+        """The settings of this run that differ from a fresh `RCGRPOConfig`, for the model card."""
+        left_out = {"output_dir", "hub_token", "hub_model_id", "run_name", "report_to", "disable_tqdm"}
+        left_out |= {"cache_conditions", "conditions_cache_dir", "log_completions"}  # change no result
+        changed = {}
+        for field in dataclasses.fields(self.args):
+            value = getattr(self.args, field.name)
+            fresh = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+            if isinstance(value, bool | int | float | str | list) and value != fresh and field.name not in left_out:
+                changed[field.name] = value
+        return {"rewards": ", ".join(reward.name for reward in self.rewards), **changed}
+
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        dataset_name: str | None = None,
+        tags: str | list[str] | None = None,
+    ) -> None:
+        """Write the card of the LoRA (`library_name: diffusers`) into the output folder."""
+        if self.is_world_process_zero():
+            given = [tags] if isinstance(tags, str) else tags or ()
+            self._write_card(Path(self.args.output_dir), model_name, dataset_name, given)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self._writing:
+            return  # it is pushed when it has its name
+        source = Path(checkpoint_folder, LORA_FILE)
+        if source.exists():
+            shutil.copy(source, Path(self.args.output_dir, LORA_FILE))
+        super()._push_from_checkpoint(checkpoint_folder)

@@ -1,0 +1,58 @@
+"""`models.py`: what may be given as a model, and what it is called. Wrapping is tested through the trainer."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from rcgrpo.editors.pipeline import RegionDecoupledFluxKontextPipeline
+from rcgrpo.tiny import WEIGHTS
+from rcgrpo.training.model import base_model_name, load_pipeline, trained_model
+from tiny_kontext import build_tiny_kontext
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "my-kontext"
+    build_tiny_kontext().save_pretrained(folder)
+    return folder
+
+
+def test_a_folder_opens_with_dtypes_as_yaml_says_them(folder):
+    pipe = load_pipeline(str(folder), {"torch_dtype": "bfloat16"})
+    assert type(pipe) is RegionDecoupledFluxKontextPipeline
+    assert {pipe.transformer.dtype, pipe.vae.dtype, pipe.text_encoder_2.dtype} == {torch.bfloat16}
+    mixed = load_pipeline(folder, {"torch_dtype": {"transformer": "bfloat16", "default": "float32"}})
+    assert mixed.transformer.dtype == torch.bfloat16 and mixed.vae.dtype == torch.float32
+    assert base_model_name(mixed) == "my-kontext"
+
+
+@pytest.mark.parametrize("given", ["float-16", "nn", 16, {"vae": "half precision"}])
+def test_refuses_what_is_no_dtype(folder, given):
+    with pytest.raises(ValueError, match=r"model_init_kwargs\['torch_dtype'\]: got .*expected the name of a dtype"):
+        load_pipeline(folder, {"torch_dtype": given})
+
+
+def test_a_pipeline_shares_its_parts_and_its_name():
+    given = build_tiny_kontext()
+    given.register_to_config(_name_or_path="black-forest-labs/FLUX.1-Kontext-dev")
+    pipe = load_pipeline(given)
+    assert pipe.transformer is given.transformer and base_model_name(pipe) == "black-forest-labs/FLUX.1-Kontext-dev"
+    assert load_pipeline(pipe) is pipe
+
+
+def test_refuses_arguments_of_loading_for_a_pipeline_and_a_vae_that_tiles():
+    given = build_tiny_kontext()
+    with pytest.raises(ValueError, match=r"model_init_kwargs: got .*loaded already, expected none"):
+        load_pipeline(given, {"torch_dtype": "bfloat16"})
+    given.vae.enable_tiling()
+    with pytest.raises(ValueError, match=r"the VAE decodes in tiles.*disable_tiling\(\)"):
+        trained_model(given, None, 0)
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [(None, ""), (str(WEIGHTS), "kontext-tiny"), (f"{WEIGHTS}/.", "kontext-tiny"), ("owner/editor", "owner/editor")],
+)
+def test_the_name_of_a_base_is_one_to_publish(path, name):
+    assert base_model_name(SimpleNamespace(config={"_name_or_path": path})) == name
