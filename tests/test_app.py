@@ -19,7 +19,7 @@ from rcgrpo.app import LoraSlot, changes_outside, compare, draw, painting_of, re
 from rcgrpo.cli.app import read_auth, run
 from rcgrpo.cli.parsing import UsageError
 from rcgrpo.data import compbench_mini
-from rcgrpo.editors.pipeline import RegionDecoupledFluxKontextPipeline
+from rcgrpo.editors import RegionDecoupledFluxKontextPipeline
 from rcgrpo.evaluation.benchmark import Sampling, contenders
 from rcgrpo.training.hub import LORA_FILE, save_lora
 from tiny_kontext import build_tiny_kontext

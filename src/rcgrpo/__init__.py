@@ -6,11 +6,14 @@ Heavy rooms load on first use, so `import rcgrpo` and the command line's help st
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from . import _moved
+
 __version__ = "0.1.0"
+_moved.install()
 
 _HOMES = {
-    "RCGRPOConfig": "config",
-    "RCGRPOTrainer": "trainer",
+    "RCGRPOConfig": "training.config",
+    "RCGRPOTrainer": "training.trainer",
     "RegionDecoupledFlux2KleinPipeline": "editors.flux2_klein",
     "RegionDecoupledFluxKontextPipeline": "editors.flux_kontext",
     "RegionDecoupledPipeline": "editors.opening",

@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from .data import compbench_mini
-from .editors.pipeline import RegionDecoupledFluxKontextPipeline
+from .editors import RegionDecoupledFluxKontextPipeline
 from .evaluation.benchmark import Contender, Sampling, contenders, load_loras, switch_to
 from .inputs.masks import mask_picture, mask_to_tensor
 from .inputs.pictures import to_rgb

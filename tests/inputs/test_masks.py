@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 from rcgrpo.cli.edit import read_mask
 from rcgrpo.data import EditRows, load_edit_dataset
 from rcgrpo.data.corruption import corrupt_dataset
-from rcgrpo.editors.pipeline import RegionDecoupledFluxKontextPipeline
+from rcgrpo.editors import RegionDecoupledFluxKontextPipeline
 from rcgrpo.groups.turns import next_edit
 from rcgrpo.inputs.masks import mask_picture, mask_to_tensor, split_masks
 from rcgrpo.maths.labels import split_regions

@@ -13,7 +13,7 @@ from test_hub import draw, trained
 from test_trainer import by_number, last, make, weights
 
 from rcgrpo import compbench_mini
-from rcgrpo.editors.pipeline import RegionDecoupledFluxKontextPipeline
+from rcgrpo.editors import RegionDecoupledFluxKontextPipeline
 from rcgrpo.training.adapters import StartingPoint, adapters_of, describe, unwrap
 from rcgrpo.training.hub import save_lora
 from tiny_kontext import build_tiny_kontext

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from rcgrpo.editors.pipeline import RegionDecoupledFluxKontextPipeline
+from rcgrpo.editors import RegionDecoupledFluxKontextPipeline
 from rcgrpo.tiny import WEIGHTS
 from rcgrpo.training.model import base_model_name, load_pipeline, trained_model
 from tiny_kontext import build_tiny_kontext

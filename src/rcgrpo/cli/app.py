@@ -51,7 +51,7 @@ def run(arguments: Sequence[str]) -> None:
         os.environ.setdefault("HF_HUB_OFFLINE", "0")  # a LoRA may come from the Hub all the same
         use_embedded_model()
     from ..app import create_app, serve
-    from ..editors.pipeline import RegionDecoupledFluxKontextPipeline
+    from ..editors import RegionDecoupledFluxKontextPipeline
     from ..evaluation.benchmark import Sampling, contenders
     from .opening import call_defaults, open_pipeline
 

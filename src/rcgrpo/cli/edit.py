@@ -49,8 +49,8 @@ def run(arguments: Sequence[str]) -> None:
     import torch
     from PIL import Image
 
+    from ..editors import RegionDecoupledFluxKontextPipeline
     from ..editors.lora import load_lora
-    from ..editors.pipeline import RegionDecoupledFluxKontextPipeline
     from ..evaluation.benchmark import Sampling
     from ..inputs.pictures import decode_picture, to_rgb
     from ..maths.regions import at_size

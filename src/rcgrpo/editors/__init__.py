@@ -2,9 +2,10 @@
 
 from .cache import ConditionCache
 from .conditions import Conditions
-from .flux_kontext import FluxKontextEditor
+from .flux_kontext import FluxKontextEditor, RegionDecoupledFluxKontextPipeline
 from .opening import RegionDecoupledPipeline, open_editor
 from .protocols import Editor
+from .region_decoupled import RegionDecoupledPipelineOutput
 from .schedule import Schedule
 
 __all__ = [
@@ -12,7 +13,9 @@ __all__ = [
     "Conditions",
     "Editor",
     "FluxKontextEditor",
+    "RegionDecoupledFluxKontextPipeline",
     "RegionDecoupledPipeline",
+    "RegionDecoupledPipelineOutput",
     "Schedule",
     "open_editor",
 ]

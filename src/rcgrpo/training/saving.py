@@ -15,7 +15,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..editors.pipeline import RegionDecoupledFluxKontextPipeline
+from ..editors import RegionDecoupledFluxKontextPipeline
 from ..rewards import Reward
 from .hub import LORA_FILE, model_card, save_lora
 from .model import base_model_name

@@ -1,0 +1,1 @@
+"""What users hand in: numbers within their ranges, names from elsewhere, pictures and masks of every kind."""

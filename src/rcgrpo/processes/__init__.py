@@ -1,0 +1,1 @@
+"""What the processes of a run have to agree on: that one of them failed, and when to stop."""
