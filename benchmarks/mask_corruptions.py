@@ -13,8 +13,8 @@ from PIL import Image, ImageEnhance
 
 from rcgrpo import compbench_mini
 from rcgrpo.maths.regions import CORRUPTIONS, corrupt
+from rcgrpo.reporting.files import write_atomically
 from rcgrpo.reporting.sheets import contact_sheet, outline
-from rcgrpo.reporting.statistics import write_atomically
 
 SIZE = 128
 SEVERITIES = (0, 0.25, 0.5, 0.75, 1)

@@ -23,8 +23,9 @@ from tqdm.auto import tqdm
 from rcgrpo import RegionDecoupledFluxKontextPipeline
 from rcgrpo.data.mini import PHOTOS, render
 from rcgrpo.data.scenes import TASKS
+from rcgrpo.reporting.files import write_atomically
 from rcgrpo.reporting.sheets import contact_sheet, outline
-from rcgrpo.reporting.statistics import macro_bootstrap, write_atomically
+from rcgrpo.reporting.statistics import macro_bootstrap
 from rcgrpo.rewards.builtin import ADDS, background_psnr, compbench_mini, region_edit
 from rcgrpo.rewards.region_scorer import get_region_scorer, split_mask
 from rcgrpo.tiny import CALL, WEIGHTS

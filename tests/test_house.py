@@ -12,7 +12,19 @@ from rcgrpo._moved import MOVED
 
 SOURCE = Path(importlib.import_module("rcgrpo").__file__).parent
 
-FLOORS = ["inputs processes reporting", "maths", "tiny", "data", "rewards", "editors", "groups", "training", "evaluation", "app", "cli"]
+FLOORS = [
+    "inputs processes reporting",
+    "maths",
+    "tiny",
+    "data",
+    "rewards",
+    "editors",
+    "groups",
+    "training",
+    "evaluation",
+    "app",
+    "cli",
+]
 """From the ground up: a wing knows those below it and its own rooms, nothing above."""
 
 FLOOR = {wing: number for number, wings in enumerate(FLOORS) for wing in wings.split()}

@@ -38,7 +38,7 @@ from rcgrpo.groups.diagnostics import (
 from rcgrpo.groups.rollout import Exploration, Group, make_groups
 from rcgrpo.groups.transitions import choose, gather
 from rcgrpo.maths.regions import corrupt
-from rcgrpo.reporting.statistics import write_atomically
+from rcgrpo.reporting.files import write_atomically
 from rcgrpo.rewards import resolve_rewards
 from rcgrpo.rewards.pictures import image_tensor
 from rcgrpo.tiny import WEIGHTS

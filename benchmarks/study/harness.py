@@ -22,7 +22,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from rcgrpo.reporting.statistics import write_atomically
+from rcgrpo.reporting.files import write_atomically
 
 from .tables import Kind, Table, Variant, common
 from .worker import work_on

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rcgrpo.reporting.statistics import pad_table, write_atomically
+from rcgrpo.reporting.files import write_atomically
+from rcgrpo.reporting.statistics import pad_table
 
 from .harness import finite
 from .tables import BASE, COSTS, RATES, Table

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from rcgrpo.reporting.statistics import write_atomically
+from rcgrpo.reporting.files import write_atomically
 
 Planned = dict[tuple[str, int], str]
 """Variant and seed to the name of the cell's folder."""

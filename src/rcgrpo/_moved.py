@@ -46,9 +46,7 @@ _ROOT = __name__.rpartition(".")[0]
 class _OldNames(MetaPathFinder, Loader):
     """Finds a module under its old name and puts the one from its new home there."""
 
-    def find_spec(
-        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         return ModuleSpec(name, self) if name.removeprefix(f"{_ROOT}.") in MOVED else None
 
     def exec_module(self, module: ModuleType) -> None:

@@ -13,7 +13,6 @@ from scipy.ndimage import gaussian_filter
 
 from rcgrpo.data import compbench_mini
 from rcgrpo.evaluation.compbench import (
-    Clip,
     Turn,
     categorise,
     foreground_box,
@@ -25,6 +24,7 @@ from rcgrpo.evaluation.compbench import (
 )
 from rcgrpo.evaluation.held_out import COMPBENCH_METRICS, METRICS, MINI_METRICS, Result, Scorer
 from rcgrpo.maths.metrics import load_lpips
+from rcgrpo.rewards.clip_model import Clip
 from tiny_clip import SIDE, write_random_squeezenet, write_tiny_clip
 
 COUNT = 51

@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from rcgrpo.reporting.curves import plot_curves
+from rcgrpo.reporting.files import write_atomically
 from rcgrpo.reporting.statistics import (
     PairedDifference,
     compare,
@@ -11,8 +13,6 @@ from rcgrpo.reporting.statistics import (
     markdown_table,
     pad_table,
     paired_bootstrap,
-    plot_curves,
-    write_atomically,
 )
 
 # Statistics

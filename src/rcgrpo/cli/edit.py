@@ -54,7 +54,7 @@ def run(arguments: Sequence[str]) -> None:
     from ..evaluation.benchmark import Sampling
     from ..inputs.pictures import decode_picture, to_rgb
     from ..maths.regions import at_size
-    from ..reporting.statistics import write_atomically
+    from ..reporting.files import write_atomically
 
     source = to_rgb(decode_picture(Path(args.image), "--image"))
     mask = None if args.mask is None else read_mask(Path(args.mask), (source.height, source.width))

@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..reporting.statistics import PathLike, write_atomically
+from ..reporting.files import PathLike, write_atomically
 
 logger = logging.getLogger(__name__)
 

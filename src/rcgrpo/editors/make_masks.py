@@ -23,7 +23,7 @@ from torch import Tensor
 from ..data.loading import METADATA
 from ..data.masks import difference_mask, mask_share, velocity_map, velocity_mask
 from ..maths.noise import keyed_noise
-from ..reporting.statistics import write_atomically
+from ..reporting.files import write_atomically
 from . import Editor
 
 Maker = Callable[[Mapping[str, Any]], Image.Image]

@@ -17,14 +17,9 @@ from PIL import Image
 from .. import __version__
 from ..groups.diagnostics import mean_curve, variance_split
 from ..inputs.masks import mask_picture
+from ..reporting.files import write_atomically
 from ..reporting.sheets import contact_sheet, heatmap, outline
-from ..reporting.statistics import (
-    PairedDifference,
-    macro_bootstrap,
-    pad_table,
-    paired_bootstrap,
-    write_atomically,
-)
+from ..reporting.statistics import PairedDifference, macro_bootstrap, pad_table, paired_bootstrap
 from .survey import Finding, Match
 
 REGION, GLOBAL, MATCHED, BASE = "region", "global", "global, matched", "base model, region"

@@ -22,10 +22,13 @@ from ..data.edits import Edit, EditRows
 from ..inputs.masks import mask_picture
 from ..inputs.pictures import to_rgb
 from ..maths.metrics import background_lpips, background_psnr, background_ssim, load_lpips
+from ..reporting.curves import plot_curves
+from ..reporting.files import write_atomically
 from ..reporting.sheets import contact_sheet, heatmap, outline
-from ..reporting.statistics import PairedDifference, compare, markdown_table, plot_curves, write_atomically
+from ..reporting.statistics import PairedDifference, compare, markdown_table
 from ..rewards import failing_together
-from .compbench import CLIP_MODEL, Clip, local_clip_scores
+from ..rewards.clip_model import CLIP_MODEL, Clip
+from .compbench import local_clip_scores
 
 if TYPE_CHECKING:
     from ..groups.rollout import Group

@@ -15,9 +15,10 @@ import numpy as np
 from ..data.edits import EditRows
 from ..inputs.masks import mask_picture
 from ..inputs.pictures import decode_picture
+from ..reporting.files import write_atomically
 from ..reporting.gallery import Card, Table, write_gallery
 from ..reporting.sheets import outline
-from ..reporting.statistics import Estimate, macro_bootstrap, pad_table, write_atomically
+from ..reporting.statistics import Estimate, macro_bootstrap, pad_table
 from .benchmark import Plan, Record, picture_path
 from .compbench import PUBLISHED, PUBLISHED_SOURCE, categorise, video_id
 from .held_out import COMPBENCH_METRICS, METRICS

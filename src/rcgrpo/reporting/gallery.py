@@ -15,7 +15,7 @@ from typing import Protocol
 
 from PIL import Image
 
-from .statistics import PathLike, write_atomically
+from .files import PathLike, write_atomically
 
 THUMBNAIL = 192
 """Longest side of a thumbnail in pixels; smaller pictures stay exact and are enlarged by the browser."""

@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 from PIL import Image, ImageChops, ImageColor, ImageDraw, ImageFilter, ImageFont
 
-from .statistics import FAINT, HAIR, INK, PathLike, write_atomically
+from .curves import FAINT, HAIR, INK
+from .files import PathLike, write_atomically
 
 MARGIN, GAP, BLOCK_GAP = 16, 4, 28
 MAX_ROWS_IN_ONE_BLOCK = 8

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch.nn.functional import normalize
 
-from ..evaluation.compbench import CLIP_MODEL, Clip
+from .clip_model import CLIP_MODEL, Clip
 from .pictures import crop_to_region
 from .registry import register_reward
 

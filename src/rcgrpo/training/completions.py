@@ -23,8 +23,8 @@ from PIL import Image
 from torch import Tensor
 
 from ..groups.rollout import Group
+from ..reporting.files import write_atomically
 from ..reporting.sheets import contact_sheet, outline
-from ..reporting.statistics import write_atomically
 
 SHOWN = 8
 """Edits in a picture."""
