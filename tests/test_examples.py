@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from hub_server import HubServer, run_with_hub
+from rcgrpo.editors.lora import LORA_FILE
 from rcgrpo.tiny import WEIGHTS
-from rcgrpo.training.hub import LORA_FILE
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"

@@ -5,7 +5,8 @@ import torch
 
 from rcgrpo.data.mini import render
 from rcgrpo.tiny import CALL, recipe
-from rcgrpo.tiny.recipe import REGION_WEIGHT, TEXT_LENGTH, as_matrix, build_tokenizers, fit
+from rcgrpo.tiny.parts import TEXT_LENGTH, build_tokenizers
+from rcgrpo.tiny.recipe import REGION_WEIGHT, as_matrix, fit
 
 
 def test_every_word_of_the_data_set_is_one_token_also_after_saving(tmp_path):

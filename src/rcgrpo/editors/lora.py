@@ -17,8 +17,9 @@ from huggingface_hub.errors import EntryNotFoundError
 from torch import Tensor, nn
 
 from ..maths.metrics import first_words
-from ..training.hub import LORA_FILE
 
+LORA_FILE = "pytorch_lora_weights.safetensors"
+"""What diffusers looks for in a folder."""
 PEFT_FILE = "adapter_model.safetensors"
 """What PEFT writes beside our file; diffusers cannot read it."""
 

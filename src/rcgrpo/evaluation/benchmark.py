@@ -34,10 +34,9 @@ from tqdm.auto import tqdm
 from ..data.edits import Edit, EditRows
 from ..editors import open_editor
 from ..editors.base import FlowEditor
-from ..editors.lora import find_lora, load_lora
+from ..editors.lora import LORA_FILE, find_lora, load_lora
 from ..maths.noise import keyed_generator
 from ..reporting.files import write_atomically
-from ..training.hub import LORA_FILE
 from .compbench import NOT_SCORED, parse_turn, sub_task
 from .held_out import Result, Scorer
 

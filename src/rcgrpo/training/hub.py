@@ -24,7 +24,8 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
-LORA_FILE = "pytorch_lora_weights.safetensors"
+from ..editors.lora import LORA_FILE
+
 CARD_TAGS = ("rcgrpo", "trl", "lora", "image-editing", "reinforcement-learning", "grpo")
 DEFAULT_PICTURE = "samples/contact_sheet.png"
 LICENSES = {

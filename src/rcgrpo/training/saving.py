@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..editors import RegionDecoupledFluxKontextPipeline
+from ..editors.lora import LORA_FILE
 from ..rewards import Reward
-from .hub import LORA_FILE, model_card, save_lora
+from .hub import model_card, save_lora
 from .model import base_model_name
 from .resuming import ResumingTrainer
 
