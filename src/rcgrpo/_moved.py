@@ -1,6 +1,6 @@
 """Earlier homes of modules, so that `from rcgrpo.regions import grow` goes on working after the house was put in order.
 
-An old name is the module in its new place, not a copy of it. `MOVED` has all of them; `rcgrpo/__init__.py` lets them in.
+An old name is the module in its new place, no copy of it. `MOVED` has all of them; `rcgrpo/__init__.py` lets them in.
 """
 
 import sys
