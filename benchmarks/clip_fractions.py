@@ -25,7 +25,7 @@ from peft import LoraConfig
 
 from rcgrpo.cli.parsing import parse, use_embedded_model
 from rcgrpo.cli.train import ScriptArguments, load_rows
-from rcgrpo.groups import policies
+from rcgrpo.groups.policies import ratio
 from rcgrpo.tiny import WEIGHTS
 from rcgrpo.training.config import RCGRPOConfig
 from rcgrpo.training.trainer import RCGRPOTrainer
@@ -66,7 +66,7 @@ def measure(arguments: list[str], folder: Path, in_regions: bool) -> tuple[RCGRP
         peft_config=LoraConfig(r=script.lora_r, lora_alpha=script.lora_alpha, target_modules=targets),
     )
     seen: dict[tuple[int, int], list[torch.Tensor]] = defaultdict(list)
-    original, rows = policies.policy_loss, itertools.count()
+    original, rows = ratio.policy_loss, itertools.count()
 
     def record(log_probs: torch.Tensor, old: torch.Tensor, advantages: torch.Tensor, *clip: Any) -> Any:
         cycle, iteration = divmod(trainer.state.global_step, config.num_iterations)
@@ -75,11 +75,11 @@ def measure(arguments: list[str], folder: Path, in_regions: bool) -> tuple[RCGRP
             seen[iteration + 1, row].append(torch.stack([(log_probs - old).detach(), advantages], -1).flatten(0, 1))
         return original(log_probs, old, advantages, *clip)
 
-    policies.policy_loss = record
+    ratio.policy_loss = record
     try:
         trainer.train()
     finally:
-        policies.policy_loss = original
+        ratio.policy_loss = original
     return trainer, {key: torch.cat(parts) for key, parts in seen.items()}
 
 
@@ -102,7 +102,7 @@ def epsilon_for(numbers: torch.Tensor, share: float) -> float:
 def report(name: str, steps: int, iterations: int, trainer: RCGRPOTrainer, seen: Seen) -> list[str]:
     """A run's lines of the table."""
     policy = trainer.policy
-    assert isinstance(policy, policies.RatioPolicy)
+    assert isinstance(policy, ratio.RatioPolicy)
     epsilon = policy.default_epsilon if policy.epsilon is None else policy.epsilon
     mismatch = max(row[MISMATCH] for row in trainer.state.log_history if MISMATCH in row)
     lines = []

@@ -1,4 +1,4 @@
-"""`policies.py`: the three objectives on flows small enough to solve by hand."""
+"""`policies`: the three objectives on flows small enough to solve by hand."""
 
 import math
 from dataclasses import replace

@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-import rcgrpo.groups.policies
+import rcgrpo.groups.policies.neighbor
 import rcgrpo.training.trainer
 from processes import on_processes
 from rcgrpo import RCGRPOConfig, RCGRPOTrainer, compbench_mini
@@ -157,11 +157,11 @@ def test_update_takes_an_anchor_where_the_rollout_took_it(tmp_path, data, monkey
     """In one batch shape; the trainer's own ratio could not tell, as its old policy is its first forward."""
     seen = []
 
-    def spy(candidates, predicted, *rest, _original=rcgrpo.groups.policies.surrogate_log_probs):
+    def spy(candidates, predicted, *rest, _original=rcgrpo.groups.policies.neighbor.surrogate_log_probs):
         seen.append((candidates, predicted.detach()))
         return _original(candidates, predicted, *rest)
 
-    monkeypatch.setattr(rcgrpo.groups.policies, "surrogate_log_probs", spy)
+    monkeypatch.setattr(rcgrpo.groups.policies.neighbor, "surrogate_log_probs", spy)
     shape = {"per_device_train_batch_size": 1, "num_anchors": 4, "num_policy_steps": 1}  # 4 candidates, 4 transitions
     trainer = make(tmp_path, data, bf16=bf16, attention_reward_weight=attention, max_steps=1, **shape)
     where = []

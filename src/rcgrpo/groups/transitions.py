@@ -2,7 +2,7 @@
 
 Between rollout and `compute_loss`. Which anchors and steps are taken is drawn from a key, so every process, every
 iteration over the same rollout and every resume takes the same ones. What is read at a place, a `Reading`, is the
-policy's business (`policies.py`); here readings are chosen and collected, one micro-batch at a time.
+policy's business (`policies`); here readings are chosen and collected, one micro-batch at a time.
 """
 
 import itertools

@@ -4,7 +4,7 @@ A deterministic ODE has no step probabilities. Neighbor GRPO (arXiv 2511.16955) 
 are neighbours of an anchor, and the policy's probability of candidate i is a softmax over negative distances between
 where one Euler step takes the anchor and where candidate i really went. RC-GRPO-Editing (arXiv 2604.09386) makes that
 distance mask-aware. Two relatives stand beside it: Flow-GRPO (arXiv 2505.05470), whose steps are Gaussian, and
-DiffusionNFT (arXiv 2509.16117), which needs no probabilities. `policies.py` joins the pieces. Shapes below: B
+DiffusionNFT (arXiv 2509.16117), which needs no probabilities. `groups/policies` joins the pieces. Shapes below: B
 anchors-and-steps ("transitions"), G candidates, N tokens, C channels.
 
 Gotchas: distances are *means* over weighted elements; with a sum the softmax is one-hot and every ratio is clipped.
