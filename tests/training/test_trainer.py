@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 import rcgrpo.groups.policies.neighbor
-import rcgrpo.training.trainer
+import rcgrpo.training.run_log
 from processes import on_processes
 from rcgrpo import RCGRPOConfig, RCGRPOTrainer, compbench_mini
 from rcgrpo.editors.attention import AttentionOptions
@@ -240,7 +240,7 @@ def test_mismatch_is_not_told_where_rollouts_take_other_steps(tmp_path, data, op
 @pytest.mark.parametrize(("epsilon", "times"), [(1e-12, 1), (10.0, 0)])
 def test_a_clip_that_takes_nearly_all_is_told_once(tmp_path, data, caplog, monkeypatch, epsilon, times):
     # Steps against the gradient, small enough, move nearly every ratio where its advantage wants it.
-    monkeypatch.setattr(rcgrpo.training.trainer, "NEARLY_ALL", 0.4)
+    monkeypatch.setattr(rcgrpo.training.run_log, "NEARLY_ALL", 0.4)
     trainer = make(tmp_path, data, epsilon=epsilon, num_iterations=2, max_steps=6, learning_rate=0.1)
     trainer.train()
     assert caplog.text.count("epsilon: the clip took away the gradient of") == times

@@ -1,95 +1,50 @@
 """`RCGRPOTrainer`: moves data between the rooms, on TRL's base trainer.
 
 The way of one edit: sampler → rows (undecoded) → `Edit` → `editor.encode` → region-decoupled noise → `rollout` →
-pictures → `score` → advantages → transitions → `compute_loss`. Whole groups live on one process, because candidates
-are compared with each other in latent space; what is drawn at random comes from keys, so a resume, another GPU count or
-another order sees the same noise.
+pictures → rewards → advantages → transitions → `compute_loss`. Start-up is a list of checks (`checks`, `rows`), groups
+come from the generation cycle (`cycle`), numbers go to the log (`run_log`) and weights to disk (`saving`); here is the
+update.
 
-Gotchas: rollout and update call the same wrapped module through `editor.velocity`, else the policy ratio is not 1. One
-generation cycle is one gradient-accumulation window, repeated `num_iterations` times; what is kept between repetitions
-is not in checkpoints, hence `save_steps` must be a multiple of it, and a signal stops a run at the end of a cycle.
+Gotchas: rollout and update call the same wrapped module through `editor.velocity`, else the policy ratio is not 1.
+Whole groups live on one process, because candidates are compared with each other in latent space; what is drawn at
+random comes from keys, so a resume, another GPU count or another order sees the same noise.
 """
 
-import dataclasses
-import itertools
-import logging
 import time
-from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import partial
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from accelerate.utils import gather_object
 from diffusers import FlowMatchEulerDiscreteScheduler
 from peft import PeftConfig
-from PIL import Image
 from torch import Tensor, nn
 from transformers import TrainerCallback
-from trl.trainer.utils import RepeatSampler
 
-from ..data.edits import Edit, EditRows
-from ..editors import ConditionCache, open_editor
-from ..editors.attention import AttentionOptions, Concentration
-from ..editors.base import fit_size
-from ..groups.diagnostics import group_diagnostics, reward_parts, variance_by_step
-from ..groups.policies import CLIPPED_AGAIN, RatioPolicy, make_policy, region_mask
-from ..groups.rollout import Exploration, Group, make_groups, words_of
-from ..groups.transitions import Transitions, Where, choose, gather, micro_batches
-from ..groups.turns import REGIONS, best_candidate, join_turns, next_edit
+from ..groups.policies import RatioPolicy, make_policy
+from ..groups.rollout import Group
+from ..groups.transitions import Transitions, choose, gather, micro_batches
 from ..inputs.hints import hinted
-from ..maths.metrics import masked_psnr
-from ..maths.objective import (
-    batch_advantages,
-    comparable,
-    keep_hinge,
-    predict_clean,
-    spread,
-    total_scores,
-    velocity_kl,
-)
+from ..maths.objective import keep_hinge, predict_clean, velocity_kl
 from ..maths.regions import region_weights
 from ..processes.stopping import interruptible
-from ..rewards import (
-    ATTENTION_REWARDS,
-    FailureWatch,
-    PendingScores,
-    Reward,
-    RewardError,
-    ScoredBatch,
-    ScoringQueue,
-    failing_together,
-    fault_counts,
-    refuse_columns,
-    resolve_rewards,
-)
+from ..rewards import ATTENTION_REWARDS, FailureWatch, failing_together
 from .adapters import StartingPoint, adapters_of
-from .completions import SHOWN, Completions, record, show, shown_rows, write_completions
+from .checks import (
+    check_attention,
+    check_engine,
+    check_enough,
+    check_lora,
+    check_optimizer,
+    check_reference,
+    probe_rewards,
+)
 from .config import RCGRPOConfig
 from .config_checks import check_trackers
-from .hub import check_lora_config
+from .cycle import GeneratingTrainer
 from .model import load_pipeline, trained_model
-from .saving import SavingTrainer
-
-logger = logging.getLogger(__name__)
-
-
-NEARLY_ALL = 0.7
-"""Share of clipped candidates of which a warning is given: the others mostly moved against their advantage."""
-
-
-def _candidate_labels(groups: Sequence[Group]) -> list[str]:
-    return [f"{group.edit.label}, candidate {i}" for group in groups for i in range(len(group.images))]
-
-
-class CycleSampler(RepeatSampler):
-    """TRL's sampler, with a new permutation each epoch that does not depend on how often it was iterated before."""
-
-    def set_epoch(self, epoch: int) -> None:
-        if self.shuffle:
-            self.generator.manual_seed(self.seed + epoch)
+from .rooms import editor_of, exploration_of, scoring_of
+from .rows import check_played, make_rows
 
 
 class UntaughtUpdates(TrainerCallback):
@@ -113,7 +68,7 @@ class UntaughtUpdates(TrainerCallback):
 
 
 @hinted
-class RCGRPOTrainer(SavingTrainer):
+class RCGRPOTrainer(GeneratingTrainer):
     """
     Trainer for region-constrained GRPO on flow-matching image editors (RC-GRPO-Editing, arXiv 2604.09386).
 
@@ -154,62 +109,25 @@ class RCGRPOTrainer(SavingTrainer):
     ) -> None:
         args = args if args is not None else RCGRPOConfig("rcgrpo-output")
         check_trackers(args)
-        self.rewards, self.reward_weights = self._resolve_rewards(reward_funcs, args)
+        self.scoring = scoring_of(reward_funcs, args)
         self._records_attention = args.log_attention or any(r.name in ATTENTION_REWARDS for r in self.rewards)
-        self.reward_regions = self._regions_of_rewards(self.rewards, args)
-        self.exploration = Exploration(
-            args.edit_strength,
-            args.keep_strength,
-            args.antithetic,
-            args.mask_growth,
-            args.exploration,  # type: ignore[arg-type]
-            args.independent_share,
-            REGIONS if args.turns_at_once else args.regions_column,
-            args.region_strengths,
-            args.sde_noise_level if args.policy == "flow_grpo" else 0.0,
-            args.policy_step_indices,
-            args.sde_window,
-        )
+        self.exploration = exploration_of(args)
         train_rows, eval_rows = (
-            self._make_rows(dataset, name, args) for dataset, name in ((train_dataset, "train"), (eval_dataset, "eval"))
+            make_rows(dataset, name, args, self.rewards, self.exploration)
+            for dataset, name in ((train_dataset, "train"), (eval_dataset, "eval"))
         )
         if train_rows is None:
             raise ValueError("train_dataset: got None, expected rows with a source, an instruction and a mask")
-        if peft_config is not None:
-            check_lora_config(peft_config)
-            if peft_config.lora_dropout:
-                raise ValueError(
-                    f"peft_config.lora_dropout: got {peft_config.lora_dropout}, expected 0: dropout makes the "
-                    "update see another policy than the rollout"
-                )
-
+        check_lora(peft_config)
         self.pipeline = load_pipeline(model, args.model_init_kwargs)  # type: ignore[arg-type]
         goes_on = peft_config is None and bool(adapters_of(self.pipeline.transformer))
-        if args.beta and peft_config is None and not goes_on:
-            raise ValueError(f"beta: got {args.beta} without peft_config, expected LoRA, whose base is the reference")
-        self.editor = open_editor(
-            self.pipeline,
-            args.resolution,
-            args.num_inference_steps,
-            args.guidance_scale,
-            args.max_sequence_length,
-            args.solver,  # type: ignore[arg-type]
-            args.true_cfg_scale,
-            args.negative_prompt,
-            ConditionCache(args.conditions_cache_dir) if args.cache_conditions else None,
-            args.batch_guidance,
-        )
-        if self._records_attention:
-            self.editor.attention(args.attention_options)  # refuses blocks that are not there
-        elif args.attention_options != AttentionOptions():
-            raise ValueError(
-                f"attention_blocks, attention_...: got {args.attention_options}, expected the defaults, as nothing "
-                f"is recorded without log_attention=True or one of the rewards {', '.join(ATTENTION_REWARDS)}"
-            )
+        check_reference(args, has_lora=peft_config is not None or goes_on)
+        self.editor = editor_of(self.pipeline, args)
+        check_attention(args, self.editor, self._records_attention)
         self.policy = make_policy(args, args.named_regions)
         trained = trained_model(self.pipeline, peft_config, args.seed)
         self._start = StartingPoint(trained) if args.beta and goes_on else None
-        self._check_optimizer(trained, optimizers[0])
+        check_optimizer(trained, optimizers[0])
         super().__init__(
             model=trained,
             args=args,
@@ -219,517 +137,27 @@ class RCGRPOTrainer(SavingTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        if self.args.n_gpu > 1:
-            raise ValueError("Several GPUs in one process: got DataParallel, expected one GPU; use `accelerate launch`")
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            engine = "FSDP" if self.is_fsdp_enabled else "DeepSpeed"
-            raise ValueError(
-                f"{engine}: got a sharded engine, expected plain data parallelism, as processes run unequal numbers of "
-                "forwards (picture sizes, dropped groups, turns); use `accelerate launch --multi_gpu`, and a quantized "
-                "base, cache_conditions or rollout_batch_size where memory is short"
-            )
-        cycle = self._cycle_size()
-        if len(train_rows) < cycle:
-            raise ValueError(
-                f"train_dataset: got {len(train_rows)} rows, expected at least one update's {cycle} edits "
-                "(per_device_train_batch_size · gradient_accumulation_steps · processes); lower one of these"
-            )
+        check_engine(self.args.n_gpu, self.is_fsdp_enabled, self.is_deepspeed_enabled)
+        check_enough(train_rows, self._cycle_size())
         for rows in (train_rows, eval_rows):
-            self._check_played(rows)
+            check_played(rows, args, self.exploration, self.editor)
         self.editor.place(self.accelerator.device)
         self._eval_editor = self.editor.with_steps(args.num_inference_steps_eval or args.num_inference_steps)
         self.failures = FailureWatch(self.rewards, args.max_reward_failures)
-        self._metrics: dict[str, dict[str, list[float]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
-        self._completions: dict[str, list[Completions]] = {"train": [], "eval": []}
-        self._eval_prefix = "eval_"
-        self._last_eval_metrics: dict[str, float] = {}
-        self._warned_of_clipping = False
-        self._step = 0
-        self._buffer: list[list[Group]] = []
-        self._old: list[dict[Where, Tensor]] = []
-        self._extra_columns: dict[str, list[Any]] = {}
         self._taught = False
         self.add_callback(UntaughtUpdates(self))
-        self._scoring = ScoringQueue(timeout=args.reward_timeout)
-        self._window: list[Any] = []
-        self._ahead: deque[tuple[list[Group], PendingScores]] = deque()
-        self._probe_rewards(train_rows)
-
-    # ------------------------------------------------------------------------------------------ start-up
-
-    @staticmethod
-    def _resolve_rewards(reward_funcs: Any, args: RCGRPOConfig) -> tuple[list[Reward], Tensor]:
-        rewards = resolve_rewards(reward_funcs)
-        weights = args.reward_weights if args.reward_weights is not None else [1.0] * len(rewards)
-        if len(weights) != len(rewards):
-            raise ValueError(
-                f"reward_weights: got {len(weights)} weights, expected {len(rewards)}, one for each reward"
-            )
-        if args.attention_reward_weight:
-            rewards += resolve_rewards("attention_concentration")
-            weights = [*weights, args.attention_reward_weight]
-        names = [reward.name for reward in rewards]
-        if len(set(names)) < len(names):
-            raise ValueError(
-                f"reward_funcs: got {names}, expected different names; attention_reward_weight adds its own"
-            )
-        return rewards, torch.tensor(weights, dtype=torch.float32)
-
-    @staticmethod
-    def _check_optimizer(trained: nn.Module, optimizer: Any) -> None:
-        """Refuse an optimizer of other weights, with which nothing would be trained."""
-        if optimizer is not None:
-            held = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
-            if not any(id(weight) in held for weight in trained.parameters() if weight.requires_grad):
-                raise ValueError(
-                    "optimizers: got an optimizer of none of the weights that are trained, expected one of the LoRA's "
-                    "own, which are there beforehand only where a run goes on with peft_config=None; or set optim and "
-                    "optim_args in the configuration"
-                )
-
-    @staticmethod
-    def _regions_of_rewards(rewards: Sequence[Reward], args: RCGRPOConfig) -> list[str]:
-        if not args.region_advantages:
-            return []
-        given, automatic = list(args.reward_regions or []), ["edit"] if args.attention_reward_weight else []
-        if len(given) + len(automatic) != len(rewards):
-            raise ValueError(
-                f"reward_regions: got {len(given)}, expected {len(rewards) - len(automatic)}, a region for each reward"
-            )
-        return given + automatic
-
-    def _make_rows(self, dataset: Any, name: str, args: RCGRPOConfig) -> EditRows | None:
-        if dataset is None:
-            return None
-        if isinstance(dataset, Mapping):
-            raise TypeError(
-                f"{name}_dataset: got a dictionary of {sorted(map(str, dataset))}, expected one set of rows; pick one, "
-                "or call `trainer.evaluate(rows)` for each after training"
-            )
-        required = sorted({column for reward in self.rewards for column in reward.columns})
-        columns = (args.image_column, args.prompt_column, args.mask_column)
-        at_once = args.turns_column if args.turns_at_once else None
-        join = None if at_once is None else partial(join_turns, column=at_once)
-        rows = EditRows(dataset, name, *columns, required, args.regions_column, args.turns_column, join)
-        self._check_columns(rows.edit(0))
-        if args.turns_column is not None and args.turns_column not in rows.edit(0).columns:
-            raise ValueError(
-                f"turns_column: got {args.turns_column!r}, expected a column of {name}_dataset, which has "
-                f"{', '.join(rows.edit(0).columns)}; rows without further turns have None there"
-            )
-        most = 0
-
-        def look(edit: Edit) -> None:
-            nonlocal most
-            # Before a model is loaded; a token of every FLUX.1-Kontext covers 16 × 16 pixels.
-            height, width = fit_size(edit.source.height, edit.source.width, args.resolution**2, 16)
-            most = max(most, self._check_edit(edit, args, (max(height, 16), max(width, 16))))
-
-        full = rows.check(args.check_rows, look)
-        missing = [n for n in args.named_regions if n.startswith("region_") and int(n.removeprefix("region_")) > most]
-        # Turns that are played one after the other may bring more regions than their row.
-        if missing and most and (args.turns_column is None or args.turns_at_once):
-            logger.warning(
-                "reward_regions: none of the checked rows of %s_dataset has %s, so rewards there teach nothing; the "
-                "most regions of one edit are %d",
-                name,
-                ", ".join(missing),
-                most,
-            )
-        if full:
-            logger.warning(
-                "%s_dataset: %d of the checked rows have a mask that covers the whole picture; for them nothing is "
-                "kept and the region constraint is off",
-                name,
-                full,
-            )
-        return rows
-
-    def _next_edit(self, edit: Edit, result: Image.Image, number: int) -> Edit | None:
-        """The next turn, or None if there is none or all were one edit from the start."""
-        args = self.args
-        if args.turns_column is None or args.turns_at_once:
-            return None
-        return next_edit(edit, result, args.turns_column, number, args.regions_column)
-
-    def _check_edit(self, edit: Edit, args: RCGRPOConfig, size: tuple[int, int]) -> int:
-        """Regions and words that cannot be read are known before the first rollout; the number of regions.
-
-        A region may vanish at the (height, width) of the edit, where rewards look at it.
-        """
-        self._check_columns(edit)
-        if args.attention_words_column is not None:
-            words_of(edit, args.attention_words_column)
-        if edit.mask_at((size[1], size[0])).getbbox() is None:
-            raise ValueError(
-                f"{edit.label}: got a region that vanishes at the edit's height × width {size}, expected at least one "
-                "pixel of it to stay; drop the row, grow its mask, or raise `resolution`"
-            )
-        return len(self.exploration.regions(edit))
-
-    @staticmethod
-    def _check_columns(edit: Edit) -> None:
-        refuse_columns(edit.columns, edit.label)
-
-    def _check_played(self, rows: EditRows | None) -> None:
-        """Turns and words that cannot be read are known before the first rollout.
-
-        Turns are read at the size at which they will be played, which only the editor knows: there a mask may vanish.
-        Words may be cut off by `max_sequence_length`, which takes its tokenizer.
-        """
-        args = self.args
-
-        def play(edit: Edit, following: int = 2) -> None:
-            height, width = self.editor.size_for(edit.source)
-            self._check_edit(edit, args, (height, width))
-            if args.attention_words_column is not None:
-                words = words_of(edit, args.attention_words_column)
-                self.editor.instruction_weights(edit.prompt, words)
-            turn = self._next_edit(edit, Image.new("RGB", (width, height)), following)
-            if turn is not None:
-                play(turn, following + 1)
-
-        in_turns = args.turns_column is not None and not args.turns_at_once
-        if rows is not None and (in_turns or args.attention_words_column is not None):
-            rows.check(args.check_rows, play)
-
-    def _probe_rewards(self, rows: EditRows) -> None:
-        """Call each reward once on unedited sources, so that what is wrong with it is known before hours are spent.
-
-        None is as good an answer as any: an unedited source may be none of a reward's business. NaN is only a warning,
-        as it may come of a change of nothing at all.
-
-        Raises:
-            RewardError: a reward returned a wrong number of scores, or failed on all of them, with what it raised.
-        """
         with failing_together(self.accelerator):
-            group = self._fake_group(rows.edit(0))
-            labels = [f"start-up probe {i} ({group.edit.label}, unedited)" for i in range(2)]
-            scored = self._submit([group, group], labels).result()
-            for reward in self.rewards:
-                failed = [failure for failure in scored.failures if failure.reward == reward.name]
-                if len(failed) == len(labels) and all(failure.kind != "not_finite" for failure in failed):
-                    raise RewardError(
-                        f"reward {reward.name!r} failed on every candidate of the start-up probe, {group.edit.label} "
-                        f"unedited: it {failed[-1].reason}. Training with it would teach nothing; repair it (or the "
-                        "server behind it), or leave it out of reward_funcs"
-                    ) from failed[-1].error
-                for failure in failed:
-                    logger.warning(
-                        "reward %r failed on %s (%s); training goes on, candidates that it fails on are left out",
-                        failure.reward,
-                        failure.sample_label,
-                        failure.reason,
-                    )
+            probe_rewards(self.rewards, train_rows.edit(0), self.editor, self._records_attention, self._submit)
         self.forget_metrics()
-
-    def _fake_group(self, edit: Edit) -> Group:
-        height, width = self.editor.size_for(edit.source)
-        image, one, unused = edit.source.resize((width, height)), torch.ones(1), None
-        attention = Concentration(one, one, one) if self._records_attention else None
-        return Group(edit, unused, unused, one, one, [image], attention, None)  # type: ignore[arg-type]
 
     def _send_telemetry(self) -> None:
         """TRL's telemetry is not for other packages to send."""
 
-    # ------------------------------------------------------------------------------------------ data
-
-    def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns: list[str] = []
-
-    def _cycle_size(self) -> int:
-        args = self.args
-        return args.per_device_train_batch_size * args.gradient_accumulation_steps * self.accelerator.num_processes
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> CycleSampler:
-        return CycleSampler(
-            data_source=self.train_dataset if train_dataset is None else train_dataset,
-            mini_repeat_count=1,
-            batch_size=self._cycle_size(),
-            repeat_count=self.args.num_iterations,
-            shuffle=self.args.shuffle_dataset,
-            seed=self.args.data_seed if self.args.data_seed is not None else self.args.seed,
-        )
-
-    # ------------------------------------------------------------------------------------------ rollout
-
-    def make_groups(
-        self,
-        edits: Sequence[Edit],
-        num_generations: int,
-        key: tuple[Any, ...],
-        maps: bool = False,
-        cache_sources: bool = True,
-    ) -> list[Group]:
-        """Roll out candidates of each edit with the current weights; see `rollout.make_groups`."""
-        args = self.args
-        training = self.model.training
-        editor, exploration = self.editor, self.exploration
-        if not training:  # along the ODE, whatever noise training injects, and with its own number of steps
-            editor, exploration = self._eval_editor, dataclasses.replace(exploration, noise_level=0.0)
-        self.model.eval()
-        groups = make_groups(
-            editor,
-            self.model_wrapped,
-            edits,
-            num_generations,
-            exploration,
-            key,
-            "maps" if maps else "mass" if self._records_attention else "none",
-            args.rollout_batch_size,
-            cache_sources,
-            args.attention_options,
-        )
-        self.model.train(training)
-        return groups
-
-    # ------------------------------------------------------------------------------------------ rewards
-
-    def _submit(self, groups: Sequence[Group], labels: list[str] | None = None) -> PendingScores:
-        """Begin to score every candidate of the groups, in one call of each reward, beside whatever comes next."""
-        labels = labels or _candidate_labels(groups)
-        per_candidate = [(group, i) for group in groups for i in range(len(group.images))]
-        sources, masks = {id(g): g.source for g in groups}, {id(g): g.mask for g in groups}
-        names = set.intersection(*(set(g.edit.columns) for g in groups))
-        columns = {name: [g.edit.columns[name] for g, _ in per_candidate] for name in sorted(names)}
-        context: dict[str, Any] = {"trainer_state": self.state, "log_extra": self._log_extra}
-        context["log_metric"] = self._log_metric
-        if all(g.attention is not None for g in groups):
-            for measure in ("mass", "density", "contrast"):
-                context[f"attention_{measure}"] = [float(getattr(g.attention, measure)[i]) for g, i in per_candidate]
-        return self._scoring.submit(
-            self.rewards,
-            [g.edit.prompt for g, _ in per_candidate],
-            [g.images[i] for g, i in per_candidate],
-            [sources[id(g)] for g, _ in per_candidate],
-            [masks[id(g)] for g, _ in per_candidate],
-            columns,
-            labels,
-            context,
-        )
-
-    def _mode(self) -> str:
-        return "train" if self.model.training else "eval"
-
-    def _log_extra(self, column: str, values: list[Any]) -> None:
-        """For rewards: keep a column beside the candidates, in `trainer.extra_columns` until the next batch."""
-        self._extra_columns[column] = list(values)
-
-    def _log_metric(self, name: str, value: float) -> None:
-        """For rewards: average a number into the log."""
-        self._metrics[self._mode()][name].append(float(value))
-
-    @property
-    def extra_columns(self) -> dict[str, list[Any]]:
-        """What rewards logged with `log_extra` on the latest batch, one entry per candidate."""
-        return dict(self._extra_columns)
-
-    def forget_metrics(self) -> None:
-        """Drop what was measured since the last log, for scores that belong to no step of the run."""
-        self._extra_columns = {}
-        for metrics in self._metrics.values():
-            metrics.clear()
-
-    def score_groups(self, groups: Sequence[Group]) -> ScoredBatch:
-        """Fill in rewards, scores and advantages of freshly rolled-out groups; warn of candidates without a score."""
-        scored = self._take_scores(groups, self._submit(groups))
-        self._compare(groups)
-        return scored
-
-    def _rows(self) -> list[list[bool]]:
-        """Which rewards belong to each region that has some, with region advantages."""
-        return [[region == name for region in self.reward_regions] for name in self.args.named_regions]
-
-    def _take_scores(self, groups: Sequence[Group], pending: PendingScores) -> ScoredBatch:
-        """Fill in rewards and scores."""
-        metrics = self._metrics[self._mode()]
-        self._extra_columns = {}
-        asked = time.perf_counter()
-        scored = pending.result()
-        metrics["step_time/scoring"].append(pending.ended - pending.started)  # type: ignore[operator]
-        metrics["step_time/scoring_waited"].append(time.perf_counter() - asked)
-        for failure in scored.failures[:5]:
-            logger.warning("reward %r failed on %s: %s", failure.reward, failure.sample_label, failure.reason)
-        if len(scored.failures) > 5:
-            logger.warning("... and %d more reward failures in this batch", len(scored.failures) - 5)
-        lost = {(failure.sample_label, failure.reward) for failure in scored.failures}
-        labels = _candidate_labels(groups)
-        failures = torch.tensor([[(label, name) in lost for name in scored.names] for label in labels])
-        sizes, rows = [len(group.images) for group in groups], self._rows()
-        extra = {name: values for name, values in self._extra_columns.items() if len(values) == len(labels)}
-        end = 0
-        for group, rewards, failed in zip(groups, scored.values.split(sizes), failures.split(sizes), strict=True):
-            start, end = end, end + len(group.images)
-            group.logged = {name: values[start:end] for name, values in extra.items()}
-            group.rewards, group.scores = rewards, total_scores(rewards, self.reward_weights, failed)
-            group.compared = compared = comparable(rewards, self._say(), failed)
-            if rows:
-                each = [total_scores(compared[:, chosen], self.reward_weights[chosen]) for chosen in rows]
-                group.region_scores = torch.stack(each)
-        return scored
-
-    def _say(self) -> Tensor:
-        """What each reward weighs in all that an update learns from, 0 in a region of no weight."""
-        importance = self.args.region_advantage_weights
-        if not self.reward_regions or importance is None:
-            return self.reward_weights
-        of_region = dict(zip(self.args.named_regions, importance, strict=True))
-        return self.reward_weights * torch.tensor([of_region[region] for region in self.reward_regions])
-
-    def _compare(self, groups: Sequence[Group], others: Sequence[Tensor] = ()) -> None:
-        """Fill in the advantages of scored groups.
-
-        Args:
-            others: what is compared of the groups that other processes have, which belong to the batch too.
-        """
-        args, rows = self.args, self._rows()
-        # With region advantages each region's rewards are compared among themselves.
-        results = [
-            batch_advantages(
-                [rewards[:, chosen] for rewards in (*(group.compared for group in groups), *others)],  # type: ignore[index]
-                self.reward_weights[chosen],
-                how=args.multi_objective_aggregation,  # type: ignore[arg-type]
-                scale_rewards=args.scale_rewards,  # type: ignore[arg-type]
-                std_floor=args.advantage_std_floor,
-                min_std=args.min_reward_std,
-                power=args.advantage_power,
-            )
-            for chosen in rows or [[True] * len(self.rewards)]
-        ]
-        for i, group in enumerate(groups):
-            group.advantages = torch.stack([result[i] for result in results]) if rows else results[0][i]
-
-    def _log_groups(self, groups: Sequence[Group]) -> None:
-        metrics = self._metrics[self._mode()]
-        names = [reward.name for reward in self.rewards]
-        for group in groups:
-            count, scores, rewards = len(group.images), group.scores, group.rewards
-            metrics["reward"].append(float(scores.nanmean()))  # type: ignore[union-attr]
-            metrics["background/psnr"] += masked_psnr(group.images, [group.source] * count, [group.mask] * count)
-            for i, reward in enumerate(self.rewards):
-                metrics[f"rewards/{reward.name}/mean"].append(float(rewards[:, i].nanmean()))  # type: ignore[index]
-                if count > 1:
-                    metrics[f"rewards/{reward.name}/std"].append(spread(rewards[:, i]))  # type: ignore[index]
-            if count > 1:
-                metrics["reward_std"].append(spread(scores))  # type: ignore[arg-type]
-                metrics["frac_reward_zero_std"].append(float(not group.advantages.any()))  # type: ignore[union-attr]
-                metrics["groups/scored_candidates"].append(float((~scores.isnan()).sum()))  # type: ignore[union-attr]
-                parts = reward_parts(group, names, self.reward_weights, self.reward_regions)
-                numbers = group_diagnostics(group, group.advantages, parts, self.args.named_regions)  # type: ignore[arg-type]
-                for name, value in (numbers | variance_by_step(group)).items():
-                    metrics[name].append(value)
-            for j, region in enumerate(self.args.named_regions):
-                own, advantages = group.region_scores[j], group.advantages[j]  # type: ignore[index]
-                metrics[f"regions/{region}/reward"].append(float(own.nanmean()))
-                if count > 1:
-                    metrics[f"regions/{region}/reward_std"].append(spread(own))
-                    taught = bool(advantages.any()) and bool(region_mask(group, region).any())
-                    metrics[f"regions/{region}/frac_reward_zero_std"].append(float(not taught))
-                    metrics[f"regions/{region}/advantage_std"].append(spread(advantages))
-            if group.attention is not None:
-                for measure in ("mass", "density", "contrast"):
-                    metrics[f"attention/{measure}"].append(float(getattr(group.attention, measure).mean()))
-        if self.args.log_completions:
-            self._record_completions(groups, names)
-
-    def _record_completions(self, groups: Sequence[Group], names: Sequence[str]) -> None:
-        """Keep what the next log shows: of an update the first edits, of an evaluation always the same ones."""
-        kept = self._completions[self._mode()]
-        chosen = None if self.model.training else shown_rows(len(self._eval_rows()))
-        for group in groups:
-            draw = len(kept) < SHOWN if chosen is None else group.edit.row in chosen
-            kept.append(record(group, names, self.args.named_regions, draw))
-
-    def _log_completions(self, mode: str, prefix: str) -> None:
-        """Write and show what was recorded on all processes since the last log."""
-        groups = gather_object(self._completions[mode])
-        self._completions[mode] = []
-        if mode == "eval":  # the last batch is filled up with rows from the beginning
-            groups = sorted({group.columns["edit"][0]: group for group in groups}.values(), key=lambda g: g.row)
-        with failing_together(self.accelerator):
-            if groups and self.is_world_process_zero():
-                name, step = f"{prefix}completions", self.state.global_step
-                picture = write_completions(Path(self.args.output_dir, "completions"), name, step, groups)
-                if picture is not None:
-                    show(picture, name, step, self.args.report_to, self.callback_handler.callbacks)
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        self._taught = False
+        return super()._inner_training_loop(*args, **kwargs)
 
     # ------------------------------------------------------------------------------------------ update
-
-    def _begin(
-        self, edits: Sequence[Edit], num_generations: int, key: tuple[Any, ...], **options: Any
-    ) -> tuple[list[Group], PendingScores]:
-        """Groups of the edits, rolled out, whose scores are on their way."""
-        groups = self.make_groups(edits, num_generations, key, **options)
-        return groups, self._submit(groups)
-
-    def _watch(self, groups: Sequence[Group], scored: ScoredBatch) -> None:
-        """Count what failed; the counts of silence are logged once there has been a failure."""
-        metrics = self._metrics[self._mode()]
-        metrics["rewards/failures"].append(float(len(scored.failures)))
-        self.failures.update(scored)
-        if self.model.training:
-            self.failures.update_scores(any(not bool(group.scores.isnan().all()) for group in groups))  # type: ignore[union-attr]
-        if any(self.failures.counts.values()) or self.failures.unscored:
-            metrics["groups/unscored_batches"].append(float(self.failures.unscored))
-        for name, number in self.failures.counts.items():
-            if number:
-                metrics[f"rewards/{name}/silent_batches"].append(float(self.failures.silent[name]))
-
-    def _finish(
-        self, groups: list[Group], pending: PendingScores, num_generations: int, key: tuple[Any, ...]
-    ) -> list[Group]:
-        """The groups, scored, and then those of the turns that follow on them."""
-        played: list[Group] = []
-        for turn in itertools.count(2):
-            scored = self._take_scores(groups, pending)
-            self._watch(groups, scored)
-            played += groups
-            following = [self._next_edit(g.edit, best_candidate(g, self.reward_weights), turn) for g in groups]
-            edits = [edit for edit in following if edit is not None]
-            if not edits:
-                break
-            # Their sources are this turn's results, which no other rollout will see again.
-            following_key = (*key, "turn", turn)
-            groups, pending = self._begin(edits, num_generations, following_key, cache_sources=False)
-        return played
-
-    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:
-        """As the Trainer's; remembers the accumulation window, whose rollouts need not wait for each other's scores."""
-        self._window, number = super().get_batch_samples(epoch_iterator, num_batches, device)
-        return self._window, number
-
-    def _prepare_inputs(self, inputs: list[tuple[int, dict[str, Any]]]) -> list[Group]:  # type: ignore[override]
-        """Roll out and score a micro-batch of edits the first time, hand it back in later iterations."""
-        args = self.args
-        position = self._step % args.gradient_accumulation_steps
-        cycle, iteration = divmod(self.state.global_step, args.num_iterations)
-        if position == iteration == 0:
-            self._buffer, self._old = [], []
-            self._completions["train"] = []
-        if position == len(self._buffer):  # a new cycle, or one that a resume entered in its middle
-            size, key = args.num_generations, (args.seed, cycle)
-            # Where the batch's spread counts, all of it is scored first; else an update runs beside the judges' work.
-            whole = args.scale_rewards == "batch" or args.multi_objective_aggregation == "normalize_then_sum"
-            with failing_together(self.accelerator):
-                if not self._ahead:  # the whole window is rolled out while the judges work; weights stay as they are
-                    for batch in self._window[position:] or [inputs]:
-                        edits = [self.train_dataset.edit(index, row) for index, row in batch]
-                        self._ahead.append(self._begin(edits, size, key))
-                for _ in range(len(self._ahead) if whole else 1):
-                    self._buffer.append(self._finish(*self._ahead.popleft(), size, key))
-                    self._old.append({})
-            groups = [group for played in self._buffer[position:] for group in played]
-            others = self._rewards_elsewhere(groups) if whole else []
-            with failing_together(self.accelerator):
-                self._compare(groups, others)
-                self._log_groups(groups)
-        return self._buffer[position]
-
-    def _rewards_elsewhere(self, groups: Sequence[Group]) -> list[Tensor]:
-        """What is compared of the groups that the other processes scored, while this one scored these."""
-        ranks: list[list[Tensor]] = gather_object([[group.compared for group in groups]])
-        del ranks[self.accelerator.process_index]
-        return list(itertools.chain(*ranks))
 
     def compute_loss(  # type: ignore[override]
         self, model: nn.Module, inputs: Transitions, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -818,71 +246,3 @@ class RCGRPOTrainer(SavingTrainer):
                 f"loss: got {float(loss)} at step {self.state.global_step} on {rows}, expected a finite "
                 "number; lower learning_rate, or train in bf16 instead of fp16"
             )
-
-    # ------------------------------------------------------------------------------------------ evaluation, log
-
-    @torch.no_grad()
-    def prediction_step(  # type: ignore[override]
-        self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
-    ) -> tuple[None, None, None]:
-        """Roll out and score held-out edits, always from the same noise."""
-        size, key = self.args.num_generations_eval, (self.args.seed, "eval")
-        with failing_together(self.accelerator):
-            edits = [self._eval_rows().edit(index, row) for index, row in inputs]
-            groups = self._finish(*self._begin(edits, size, key), size, key)
-            self._compare(groups)
-            self._log_groups(groups)
-        return None, None, None
-
-    def _eval_rows(self) -> EditRows:
-        rows: Any = self.callback_handler.eval_dataloader.dataset
-        return rows
-
-    def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
-    ) -> dict[str, float]:
-        """As `Trainer.evaluate`, on rows like the trainer's."""
-        self._eval_prefix = f"{metric_key_prefix}_"
-        if eval_dataset is not None and not isinstance(eval_dataset, EditRows | str):
-            eval_dataset = self._make_rows(eval_dataset, "eval", self.args)
-            self._check_played(eval_dataset)
-        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        return {**metrics, **self._last_eval_metrics}
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        mode = "eval" if any(key.startswith(self._eval_prefix) for key in logs) else "train"
-        prefix = self._eval_prefix if mode == "eval" else ""
-        # Processes may have logged other names, or another number of values, than this one.
-        gathered: dict[str, list[float]] = defaultdict(list)
-        for metrics in gather_object([dict(self._metrics[mode])]):
-            for name, values in metrics.items():
-                gathered[name] += [value for value in values if value == value]
-        averaged = {prefix + name: sum(values) / len(values) for name, values in gathered.items() if values}
-        if mode == "eval":
-            self._last_eval_metrics = averaged
-        logs.update(averaged)
-        for counts in gather_object([fault_counts(self.rewards)]):  # since the start, over all processes
-            for name, number in counts.items():
-                logs[prefix + name] = logs.get(prefix + name, 0) + number
-        self._metrics[mode].clear()
-        if mode == "train":
-            self._warn_of_clipping(averaged.get(CLIPPED_AGAIN, 0.0))
-        super().log(logs, start_time)
-        if self.args.log_completions:
-            self._log_completions(mode, prefix)
-
-    def _warn_of_clipping(self, share: float) -> None:
-        if share > NEARLY_ALL and not self._warned_of_clipping and self.is_world_process_zero():
-            self._warned_of_clipping = True
-            logger.warning(
-                "epsilon: the clip took away the gradient of %.0f %% of the candidates in updates after a rollout's "
-                "first, which then teach next to nothing (%s); raise epsilon, lower learning_rate, or set "
-                "num_iterations to 1",
-                100 * share,
-                CLIPPED_AGAIN,
-            )
-
-    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
-        self._step, self._buffer, self._old, self._taught = 0, [], [], False
-        self._window, self._ahead = [], deque()
-        return super()._inner_training_loop(*args, **kwargs)
