@@ -11,7 +11,7 @@ SCRIPT = """
 import numpy as np
 from huggingface_hub.errors import HfHubHTTPError
 from rcgrpo import compbench_mini
-from test_trainer import brightness, draw, make
+from tiny_training import brightness, draw, make
 from tiny_kontext import build_tiny_kontext
 
 data = compbench_mini("train", 8, 32)

@@ -1,7 +1,7 @@
 """From cells' results to a table's numbers, page and plot. Pure on results; nothing here runs a model.
 
 Two intervals, because two things vary. Over *seeds*: Student's t of each seed's mean, and of each seed's difference to
-the baseline. Over *edits*: `report.paired_bootstrap` of each edit's difference, averaged over the seeds before. A
+the baseline. Over *edits*: `statistics.paired_bootstrap` of each edit's difference, averaged over the seeds before. A
 difference is called clear when both exclude zero; with one seed only the second exists, and nothing is called clear.
 """
 

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from edit_rows import BOX, COLUMNS, REGION, SIZE, check, compbench, edited, photo, table, white_mask, write_pictures
 from rcgrpo.data.edits import EditRows
 from rcgrpo.data.loading import is_held_out, load_edit_dataset, parse_split, read_stored_masks
 from rcgrpo.data.presets import CANONICAL
@@ -20,30 +21,10 @@ from rcgrpo.editors.make_masks import MaskFolder
 from rcgrpo.groups.rollout import Exploration
 from rcgrpo.groups.turns import join_turns, next_edit
 
-SIZE = (16, 12)
-BOX = (3, 2, 9, 8)
-REGION = np.zeros(SIZE[::-1], dtype=bool)
-REGION[BOX[1] : BOX[3], BOX[0] : BOX[2]] = True
-
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-
-
-def photo(seed=0, size=SIZE):
-    pixels = np.random.default_rng(seed).integers(80, 120, (size[1], size[0], 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
-
-
-def edited(seed=0, size=SIZE):
-    image = photo(seed, size)
-    image.paste((255, 0, 0), tuple(v * size[0] // SIZE[0] for v in BOX))
-    return image
-
-
-def white_mask():
-    return Image.fromarray(REGION.astype(np.uint8) * 255)
 
 
 def painted():
@@ -58,12 +39,6 @@ def cut_out():
     rgba = np.dstack([np.asarray(photo()), np.full(SIZE[::-1], 255, np.uint8)])
     rgba[REGION] = 0
     return Image.fromarray(rgba, "RGBA")
-
-
-def compbench(i=0, **changes):
-    row = {"task": "replace", "image_path": f"{i // 2:08x}/0/{i:05d}.png", "input_image": photo(i)}
-    row |= {"edited_image": edited(i), "instruction": f"edit {i}", "caption": "a cat", "mask": white_mask()}
-    return {**row, **changes}
 
 
 OWNERS = {
@@ -414,31 +389,6 @@ def test_it_survives_what_users_do_with_a_dataset():
 
 
 # Files and folders
-
-
-def write_pictures(folder):
-    folder.mkdir(parents=True, exist_ok=True)
-    for i in range(3):
-        photo(i).save(folder / f"src{i}.png")
-        white_mask().save(folder / f"mask{i}.png")
-
-
-def check(data, group=None):
-    rows = list(data)
-    assert len(rows) == 3
-    for i, row in enumerate(rows):
-        assert row["input_image"].tobytes() == photo(i).tobytes() and row["instruction"] == f"edit {i}"
-        assert np.array_equal(np.asarray(row["mask"]) == 255, REGION) and row["mask_source"] == "own"
-        assert group is None or row["group"] == f"{group}{i}"
-
-
-COLUMNS = {"input_image": "src", "instruction": "say", "mask": "region", "group": "video"}
-
-
-def table():
-    return [
-        {"src": f"p/src{i}.png", "region": f"p/mask{i}.png", "say": f"edit {i}", "video": f"v{i}"} for i in range(3)
-    ]
 
 
 def test_a_dot_reaches_into_one_mapping_and_leaves_others_whole():

@@ -6,8 +6,8 @@ import tarfile
 
 import pytest
 from datasets import Dataset
-from test_loading import COLUMNS, check, compbench, photo, table, white_mask, write_pictures
 
+from edit_rows import COLUMNS, check, compbench, photo, table, white_mask, write_pictures
 from rcgrpo.data.loading import load_edit_dataset
 from rcgrpo.data.opening import is_one_table
 

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from datasets import load_dataset
 from PIL import Image
-from test_stamps import save_stamp
 
 from rcgrpo.cli.data_tux import run
 from rcgrpo.cli.parsing import UsageError
@@ -17,6 +16,7 @@ from rcgrpo.data import tux
 from rcgrpo.data.scenes import FEATURES
 from rcgrpo.data.stamps import find_sources, read_photographs, read_stamps
 from rcgrpo.data.tux import build_tux, render, split
+from stamp_files import save_stamp
 
 NAMES = [
     *("owl", "crow", "duck", "rose", "iris", "pear", "plum", "saw", "lamp", "drum"),

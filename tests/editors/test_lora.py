@@ -7,13 +7,13 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_hub import draw, trained
 
 from hub_server import HubServer, Repo, run_with_hub
 from rcgrpo.cli import main
 from rcgrpo.editors.lora import check_lora, find_lora, load_lora
 from rcgrpo.training.hub import LORA_FILE, save_lora
 from tiny_kontext import build_tiny_kontext
+from tiny_loras import draw, trained
 
 LAYER = "transformer.transformer_blocks.0.attn.to_q"
 

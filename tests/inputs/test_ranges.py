@@ -1,4 +1,4 @@
-"""`checks.py`: what numbers may be, for the configuration and every command, and how failures of others are told."""
+"""`ranges.py`: what numbers may be, for the configuration and every command, and how failures of others are told."""
 
 import errno
 import math

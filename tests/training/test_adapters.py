@@ -9,14 +9,14 @@ import torch
 from diffusers import FluxTransformer2DModel
 from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from safetensors import safe_open
-from test_hub import draw, trained
-from test_trainer import by_number, last, make, weights
 
 from rcgrpo import compbench_mini
 from rcgrpo.editors import RegionDecoupledFluxKontextPipeline
 from rcgrpo.training.adapters import StartingPoint, adapters_of, describe, unwrap
 from rcgrpo.training.hub import save_lora
 from tiny_kontext import build_tiny_kontext
+from tiny_loras import draw, trained
+from tiny_training import by_number, last, make, weights
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 ODD = {"rank_pattern": {"proj_mlp": 3}, "alpha_pattern": {"attn.to_q": 1}}

@@ -7,7 +7,7 @@ import pytest
 import safetensors.torch
 import torch
 from huggingface_hub import ModelCard
-from peft import AdaLoraConfig, LoHaConfig, LoraConfig, get_peft_model
+from peft import AdaLoraConfig, LoHaConfig, LoraConfig
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -16,31 +16,10 @@ from hub_server import HubServer, run_with_hub
 from rcgrpo.cli.train import LORA_TARGETS
 from rcgrpo.training.hub import LORA_FILE, check_lora_config, model_card, save_lora
 from tiny_kontext import TINY_CALL, build_tiny_kontext
+from tiny_loras import TARGETS, draw, trained
 
 LAST = {"target_modules": ["proj_out"], "alpha_pattern": {"^proj_out": 3}, "rank_pattern": {"^proj_out": 1}}
 """FLUX's last layer has another scale than the layers in the blocks that end in its name."""
-
-TARGETS = ["attn.to_q", "attn.to_out.0", "ff.net.0.proj", "proj_mlp"]
-
-
-def draw(pipeline, seed=0):
-    pipeline.set_progress_bar_config(disable=True)
-    source = Image.linear_gradient("L").resize((32, 32)).convert("RGB")
-    generator = torch.Generator().manual_seed(seed)
-    return pipeline(image=source, prompt="make it red", generator=generator, output_type="pt", **TINY_CALL).images
-
-
-def trained(**options):
-    """A pipeline whose LoRA is not zero, and its PeftModel."""
-    pipeline = build_tiny_kontext()
-    config = LoraConfig(**({"r": 2, "lora_alpha": 6, "target_modules": TARGETS} | options))
-    model = get_peft_model(pipeline.transformer, config).eval()
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if "lora_" in name:
-                weight.copy_(torch.randn(weight.shape, generator=generator) * 0.3)
-    return pipeline, model
 
 
 def test_tiny_kontext_listens_to_image_prompt_and_noise():
@@ -331,7 +310,8 @@ from pathlib import Path
 import torch
 from huggingface_hub import HfApi, ModelCard
 from rcgrpo.training.hub import model_card, save_lora
-from test_hub import build_tiny_kontext, draw, trained
+from tiny_kontext import build_tiny_kontext
+from tiny_loras import draw, trained
 
 with tempfile.TemporaryDirectory() as folder:
     pipeline, model = trained()

@@ -1,4 +1,4 @@
-"""`models.py`: what may be given as a model, and what it is called. Wrapping is tested through the trainer."""
+"""`model.py`: what may be given as a model, and what it is called. Wrapping is tested through the trainer."""
 
 from types import SimpleNamespace
 

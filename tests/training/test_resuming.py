@@ -12,7 +12,6 @@ import pytest
 import torch
 from peft import LoraConfig
 from safetensors import SafetensorError
-from test_trainer import LAYERS, brightness, history, make, same, weights
 from transformers import TrainerCallback
 
 from checkpoint_files import empty, gone, half
@@ -21,9 +20,9 @@ from rcgrpo import RCGRPOConfig, compbench_mini
 from rcgrpo.processes import stopping
 from rcgrpo.training import checkpoints, resuming
 from rcgrpo.training.checkpoints import UNFINISHED, by_step, fault
+from tiny_training import ADAM, LAYERS, Signal, brightness, history, make, same, weights
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-ADAM = {"optim": "adamw_torch", "learning_rate": 1e-3, "lr_scheduler_type": "linear", "max_steps": 3}
 SAVING = ADAM | {"save_strategy": "steps", "save_steps": 1}
 
 
@@ -232,18 +231,6 @@ def test_the_best_checkpoint_is_known_by_its_own_name(tmp_path, data):
 # ------------------------------------------------------------------------------------------ signals
 
 
-class Signal(TrainerCallback):
-    """Sends this process a signal at an event of a step."""
-
-    def __init__(self, step, number=signal.SIGTERM, event="on_step_begin"):
-        self.step, self.number = step, number
-        setattr(self, event, self.send)
-
-    def send(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            signal.raise_signal(self.number)
-
-
 @pytest.mark.parametrize(
     ("number", "kind", "event"),
     [
@@ -399,8 +386,9 @@ WORKER = """
 import sys
 from pathlib import Path
 import torch
-import test_resuming as t
-folder, data = Path(sys.argv[1]), t.compbench_mini("train", 12, 32)
+import tiny_training as t
+from rcgrpo import compbench_mini
+folder, data = Path(sys.argv[1]), compbench_mini("train", 12, 32)
 options = t.ADAM | {"per_device_train_batch_size": 1, "use_cpu": False}
 if sys.argv[2] == "stop":
     whole = t.make(folder / "whole", data, **options)

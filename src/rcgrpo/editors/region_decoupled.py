@@ -1,8 +1,8 @@
 """A diffusers pipeline with a region: `mask_image`, groups of candidates from one call, attention on the region.
 
 One mixin for all of them. Without the new arguments every call goes straight to diffusers, so its output keeps every
-bit. With a mask, candidates start from region-decoupled noise (`noise.py`): alike outside the region, different inside.
-A saved folder names diffusers' own class, so that anyone opens it without this package.
+bit. With a mask, candidates start from region-decoupled noise (`maths.noise`): alike outside the region, different
+inside. A saved folder names diffusers' own class, so that anyone opens it without this package.
 """
 
 import inspect

@@ -1,7 +1,7 @@
 """A model with and without LoRAs on a data set: sampled in batches, measured, kept on disk as it goes.
 
 Where it fits: `rcgrpo evaluate` reads flags, calls `run`, and hands the records to `results`. Pictures come from the
-stock diffusers pipeline, without masks, as anybody gets them; what is measured stands in `evaluation`. Every contender
+stock diffusers pipeline, without masks, as anybody gets them; what is measured stands in `held_out`. Every contender
 starts each edit from the same noise, which depends on the seed and the row alone.
 
 A folder holds `settings.json` (what decides the numbers), `samples.jsonl` (one line per row, appended batch by batch)

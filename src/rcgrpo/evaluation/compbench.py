@@ -1,8 +1,8 @@
 """CompBench's protocol (arXiv 2505.12200): the edited region's two scores, the sub-tasks, and what others published.
 
-The background's metrics are in `metrics`; `evaluation` gives all of them names, `benchmark` runs them. Written from the
-owners' evaluation code, with the same steps: everything at 512x512, the foreground cut out along the mask's bounding
-box.
+The background's metrics are in `maths.metrics`; `held_out` gives all of them names, `benchmark` runs them. Written from
+the owners' evaluation code, with the same steps: everything at 512x512, the foreground cut out along the mask's
+bounding box.
 
 Gotchas:
 - The box is `(min x, min y, max x, max y)` used as a PIL box, so the last row and column of the region are cut off.

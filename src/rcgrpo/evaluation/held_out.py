@@ -1,7 +1,7 @@
 """What is measured on an edit, by name, and the report that a training run writes of itself.
 
 Held-out edits are compared pairwise: one candidate each, always from the same noise. Reads pictures from the rollout
-and numbers from `metrics`, `compbench` and `rewards`; `report` and `sheets` turn them into tables and pictures. A whole
+and numbers from `maths.metrics`, `compbench` and `rewards`; `reporting` turns them into tables and pictures. A whole
 benchmark, with several LoRAs and in pieces that survive a crash, is `benchmark`'s work.
 """
 
@@ -26,11 +26,12 @@ from ..reporting.curves import plot_curves
 from ..reporting.files import write_atomically
 from ..reporting.sheets import contact_sheet, heatmap, outline
 from ..reporting.statistics import PairedDifference, compare, markdown_table
-from ..rewards import failing_together
+from ..rewards import failing_together, get_region_scorer, region_edit
+from ..rewards.builtin import REMOVES
 from ..rewards.clip_model import CLIP_MODEL, Clip
 from .compbench import local_clip_scores
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # TRL takes seconds to load, and `rcgrpo evaluate` has no use for it
     from ..groups.rollout import Group
     from ..training.trainer import RCGRPOTrainer
 
@@ -166,9 +167,6 @@ class Scorer:
 
 def _embedded_scores(results: Sequence[Result]) -> dict[str, list[float | None]]:
     """LP-T, LP-I and the edit score, with `rewards.RegionScorer`."""
-    from ..rewards import get_region_scorer, region_edit
-    from ..rewards.builtin import REMOVES
-
     images, masks, targets = zip(*((r.image, r.mask, r.target) for r in results), strict=True)
     tasks, captions = [r.task for r in results], [r.caption or "" for r in results]
     lp_t, lp_i = get_region_scorer().lp(images, masks, captions, targets)

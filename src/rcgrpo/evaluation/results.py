@@ -1,7 +1,7 @@
 """From a benchmark's records to what is read: `results.json`, the tables of `results.md`, and `report.html`.
 
-Where it fits: after `benchmark.run`. Means and intervals are `report`'s, the sub-tasks and what others published are
-`compbench`'s, the page of pictures is `gallery`'s.
+Where it fits: after `benchmark.run`. Means and intervals are `reporting.statistics`', the sub-tasks and what others
+published are `compbench`'s, the page of pictures is `reporting.gallery`'s.
 """
 
 import json

@@ -1,7 +1,7 @@
 """Many groups of a model, rolled out and judged, kept as numbers: what `rcgrpo diagnose` and the study ask.
 
-The formulas are in `diagnostics.py`; here they meet a model. Two explorations of one key start from the same draws, so
-their numbers are paired edit by edit; `match_strength` makes them comparable at equal diversity.
+The formulas are in `groups.diagnostics`; here they meet a model. Two explorations of one key start from the same draws,
+so their numbers are paired edit by edit; `match_strength` makes them comparable at equal diversity.
 """
 
 import math

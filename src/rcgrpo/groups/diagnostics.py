@@ -1,8 +1,8 @@
 """Does a group teach what it should? Where its reward and its latents vary, and what its pictures look like.
 
-Formulas on tensors and on one group; no model runs. The trainer logs `group_diagnostics` of every group; `survey.py`
-rolls out many and asks the same. `docs/diagnostics.md` says which way each number should go. Shapes below: G
-candidates, N tokens, C channels, H and W pixels.
+Formulas on tensors and on one group; no model runs. `group_log` hands `group_diagnostics` of every group to the
+log; `evaluation.survey` rolls out many and asks the same. `docs/diagnostics.md` says which way each number should go.
+Shapes below: G candidates, N tokens, C channels, H and W pixels.
 
 Gotchas: variances are unbiased ones, so groups of different size can be compared. What cannot be measured (one
 candidate, a mask without outside, a missing score) is NaN, never 0, and leaves every mean. Clip fractions are not here:

@@ -1,6 +1,6 @@
 """Several regions in one picture: from a labelled mask, or a list of masks, to one mask for each region.
 
-A sibling of `regions.py`, for edits that touch several objects. Gotcha: in a labelled mask a pixel's value is a *name*,
+A sibling of `regions`, for edits that touch several objects. Gotcha: in a labelled mask a pixel's value is a *name*,
 so 255 is no region here and soft values do not exist; a list of masks has neither limit.
 """
 

@@ -2,7 +2,8 @@
 
 Evaluation and the preservation rewards call these on decoded pictures; nothing here knows an editor. PSNR, SSIM and
 LPIPS follow the benchmark's own code: pictures (bicubic) and masks (nearest) are resized to 512x512, the edit region is
-multiplied to black in both pictures, and the *whole* frame is compared. The foreground's metrics are in `compbench`.
+multiplied to black in both pictures, and the *whole* frame is compared. What it asks of the
+foreground is in `evaluation`.
 
 Gotchas:
 - Black against black is a perfect match, so `background_psnr` reads `-10·log10(background share)` dB above

@@ -1,1 +1,1 @@
-"""What the processes of a run have to agree on: that one of them failed, and when to stop."""
+"""What happens to the processes of a run from outside: signals, and how a run ends for them."""

@@ -1,12 +1,9 @@
-"""What a run shows for itself: means and differences with error bars, tables and training curves.
+"""What a run shows for itself in numbers: means and differences with error bars, tables.
 
-Evaluation, the model card and the command line draw from here; pictures are drawn by `sheets`. Plain numbers come in;
-no model, no metric and no trainer is known. Every file is written through `write_atomically`, so a reader never meets
-half of one.
+Evaluation, the model card and the command line draw from here; pictures are drawn by `curves` and `sheets`. Plain
+numbers come in; no model, no metric and no trainer is known.
 
-Gotchas:
-- The intervals cover the choice of test samples only, not that of the training seed.
-- matplotlib is imported where it is used, and through its object API: no backend or global style of the caller changes.
+Gotcha: the intervals cover the choice of test samples only, not that of the training seed.
 """
 
 import math

@@ -1,6 +1,6 @@
 """Transformers that come to a run wrapped, or with an adapter: taken out of wrappers, and trained on as they are.
 
-Where it fits: `models` opens pipelines through `unwrap` and asks here what is on the transformer; `continued` makes of
+Where it fits: `model` opens pipelines through `unwrap` and asks here what is on the transformer; `continued` makes of
 a single LoRA, loaded by diffusers or by PEFT, the same `PeftModel` that a fresh one is trained in. Why: PEFT sets the
 weights of an adapter back when the same layers are wrapped again, and a compiled transformer's names stand in every
 saved key. Gotcha: whatever it was called, the adapter is called "default" afterwards, so that checkpoints, which PEFT

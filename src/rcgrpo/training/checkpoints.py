@@ -1,7 +1,8 @@
 """Checkpoints on disk: which are whole, how one appears at once, and what is left of one that did not.
 
-Where it fits: `saving.SavingTrainer` writes and resumes through these functions, and the command line asks them before
-it loads anything. Why: a run is killed at any instant, also within a write, and the same command must go on afterwards.
+Where it fits: `resuming.ResumingTrainer` writes and resumes through these functions, and the command line asks them
+before it loads anything. Why: a run is killed at any instant, also within a write, and the same command must go on
+afterwards.
 
 A checkpoint is written in `FOLDER/_checkpoint.tmp`, sealed with the SHA-256 of each of its files, flushed to the disk,
 and then renamed: `FOLDER/checkpoint-N` is whole or not there. One that goes is renamed first, too. Gotchas: a name that

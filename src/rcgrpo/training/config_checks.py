@@ -1,6 +1,6 @@
 """What `RCGRPOConfig` refuses before anything is loaded, and which trackers a trainer can report to.
 
-Bounds of single numbers stand in `checks.RANGES`; here is what a field may be besides, and what goes with what. Each
+Bounds of single numbers stand in `ranges.RANGES`; here is what a field may be besides, and what goes with what. Each
 check is a function over the configuration and `refuse(name, expected)`.
 """
 

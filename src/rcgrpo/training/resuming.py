@@ -1,9 +1,10 @@
 """Stopping and going on: a run that is killed, preempted or finished starts again with the same command.
 
-Where it fits: `saving.SavingTrainer` adds what weights and cards look like on disk; `checkpoints.py` knows when a
-checkpoint is whole, `stopping.py` what a signal does. Gotchas: on several processes every decision is one process's,
-handed to the others, and saving takes them all; what is kept between the `num_iterations` of a cycle is not in
-checkpoints, so a run stops at the end of a cycle where it can.
+Where it fits: `saving.SavingTrainer` adds what weights and cards look like on disk; `checkpoints` knows when a
+checkpoint is whole, `processes.stopping` what a signal does.
+
+Gotchas: on several processes every decision is one process's, handed to the others, and saving takes them all; what is
+kept between the `num_iterations` of a cycle is not in checkpoints, so a run stops at the end of a cycle where it can.
 """
 
 import json

@@ -64,7 +64,7 @@ class SavingTrainer(ResumingTrainer):
         self, folder: Path, model_name: str | None = None, dataset_name: str | None = None, tags: Sequence[str] = ()
     ) -> None:
         table, report = folder / "metrics.md", folder / "metrics.json"
-        saved = json.loads(report.read_text()) if report.exists() else {}  # written by `evaluation.write_report`
+        saved = json.loads(report.read_text()) if report.exists() else {}  # written by `held_out.write_report`
         if saved:
             metrics = {row["metric"]: row["after"] for row in saved["held_out"]}
         else:
