@@ -1,21 +1,16 @@
-import json
+"""`diagnostics.py`: formulas by hand, and what they say of a group of a random editor."""
+
 import math
-from dataclasses import asdict
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from rcgrpo.cli import diagnose
-from rcgrpo.cli.parsing import UsageError
-from rcgrpo.data.edits import Edit
+from random_edits import edit_of
 from rcgrpo.editors import FluxKontextEditor
-from rcgrpo.evaluation import diagnosis
-from rcgrpo.evaluation.survey import depth_variance, judge, match_strength, survey
 from rcgrpo.groups.diagnostics import (
     InsideOutside,
     colour_entropy,
@@ -35,7 +30,6 @@ from rcgrpo.groups.diagnostics import (
     variance_split,
 )
 from rcgrpo.groups.rollout import Exploration, make_groups
-from rcgrpo.reporting.statistics import PairedDifference
 from rcgrpo.rewards import background_keep, resolve_rewards
 from tiny_kontext import build_tiny_kontext
 
@@ -249,62 +243,7 @@ def test_target_closeness_reads_the_region_alone():
     assert resolve_rewards("rcgrpo.groups.diagnostics.target_closeness")[0].name == "target_closeness"
 
 
-# Matching
-
-
-@settings(deadline=None, max_examples=30)
-@given(st.floats(0.001, 0.99), st.floats(0.5, 3))
-def test_match_strength_finds_what_it_is_asked_for(strength, power):
-    def measure(value):
-        return value**power
-
-    found = match_strength(measure, measure(strength), tolerance=0.02, max_evaluations=40)
-    assert found.reached == measure(found.strength)
-    assert abs(found.reached - measure(strength)) <= 0.02 * measure(strength)
-
-
-def test_match_strength_says_when_even_full_noise_falls_short_and_never_overspends():
-    calls = []
-
-    def measure(strength):
-        calls.append(strength)
-        return strength**2
-
-    assert match_strength(measure, 1.5) == (1.0, 1.0, 1)
-    calls.clear()
-    found = match_strength(measure, 1e-7, tolerance=0, max_evaluations=5)
-    assert found.evaluations == len(calls) == 5
-    assert abs(found.strength - 1e-7**0.5) == min(abs(strength - 1e-7**0.5) for strength in calls)
-
-
-def test_match_strength_follows_the_power_law_from_what_is_known():
-    calls = []
-
-    def measure(strength):
-        calls.append(strength)
-        return 0.02 * strength**1.5
-
-    known = {0.5: measure(0.5)}
-    calls.clear()
-    found = match_strength(measure, measure(0.4), known=known)
-    assert found.evaluations == len(calls) - 1 <= 2 and found.strength == pytest.approx(0.4, rel=0.02)
-    calls.clear()
-    assert match_strength(measure, known[0.5] * 1.01, known=known) == (0.5, known[0.5], 0) and not calls
-    # what is known falls short of the target, and so does full strength
-    assert match_strength(measure, 0.03, known=known)[:2] == (1.0, 0.02)
-
-
 # Groups
-
-
-def picture(seed, size=32):
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8))
-
-
-def edit_of(row):
-    mask = torch.zeros(32, 32)
-    mask[4 : 14 + row, 8:18] = 1
-    return Edit(row, f"test row {row}", picture(row), "make it red", mask, {"edited_image": picture(row + 50)})
 
 
 @pytest.fixture(scope="module")
@@ -378,154 +317,6 @@ def test_parts_of_a_reward_without_another_call(editor):
         assert found["diagnostics/edit_reward_var"] == 0.125
         assert found["diagnostics/edit_spearman"] == pytest.approx(1, abs=1e-5)
     assert reward_parts(group, ["one", "two"], weights, ["edit", "edit"])["edit"].tolist() == [0.5, 1.0]
-
-
-def test_hidden_states_vary_where_the_noise_does(editor):
-    model = editor.pipeline.transformer
-    (group,) = make_groups(editor, model, [edit_of(0)], 3, Exploration(0.9), ("key",))
-    found = depth_variance(editor, model, group, 0)
-    assert found.inside.shape == found.outside.shape == (5,)  # the embedder, two double and two single blocks
-    assert float(found.outside[0]) == pytest.approx(0, abs=1e-10) and (found.inside > 0).all()
-    assert (found.outside[1:] > 0).all(), "attention carries the difference outside"
-    assert not model.x_embedder._forward_hooks
-    embedded = model.x_embedder(group.trajectory[0])
-    expected = embedded.var(0).mean(-1)[group.region == 1].mean() / embedded.square().mean()
-    torch.testing.assert_close(found.inside[0], expected.detach())
-    (same,) = make_groups(editor, model, [edit_of(0)], 3, Exploration(0.0), ("key",))
-    torch.testing.assert_close(depth_variance(editor, model, same, 1).inside, torch.zeros(5), rtol=0, atol=1e-9)
-
-
-def test_survey_measures_every_edit_and_explorations_share_their_draws(editor):
-    def half(images, **columns):
-        return [float(np.asarray(image).mean()) for image in images]
-
-    judges = dict(zip(("reward", "edit", "keep", "held_out"), [resolve_rewards(half)[0]] * 3, strict=False))
-    judges["held_out"] = resolve_rewards(target_closeness)[0]
-    edits, model = [edit_of(0), edit_of(1), edit_of(2)], editor.pipeline.transformer
-    found = survey(
-        editor, model, edits, 3, Exploration(0.9), ("key",), judges, depth_step=1, num_maps=1, edits_at_once=2
-    )
-    assert [finding.edit.row for finding in found] == [0, 1, 2]
-    assert [finding.attention_map is None for finding in found] == [False, True, True]
-    for finding in found:
-        (group,) = make_groups(editor, model, [finding.edit], 3, Exploration(0.9), ("key",))
-        scores = judge(group, judges)
-        torch.testing.assert_close(finding.scores["reward"], scores["reward"], rtol=0, atol=0.2)
-        assert finding.numbers["reward_var"] == pytest.approx(variance(finding.scores["reward"]))
-        assert finding.numbers["edit_spearman"] == pytest.approx(1, abs=1e-5)
-        assert finding.numbers["held_out"] == pytest.approx(float(scores["held_out"].mean()), abs=1e-3)
-        assert 0 < finding.numbers["attention_mass"] < 1
-        assert finding.steps.inside.shape == finding.sigmas.shape == (4,)
-        assert float(finding.steps.outside[0]) == 0 < float(finding.steps.outside[-1])
-        assert finding.depth.inside.shape == (5,)
-    wide = survey(editor, model, edits[:1], 3, Exploration(0.9, kind="global"), ("key",), {})
-    torch.testing.assert_close(wide[0].steps.inside[0], found[0].steps.inside[0])
-    assert "reward" not in wide[0].numbers and wide[0].depth is None
-
-
-# The command
-
-
-def difference(metric, before, after, clear=True):
-    change = after - before
-    low, high = (change - 1e-9, change + 1e-9) if clear else (-1.0, 1.0)
-    return PairedDifference(metric, before, after, change, low, high, 9)
-
-
-def test_alarms_go_off_for_clear_changes_only():
-    hacked = [difference("reward", 0.5, 0.6), difference("held-out reward", 0.5, 0.45)]
-    assert "is being hacked" in diagnosis.alarms(hacked)[0]
-    assert not diagnosis.alarms([hacked[0], difference("held-out reward", 0.5, 0.45, clear=False)])
-    assert not diagnosis.alarms([hacked[0], difference("held-out reward", 0.5, 0.498)]), "less than 1 % is no matter"
-    assert "falls by 10.0%" in diagnosis.alarms([hacked[0], difference("held-out reward", -0.5, -0.55)])[0]
-    assert not diagnosis.alarms([difference("reward", 0.6, 0.5), hacked[1]])
-    (grid,) = diagnosis.alarms([difference("edge density", 0.1, 0.13)])
-    assert "+30%" in grid and "grids" in grid
-    (blur,) = diagnosis.alarms([difference("edge density", 0.1, 0.08)])
-    assert "blur" in blur
-    assert not diagnosis.alarms([difference("edge density", 0.1, 0.105)])
-    assert "alike" in diagnosis.alarms([difference("diversity inside", 0.1, 0.05)])[0]
-
-
-def test_more_variance_of_the_edit_reward_is_better_and_of_the_whole_reward_neither():
-    def findings(variance):
-        numbers = {"reward_var": variance, "edit_reward_var": variance, "keep_reward_var": variance}
-        return [SimpleNamespace(numbers=numbers)] * 6
-
-    rows = diagnosis.paired(findings(2.0), findings(1.0), ("reward_var", "edit_reward_var", "keep_reward_var"))
-    lines = diagnosis.difference_table(rows).splitlines()[2:]
-    assert [line.split("|")[-2].strip() for line in lines] == ["↓", "↓ worse", "↓ better"]
-
-
-@pytest.mark.parametrize(
-    "flags, message",
-    [
-        (["--num_generations", "1"], "--num_generations: got 1"),
-        (["--edit_strength", "1.5"], "--edit_strength: got 1.5"),
-        (["--num_generations", "3", "--antithetic"], "even number"),
-        (["--solver", "foo"], "--solver: got 'foo', expected one of euler, heun, dpmpp_2m, unipc"),
-        (["--resolution", "0"], "--resolution: got 0, expected 16 to 8192 pixels"),
-        (
-            ["--output", "taken/out"],
-            "--output_dir: got 'taken/out', expected a folder that can be written to .*Not a dir",
-        ),
-        (["--dataset", "some/where"], "--reward: got none"),
-        (["--num_edit", "3"], "nearest known one is --num_edits"),
-    ],
-)
-def test_mistakes_are_named_before_anything_is_loaded(flags, message, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "taken").touch()
-    with pytest.raises(UsageError, match=message):
-        diagnose.run(flags)
-
-
-def test_the_model_is_opened_as_other_commands_do(monkeypatch, tmp_path):
-    opened = []
-
-    def stop(kind, model):
-        opened.append(model)
-        raise UsageError("far enough")
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("rcgrpo.cli.opening.open_pipeline", stop)  # with its dtype and device
-    with pytest.raises(UsageError, match="far enough"):
-        diagnose.run(["--model", "some/model", "--num_samples", "2"])
-    assert opened == ["some/model"]
-
-
-def test_diagnosis_is_written_whole(editor, tmp_path):
-    def half(images, **columns):
-        return [float(np.asarray(image).mean()) for image in images]
-
-    judges = dict.fromkeys(("reward", "edit", "keep", "held_out"), resolve_rewards(half)[0])
-    edits = [edit_of(0), edit_of(1)]
-    settings = asdict(diagnose.DiagnoseArguments(num_generations=3))
-
-    def found(kind, **options):
-        explored = Exploration(0.9, kind=kind)
-        return survey(editor, editor.pipeline.transformer, edits, 3, explored, ("key",), judges, **options)
-
-    arms = {
-        diagnosis.REGION: found("region", depth_step=1, num_maps=2),
-        diagnosis.GLOBAL: found("global", depth_step=1),
-        diagnosis.MATCHED: found("global", depth_step=1),
-        diagnosis.BASE: found("region"),
-    }
-    match = match_strength(lambda strength: strength, 0.5)
-    text = diagnosis.write_diagnosis(tmp_path, settings, arms, match, 0.5)
-    assert (tmp_path / "diagnostics.md").read_text() == text and "No alarm." in text
-    content = json.loads((tmp_path / "diagnostics.json").read_text())
-    assert content["match"]["strength"] == pytest.approx(0.5, rel=0.02) and content["match"]["within_tolerance"]
-    region = content["arms"]["region"]
-    assert region["by_step"]["outside"][0] == 0 and len(region["by_block"]["inside"]) == 5
-    mean = np.mean([f.numbers["leakage"] for f in arms["region"]])
-    assert region["numbers"]["leakage"]["mean"] == pytest.approx(mean)
-    split = region["reward_variance"]
-    assert split["edit"] + split["keep"] + split["rest"] == pytest.approx(split["total"])
-    for name in ("leakage", "reward_variance", "attention"):
-        assert Image.open(tmp_path / f"{name}.png").size[0] > 100
-    assert not list(tmp_path.glob(".*"))
 
 
 def test_split_by_region_keeps_leading_dimensions():

@@ -1,11 +1,9 @@
 """A log that a person reads: one aligned line a logged step under the progress bar, instead of a dictionary."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-
-if TYPE_CHECKING:
-    from .trainer import RCGRPOTrainer
 
 COLUMNS = {
     "reward": "reward {:.4f}",
@@ -41,7 +39,7 @@ class ReadableLog(ProgressCallback):
             print(line)
 
     @classmethod
-    def install(cls, trainer: "RCGRPOTrainer") -> None:
+    def install(cls, trainer: Trainer) -> None:
         """Put it in the place of the callbacks that print dictionaries."""
         for callback in (ProgressCallback, PrinterCallback):
             trainer.remove_callback(callback)

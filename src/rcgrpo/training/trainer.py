@@ -41,10 +41,12 @@ from .checks import (
 )
 from .config import RCGRPOConfig
 from .config_checks import check_trackers
-from .cycle import GeneratingTrainer
+from .cycle import CycleSampler, GeneratingTrainer
 from .model import load_pipeline, trained_model
 from .rooms import editor_of, exploration_of, scoring_of
 from .rows import check_played, make_rows
+
+__all__ = ["CycleSampler", "RCGRPOTrainer", "UntaughtUpdates"]
 
 
 class UntaughtUpdates(TrainerCallback):
