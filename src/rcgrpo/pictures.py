@@ -97,6 +97,7 @@ def short(value: Any) -> str:
         return f"{len(value)} bytes"
     if isinstance(value, Mapping) and isinstance(value.get("bytes"), bytes):
         return short(value["bytes"])
+    value = str(value) if isinstance(value, Path) else value
     text = " ".join(str(value).split()) if isinstance(value, Exception) else repr(value)
     return text if len(text) <= SAID_AT_MOST else f"{text[: SAID_AT_MOST // 2]}…, {len(text)} characters"
 
