@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from .metrics import COMPBENCH_SIZE, first_words
+from .pictures import to_rgb
 
 CLIP_MODEL = "openai/clip-vit-large-patch14"
 """The CLIP that LC-T and LC-I are defined with. Any other one gives other numbers."""
@@ -193,7 +194,7 @@ def local_clip_scores(
 
 
 def _crop(picture: Image.Image, box: tuple[int, int, int, int], size: int | None) -> Image.Image:
-    picture = picture.convert("RGB")
+    picture = to_rgb(picture)
     if size is not None:
         picture = picture.resize((size, size), Image.Resampling.BICUBIC)
     return picture.crop(box)

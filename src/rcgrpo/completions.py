@@ -22,6 +22,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from .pictures import to_rgb
 from .report import write_atomically
 from .rollout import Group
 from .sheets import contact_sheet, outline
@@ -172,6 +173,6 @@ def _plain(values: Sequence[Any]) -> list[Any]:
 
 
 def _shrunk(picture: Image.Image) -> Image.Image:
-    small = picture.convert("RGB")
+    small = to_rgb(picture).copy()
     small.thumbnail((CELL, CELL), Image.Resampling.LANCZOS)
     return small
