@@ -26,6 +26,7 @@ from .objective import (
     predict_clean,
     sde_step,
     surrogate_log_probs,
+    weighted_mean,
 )
 from .regions import region_weights
 from .rollout import Group, kick_key, kick_std
@@ -112,16 +113,19 @@ class RatioPolicy(Policy):
     """A policy with probabilities, whose ratio to the old ones is clipped (section 4).
 
     Args:
-        epsilon, epsilon_high: clip range of the ratio below and above 1; `default_epsilon` and the same on both sides.
+        epsilon, epsilon_high: clip range of the ratio below and above 1; by default `default_epsilon`, on both sides.
     """
 
     epsilon: float | None = None
     epsilon_high: float | None = None
 
-    @property
     @abstractmethod
-    def default_epsilon(self) -> float:
-        """A clip range that takes a tenth or two of the second update on a rollout (measured: docs/training.md)."""
+    def default_epsilon(self, transitions: Transitions, weights: Tensor) -> float | Tensor:
+        """A clip range, or `[B, 1]`, that takes a tenth or two of a rollout's second update (docs/training.md).
+
+        Args:
+            weights: `[B, N]`, of the distances that it is for.
+        """
 
     @abstractmethod
     def step(self, velocity: Tensor, transitions: Transitions) -> Tensor:
@@ -152,9 +156,11 @@ class RatioPolicy(Policy):
             # The policy has not moved since the rollout: it is its own old policy, without another forward.
             transitions.old = log_probs.detach()
         old, advantages = transitions.old, transitions.advantages
-        epsilon = self.default_epsilon if self.epsilon is None else self.epsilon
+        given, weights = self.epsilon, transitions.weights
+        ranges = [self.default_epsilon(transitions, weights[:, r]) if given is None else given for r in rows]
         results = [
-            policy_loss(log_probs[:, row], old[:, row], advantages[:, row], epsilon, self.epsilon_high) for row in rows
+            policy_loss(log_probs[:, row], old[:, row], advantages[:, row], ranges[row], self.epsilon_high)
+            for row in rows
         ]
         loss = sum(u * result.loss for u, result in zip(self.importance, results, strict=True))
         clipped = {side: torch.stack([getattr(result, f"clipped_{side}") for result in results]) for side in LOW_HIGH}
@@ -179,9 +185,11 @@ class NeighborPolicy(RatioPolicy):
     temperature: float = 1.0
     distance_space: Literal["latents", "clean"] = "latents"
 
-    @property
-    def default_epsilon(self) -> float:
-        return (1e-4 if self.distance_space == "latents" else 1e-3) / self.temperature
+    def default_epsilon(self, transitions: Transitions, weights: Tensor) -> float | Tensor:
+        # What an update changes about the velocity moves the next latents by the step's length times that.
+        t = transitions
+        moved = (t.sigma - t.next_sigma).unsqueeze(-1) if self.distance_space == "latents" else 1.0
+        return 1e-3 / self.temperature * moved
 
     def teaches(self, group: Group, steps: Sequence[int]) -> tuple[Sequence[bool], list[int]]:
         """Any trajectory may be an anchor: what it teaches is the others' advantages."""
@@ -213,9 +221,12 @@ class NeighborPolicy(RatioPolicy):
 class FlowGRPOPolicy(RatioPolicy):
     """Gaussian steps of an SDE with the ODE's marginals (Flow-GRPO; section 9), on the candidate's own trajectory."""
 
-    @property
-    def default_epsilon(self) -> float:
-        return 1e-3
+    def default_epsilon(self, transitions: Transitions, weights: Tensor) -> Tensor:
+        # What an update changes about the velocity moves the mean by the step's length times that, in units of the
+        # injected noise, g √(σ - σ'), of each token.
+        t, moves = transitions, transitions.std > 0
+        moved = weighted_mean(1 / torch.where(moves, t.std, 1.0), weights * moves)
+        return (3e-4 * (t.sigma - t.next_sigma).sqrt() * moved).unsqueeze(-1)
 
     def teaches(self, group: Group, steps: Sequence[int]) -> tuple[Sequence[bool], list[int]]:
         """Candidates that have a say, at the steps that were stochastic."""
