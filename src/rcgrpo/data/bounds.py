@@ -10,7 +10,7 @@ from pathlib import Path
 import datasets
 from huggingface_hub import constants
 
-from ..pictures import short
+from ..inputs.pictures import short
 
 REMEDY = "move the file there, or say that this data set may name files anywhere: allow_outside=True, --allow_outside"
 
