@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..pictures import to_rgb
+from ..inputs.pictures import to_rgb
 
 Box = tuple[int, int, int, int]
 Made = TypeVar("Made")
