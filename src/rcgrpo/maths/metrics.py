@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from .pictures import to_rgb
+from ..inputs.pictures import to_rgb
 
 COMPBENCH_SIZE = 512
 MAX_PSNR = 100.0
