@@ -35,9 +35,8 @@ def tiny(args: argparse.Namespace, device: torch.device) -> tuple[Rollout, str]:
 
     from rcgrpo import RegionDecoupledFluxKontextPipeline, compbench_mini
     from rcgrpo.cli.parsing import use_embedded_model
-    from rcgrpo.cli.train import LORA_TARGETS
     from rcgrpo.data.edits import EditRows
-    from rcgrpo.editors import open_editor
+    from rcgrpo.editors import FluxKontextEditor, open_editor
     from rcgrpo.groups.rollout import rollout
     from rcgrpo.maths.regions import to_tokens
     from rcgrpo.tiny import WEIGHTS
@@ -46,7 +45,9 @@ def tiny(args: argparse.Namespace, device: torch.device) -> tuple[Rollout, str]:
     recipe = yaml.safe_load((files("rcgrpo") / "recipes" / "tiny.yaml").read_text())
     count = args.edits or recipe["per_device_train_batch_size"]
     pipeline = RegionDecoupledFluxKontextPipeline.from_pretrained(str(WEIGHTS)).to(device)
-    lora = LoraConfig(r=recipe["lora_r"], lora_alpha=recipe["lora_alpha"], target_modules=LORA_TARGETS)
+    lora = LoraConfig(
+        r=recipe["lora_r"], lora_alpha=recipe["lora_alpha"], target_modules=list(FluxKontextEditor.lora_targets)
+    )
     model = get_peft_model(pipeline.transformer, lora).eval()
     editor = open_editor(
         pipeline,

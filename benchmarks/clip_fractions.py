@@ -45,7 +45,7 @@ SKIPPED = 2
 MISMATCH = "policy/rollout_mismatch"
 
 Seen = dict[tuple[int, int], torch.Tensor]
-"""By update on a rollout and row of advantages, `[numbers, 2]`: log-ratios and the advantages that they carry."""
+"""By update on a rollout and row of advantages, `[numbers, 3]`: log-ratios, the advantages they carry, clip ranges."""
 
 
 def measure(arguments: list[str], folder: Path, in_regions: bool) -> tuple[RCGRPOTrainer, Seen]:
@@ -68,12 +68,14 @@ def measure(arguments: list[str], folder: Path, in_regions: bool) -> tuple[RCGRP
     seen: dict[tuple[int, int], list[torch.Tensor]] = defaultdict(list)
     original, rows = ratio.policy_loss, itertools.count()
 
-    def record(log_probs: torch.Tensor, old: torch.Tensor, advantages: torch.Tensor, *clip: Any) -> Any:
+    def record(log_probs: torch.Tensor, old: torch.Tensor, advantages: torch.Tensor, epsilon: Any, *high: Any) -> Any:
         cycle, iteration = divmod(trainer.state.global_step, config.num_iterations)
         row = next(rows) % max(1, len(config.named_regions))
         if cycle >= SKIPPED and iteration:
-            seen[iteration + 1, row].append(torch.stack([(log_probs - old).detach(), advantages], -1).flatten(0, 1))
-        return original(log_probs, old, advantages, *clip)
+            ranges = torch.as_tensor(epsilon).expand_as(advantages)
+            numbers = torch.stack([(log_probs - old).detach(), advantages, ranges], -1)
+            seen[iteration + 1, row].append(numbers.flatten(0, 1))
+        return original(log_probs, old, advantages, epsilon, *high)
 
     ratio.policy_loss = record
     try:
@@ -83,9 +85,10 @@ def measure(arguments: list[str], folder: Path, in_regions: bool) -> tuple[RCGRP
     return trainer, {key: torch.cat(parts) for key, parts in seen.items()}
 
 
-def clipped(numbers: torch.Tensor, epsilon: float) -> float:
-    """Share of log-ratios whose gradient the clip takes away, among candidates that have a say."""
+def clipped(numbers: torch.Tensor, epsilon: float | None = None) -> float:
+    """Share of log-ratios whose gradient a clip takes away, the run's own by default, of candidates that have a say."""
     ratio, advantages = numbers[:, 0].exp(), numbers[:, 1]
+    epsilon = numbers[:, 2] if epsilon is None else epsilon
     outside = ((ratio < 1 - epsilon) & (advantages < 0)) | ((ratio > 1 + epsilon) & (advantages > 0))
     return float(outside.sum() / advantages.ne(0).sum())
 
@@ -101,16 +104,13 @@ def epsilon_for(numbers: torch.Tensor, share: float) -> float:
 
 def report(name: str, steps: int, iterations: int, trainer: RCGRPOTrainer, seen: Seen) -> list[str]:
     """A run's lines of the table."""
-    policy = trainer.policy
-    assert isinstance(policy, ratio.RatioPolicy)
-    epsilon = policy.default_epsilon if policy.epsilon is None else policy.epsilon
     mismatch = max(row[MISMATCH] for row in trainer.state.log_history if MISMATCH in row)
     lines = []
     for row, objective in enumerate(trainer.args.named_regions or ["all"]):
         second, last = seen[2, row], seen[iterations, row]
         wide, narrow = (epsilon_for(second, share) for share in (0.05, 0.3))
         numbers = [f"{second[:, 0].abs().median():.1e}", f"{clipped(second, 0.0):.2f}", f"{narrow:.1e} to {wide:.1e}"]
-        shares = [f"{epsilon:.0e}", f"{clipped(second, epsilon):.2f}", f"{clipped(last, epsilon):.2f}"]
+        shares = [f"{second[:, 2].mean():.1e}", f"{clipped(second):.2f}", f"{clipped(last):.2f}"]
         lines.append("| " + " | ".join([name, str(steps), objective, *numbers, *shares, f"{mismatch:.0e}"]) + " |")
     return lines
 

@@ -13,8 +13,8 @@ from rcgrpo._moved import MOVED
 SOURCE = Path(importlib.import_module("rcgrpo").__file__).parent
 
 FLOORS = [
-    "inputs processes reporting",
-    "maths",
+    "inputs processes",
+    "maths reporting",
     "tiny",
     "data",
     "rewards",

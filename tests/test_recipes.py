@@ -11,9 +11,10 @@ from diffusers.quantizers import PipelineQuantizationConfig
 from torch import nn
 
 from rcgrpo.cli.parsing import MINI, UsageError, parse
-from rcgrpo.cli.train import LORA_TARGETS, ScriptArguments
+from rcgrpo.cli.train import ScriptArguments
 from rcgrpo.data.loading import parse_split
 from rcgrpo.data.presets import find_preset
+from rcgrpo.editors import FluxKontextEditor
 from rcgrpo.rewards import resolve_rewards
 from rcgrpo.training.config import RCGRPOConfig
 
@@ -68,5 +69,5 @@ def test_the_lora_targets_are_layers_of_the_12_b_model():
         transformer = FluxTransformer2DModel(guidance_embeds=True)  # diffusers' defaults are FLUX.1-dev's
     assert 11.8e9 < sum(weight.numel() for weight in transformer.parameters()) < 12e9
     linear = [name for name, layer in transformer.named_modules() if isinstance(layer, nn.Linear)]
-    for target in LORA_TARGETS:
+    for target in FluxKontextEditor.lora_targets:
         assert any(name.endswith(f".{target}") or name == target for name in linear), target

@@ -20,10 +20,9 @@ from torch import Tensor, nn
 
 from rcgrpo import RCGRPOConfig, RCGRPOTrainer
 from rcgrpo.cli.parsing import use_embedded_model
-from rcgrpo.cli.train import LORA_TARGETS
 from rcgrpo.data.edits import Edit, EditRows
 from rcgrpo.data.mini import render
-from rcgrpo.editors import Editor, open_editor
+from rcgrpo.editors import Editor, FluxKontextEditor, open_editor
 from rcgrpo.evaluation.held_out import MINI_METRICS, Result, Scorer
 from rcgrpo.evaluation.survey import Finding, depth_variance, judge, match_strength, survey
 from rcgrpo.groups.diagnostics import (
@@ -101,7 +100,7 @@ def make_trainer(spec: Mapping[str, Any], folder: Path) -> RCGRPOTrainer:
         peft_config=LoraConfig(
             r=script.get("lora_r", 16),
             lora_alpha=script.get("lora_alpha", 16),
-            target_modules=list(script.get("lora_target_modules", LORA_TARGETS)),
+            target_modules=list(script.get("lora_target_modules", FluxKontextEditor.lora_targets)),
         ),
     )
 

@@ -1,5 +1,7 @@
 """`rcgrpo diagnose`: what is refused before anything is loaded, and how the model is opened."""
 
+from pathlib import Path
+
 import pytest
 
 from rcgrpo.cli import diagnose
@@ -32,12 +34,14 @@ def test_mistakes_are_named_before_anything_is_loaded(flags, message, tmp_path, 
 def test_the_model_is_opened_as_other_commands_do(monkeypatch, tmp_path):
     opened = []
 
-    def stop(kind, model):
+    def stop(model):
         opened.append(model)
         raise UsageError("far enough")
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("rcgrpo.cli.opening.open_pipeline", stop)  # with its dtype and device
+    Path("some/model").mkdir(parents=True)
+    Path("some/model/model_index.json").write_text('{"_class_name": "FluxKontextPipeline"}')
     with pytest.raises(UsageError, match="far enough"):
         diagnose.run(["--model", "some/model", "--num_samples", "2"])
     assert opened == ["some/model"]

@@ -136,10 +136,12 @@ def test_what_diffusers_calls_it_is_answered_with_the_flag_of_here(flag, here):
 
 @pytest.fixture
 def called(monkeypatch):
-    """What the pipeline is called with, without drawing."""
+    """What the pipeline is called with, without drawing; there is a folder of one, without weights."""
+    Path("some/kontext").mkdir(parents=True)
+    Path("some/kontext/model_index.json").write_text('{"_class_name": "FluxKontextPipeline"}')
     calls = []
 
-    class Pipeline:
+    class FluxKontextPipeline:
         vae_scale_factor = 8
         image_processor = VaeImageProcessor(vae_scale_factor=16)
 
@@ -147,7 +149,7 @@ def called(monkeypatch):
             calls.append(call)
             return SimpleNamespace(images=[Image.new("RGB", (call["width"], call["height"]))])
 
-    monkeypatch.setattr("rcgrpo.cli.edit.open_pipeline", lambda *_: Pipeline())
+    monkeypatch.setattr("rcgrpo.cli.edit.open_pipeline", lambda *_: FluxKontextPipeline())
     return calls
 
 

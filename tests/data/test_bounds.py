@@ -156,3 +156,10 @@ def test_archives_are_files_and_what_is_far_away_is_not(folder):
         load_edit_dataset(table(folder, input_image=f"zip://a.png::{folder.parent}/out.zip"))[0]
     assert local_part("hf://datasets/me/edits/a.png") is None
     assert local_part("zip://a.png::hf://datasets/me/edits/a.zip") is None
+
+
+@pytest.mark.parametrize("path", [9000 * "x", 300 * "deep/", "a\0b.png", "../" + 9000 * "x", 5000 * "QUJD"])
+def test_what_is_no_path_is_said_shortly_by_row(folder, path):
+    with pytest.raises(ValueError, match=r"column 'input_image': .*row 3|row row 3, column 'input_image'") as error:
+        load_edit_dataset(table(folder, input_image=path))
+    assert len(str(error.value)) < 800

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import FluxKontextPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -120,7 +121,7 @@ def test_what_does_not_fit_is_refused_and_leaves_the_pipeline_as_it_was(case, go
     with torch.device("meta"):
         skeleton = type(pipe.transformer).from_config(pipe.transformer.config)
     with pytest.raises(ValueError, match=said):
-        check_lora(folder, skeleton)
+        check_lora(folder, type(pipe), skeleton)
 
 
 def test_a_good_one_is_loaded_beside_another_and_draws_as_trained(good, tmp_path):
@@ -153,7 +154,7 @@ def test_the_file_is_found_under_another_name_if_it_is_the_only_one(good, tmp_pa
     with pytest.raises(ValueError, match=f"got the folder .*, expected {LORA_FILE} in it; name the file itself"):
         find_lora(tmp_path)
     with pytest.raises(ValueError, match=r"got '.*adapter_model.safetensors', .* is PEFT's own"):
-        check_lora(tmp_path / "adapter_model.safetensors")
+        check_lora(tmp_path / "adapter_model.safetensors", FluxKontextPipeline)
 
 
 def test_on_the_hub_too(good):

@@ -118,17 +118,25 @@ def test_clipped_share_counts_those_with_a_say_after_the_first_update():
 
 @pytest.mark.parametrize("name", ["latents", "clean", "flow_grpo"])
 def test_a_clip_range_that_nobody_gave_is_the_policys_own(name):
-    policy = POLICIES[name]
-    found = gather([random_group()], [(0, 1, 0), (0, 4, 2)], policy, {})
+    policy, group = POLICIES[name], random_group()
+    found = gather([group], [(0, 1, 0), (0, 4, 2)], policy, {})
     policy.loss(found.latents, found)
-    velocity = 1.01 * found.latents
+    velocity = 1.5 * found.latents
     loss, metrics = policy.loss(velocity, found)
-    explicit = replace(policy, epsilon=policy.default_epsilon)
-    assert torch.equal(loss, explicit.loss(velocity, found)[0]) and metrics == explicit.loss(velocity, found)[1]
+    assert metrics[CLIPPED_AGAIN] > 0
+    for i, step in enumerate((0, 2)):  # each transition has its own, as steps differ in length
+        alone = gather([group], [found.where[i]], policy, {found.where[i]: found.old[i]})
+        epsilon, length = float(policy.default_epsilon(alone, alone.weights[:, 0])), SIGMAS[step] - SIGMAS[step + 1]
+        if name == "latents":
+            assert epsilon == pytest.approx(1e-3 / policy.temperature * float(length))
+        if name == "flow_grpo":
+            moved = (alone.weights[0, 0] / alone.std[0]).sum() / alone.weights.sum()
+            assert epsilon == pytest.approx(3e-4 * float(length.sqrt() * moved), rel=1e-5)
+        explicit = replace(policy, epsilon=epsilon)
+        torch.testing.assert_close(explicit.loss(velocity[i : i + 1], alone)[0], loss[i : i + 1])
     if name != "flow_grpo":  # log-ratios grow as the temperature falls
-        assert replace(policy, temperature=0.01).default_epsilon == pytest.approx(
-            100 * replace(policy, temperature=1.0).default_epsilon
-        )
+        warm, cold = (replace(policy, temperature=t).default_epsilon(alone, alone.weights[:, 0]) for t in (1.0, 0.01))
+        assert float(cold) == pytest.approx(100 * float(warm))
 
 
 @pytest.mark.parametrize("name", ["latents", "clean", "flow_grpo"])

@@ -62,3 +62,10 @@ def test_sizes_and_lengths_that_do_not_match_are_named():
     with pytest.raises(ValueError, match="1 images, 2 references"):
         background_ssim([grey(0)], [grey(0)] * 2, [left_half()])
     assert background_psnr([grey(0)], [grey(0, 32)], [left_half()], size=64) == [MAX_PSNR]
+
+
+def test_a_transparent_target_is_compared_as_it_is_seen():
+    clear = noise(1).convert("RGBA")
+    clear.putalpha(0)
+    white = Image.new("RGB", clear.size, "white")
+    assert masked_psnr([noise(0)], [clear], [left_half()]) == masked_psnr([noise(0)], [white], [left_half()])

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from hub_server import HubServer, run_with_hub
-from rcgrpo.cli.train import LORA_TARGETS
+from rcgrpo.editors import FluxKontextEditor
 from rcgrpo.training.hub import LORA_FILE, check_lora_config, model_card, save_lora
 from tiny_kontext import TINY_CALL, build_tiny_kontext
 from tiny_loras import TARGETS, draw, trained
@@ -139,7 +139,7 @@ def test_comfyui_knows_every_layer_that_is_trained_by_default():
     layers = comfy_layers(2, 2)
     named = dict(build_tiny_kontext(guidance_embeds=True).transformer.named_modules())
     assert layers == {name for name, module in named.items() if isinstance(module, torch.nn.Linear)}
-    assert all(any(layer.endswith(target) for layer in layers) for target in LORA_TARGETS)
+    assert all(any(layer.endswith(target) for layer in layers) for target in FluxKontextEditor.lora_targets)
 
 
 def test_loading_our_file_says_nothing_that_another_would_not(tmp_path, caplog):

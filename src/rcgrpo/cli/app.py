@@ -5,7 +5,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from .parsing import TINY, UsageError, parse, use_embedded_model
+from .parsing import GUIDANCE, STEPS, TINY, TRUE_CFG, UsageError, parse, use_embedded_model
 
 AUTH_VARIABLE = "RCGRPO_APP_AUTH"
 
@@ -14,7 +14,7 @@ AUTH_VARIABLE = "RCGRPO_APP_AUTH"
 class AppArguments:
     """What to show, and to whom, for `rcgrpo app`."""
 
-    model: str = field(default=TINY, metadata={"help": f"{TINY} (embedded), or a Hub id or folder of a Kontext model."})
+    model: str = field(default=TINY, metadata={"help": f"{TINY} (embedded), or a Hub id or folder of an editor."})
     lora: list[str] = field(
         default_factory=list, metadata={"help": "LoRAs to choose from: folders, files or Hub ids; others can be typed."}
     )
@@ -29,8 +29,9 @@ class AppArguments:
     resolution: int | None = field(
         default=None, metadata={"help": f"Edit at resolution² pixels; 1024 by default, 64 for {TINY}."}
     )
-    num_inference_steps: int | None = field(default=None, metadata={"help": f"ODE steps; 28 by default, 8 for {TINY}."})
-    guidance_scale: float = field(default=3.5, metadata={"help": "Distilled guidance."})
+    num_inference_steps: int | None = field(default=None, metadata={"help": STEPS})
+    guidance_scale: float | None = field(default=None, metadata={"help": GUIDANCE})
+    true_cfg_scale: float | None = field(default=None, metadata={"help": TRUE_CFG})
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -51,14 +52,12 @@ def run(arguments: Sequence[str]) -> None:
         os.environ.setdefault("HF_HUB_OFFLINE", "0")  # a LoRA may come from the Hub all the same
         use_embedded_model()
     from ..app import create_app, serve
-    from ..editors import RegionDecoupledFluxKontextPipeline
     from ..evaluation.benchmark import Sampling, contenders
-    from .opening import call_defaults, open_pipeline
+    from .opening import open_pipeline, sampling_settings
 
     contenders(args.lora)  # refuses what is not there before anybody chooses it
-    pipeline = open_pipeline(RegionDecoupledFluxKontextPipeline, args.model)
-    asked = {name: getattr(args, name) for name in ("resolution", "num_inference_steps", "guidance_scale")}
-    sampling = Sampling(**call_defaults(args.model) | {name: v for name, v in asked.items() if v is not None})
+    pipeline = open_pipeline(args.model)
+    sampling = Sampling(**sampling_settings(args))
     # The tiny model's vocabulary is the data set's.
     prepare = (lambda text: text.lower().strip(" .!")) if tiny else str.strip
     try:

@@ -70,7 +70,7 @@ class MaskArguments(DataArguments):
     num_samples: int | None = field(default=None, metadata={"help": "Only this many rows from the start."})
     every_row: bool = field(default=False, metadata={"help": "Also for rows that have a mask."})
     model: str = field(
-        default=TINY, metadata={"help": f"velocity: {TINY} (embedded), or Hub id or folder of a Kontext."}
+        default=TINY, metadata={"help": f"velocity: {TINY} (embedded), or Hub id or folder of an editor."}
     )
     resolution: int | None = field(default=None, metadata={"help": "velocity: side at which the editor looks."})
     num_draws: int = field(default=8, metadata={"help": "velocity: draws of noise that are averaged."})
@@ -314,15 +314,13 @@ def _maker(args: MaskArguments) -> Any:
         if args.method == "sam3":
             return FromConcept(segmenter, args.phrase_column, args.score_threshold, device)
         return FromText(args.detector, segmenter, args.phrase_column, args.box_threshold, args.text_threshold, device)
-    from diffusers import FluxKontextPipeline
-
     from ..editors import open_editor
     from .opening import call_defaults, open_pipeline
 
     if args.model == TINY:
         use_embedded_model()
-    pipe = open_pipeline(FluxKontextPipeline, args.model)
-    resolution = args.resolution or min(512, call_defaults(args.model)["resolution"])
-    length = call_defaults(args.model)["max_sequence_length"]
+    pipe = open_pipeline(args.model)
+    usual = call_defaults(args.model)
+    resolution, length = args.resolution or min(512, usual["resolution"]), usual["max_sequence_length"]
     editor = open_editor(pipe, resolution, num_inference_steps=1, max_sequence_length=length)
     return FromVelocity(editor, args.num_draws, args.sigma, args.threshold, args.seed)

@@ -6,7 +6,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
-from .parsing import MINI, TINY, UsageError, check_folder, free_folder, one_of, parse, use_embedded_model
+from .parsing import (
+    GUIDANCE,
+    MINI,
+    TINY,
+    TRUE_CFG,
+    UsageError,
+    check_folder,
+    free_folder,
+    one_of,
+    parse,
+    use_embedded_model,
+)
 
 if TYPE_CHECKING:
     from ..evaluation.survey import Finding
@@ -16,7 +27,7 @@ if TYPE_CHECKING:
 class DiagnoseArguments:
     """What to diagnose on what, for `rcgrpo diagnose`."""
 
-    model: str = field(default=TINY, metadata={"help": f"{TINY} (embedded), or a Hub id or folder of a Kontext model."})
+    model: str = field(default=TINY, metadata={"help": f"{TINY} (embedded), or a Hub id or folder of an editor."})
     lora: str | None = field(
         default=None, metadata={"help": "A LoRA to diagnose and to compare with the model: folder, file or Hub id."}
     )
@@ -58,9 +69,10 @@ class DiagnoseArguments:
         default=None, metadata={"help": f"Edit at resolution² pixels; 1024 by default, 64 for {TINY}."}
     )
     num_inference_steps: int = field(default=8, metadata={"help": "Steps of the ODE."})
-    guidance_scale: float = field(default=3.5, metadata={"help": "Distilled guidance."})
+    guidance_scale: float | None = field(default=None, metadata={"help": GUIDANCE})
+    true_cfg_scale: float | None = field(default=None, metadata={"help": TRUE_CFG})
     max_sequence_length: int | None = field(
-        default=None, metadata={"help": f"T5 tokens of an instruction; 512 by default, the embedded one's for {TINY}."}
+        default=None, metadata={"help": f"Tokens of an instruction; 512 by default, the embedded one's for {TINY}."}
     )
     rollout_batch_size: int | None = field(
         default=None, metadata={"help": "Candidates at a time; all of four edits.", "aliases": ["--batch_size"]}
@@ -79,8 +91,6 @@ def run(arguments: Sequence[str]) -> None:
     fill_in(args)
     if args.model == TINY and args.dataset == MINI:
         use_embedded_model([] if args.lora is None else [args.lora])
-    from diffusers import FluxKontextPipeline
-
     from ..data.edits import EditRows
     from ..editors import open_editor
     from ..evaluation.benchmark import contenders, load_loras, switch_to
@@ -88,7 +98,7 @@ def run(arguments: Sequence[str]) -> None:
     from ..evaluation.survey import JUDGES, match_strength, survey
     from ..groups.rollout import Exploration
     from ..rewards import resolve_rewards
-    from .opening import check_loras, open_pipeline
+    from .opening import check_loras, open_pipeline, sampling_settings
 
     folder = Path(args.output_dir)
     names = (args.reward, args.edit_reward, args.keep_reward, args.held_out_reward)
@@ -100,12 +110,10 @@ def run(arguments: Sequence[str]) -> None:
     rows = EditRows(load_rows(args), "diagnosis", required_columns=required)
     count = min(args.num_samples, len(rows))
     edits = [rows.edit(i * len(rows) // count) for i in range(count)]
-    pipeline = open_pipeline(FluxKontextPipeline, args.model)
+    pipeline = open_pipeline(args.model)
     pipeline.set_progress_bar_config(disable=True)
     load_loras(pipeline, entrants)
-    editor = open_editor(
-        pipeline, args.resolution, args.num_inference_steps, args.guidance_scale, args.max_sequence_length, args.solver
-    )
+    editor = open_editor(pipeline, solver=args.solver, **sampling_settings(args))
 
     def explore(kind: Any, strength: float, **options: Any) -> list["Finding"]:
         exploration = Exploration(strength, args.keep_strength, args.antithetic, args.mask_growth, kind)
@@ -155,7 +163,7 @@ def fill_in(args: DiagnoseArguments) -> None:
         UsageError: naming the flag.
     """
     from ..data.opening import is_one_table
-    from .opening import call_defaults
+    from .opening import sampling_settings
 
     tiny, mini = args.model == TINY, args.dataset == MINI
     if args.reward is None or args.edit_reward is None:
@@ -172,9 +180,9 @@ def fill_in(args: DiagnoseArguments) -> None:
     one_of(args, "solver", ("euler", "heun", "dpmpp_2m", "unipc"))
     if args.antithetic and args.num_generations % 2:
         raise UsageError(f"--num_generations: got {args.num_generations}, expected an even number with --antithetic")
-    defaults = call_defaults(args.model)
-    args.resolution = args.resolution or defaults["resolution"]
-    args.max_sequence_length = args.max_sequence_length or defaults["max_sequence_length"]
+    for name, value in sampling_settings(args).items():
+        if hasattr(args, name):
+            setattr(args, name, value)
     args.mask_growth = args.mask_growth if args.mask_growth is not None else (0.0 if tiny else 0.02)
     args.split = args.split or ("train" if not mini and is_one_table(args.dataset) else "test")
     args.output_dir = args.output_dir or free_folder("rcgrpo-diagnosis")

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .opening import call_defaults, check_loras, open_pipeline
-from .parsing import TINY, UsageError, check_picture, parse, use_embedded_model
+from .opening import check_loras, open_pipeline, sampling_settings
+from .parsing import GUIDANCE, STEPS, TINY, TRUE_CFG, UsageError, check_picture, parse, use_embedded_model
 
 
 @dataclass
@@ -23,7 +23,7 @@ class EditArguments:
         },
     )
     lora: str | None = field(default=None, metadata={"help": "A LoRA: folder, file or Hub id."})
-    model: str = field(default=TINY, metadata={"help": f"{TINY} (embedded), or a Hub id or folder of a Kontext model."})
+    model: str = field(default=TINY, metadata={"help": f"{TINY} (embedded), or a Hub id or folder of an editor."})
     output: str = field(default="edited.png", metadata={"help": "Where to write the result."})
     num_generations: int = field(
         default=1, metadata={"help": "Candidates, side by side in the result.", "aliases": ["--num_candidates"]}
@@ -33,8 +33,9 @@ class EditArguments:
         default=None,
         metadata={"help": f"Edit at resolution² pixels, at the picture's proportions; 1024, or 64 for {TINY}."},
     )
-    num_inference_steps: int | None = field(default=None, metadata={"help": f"ODE steps; 28, or 8 for {TINY}."})
-    guidance_scale: float = field(default=3.5, metadata={"help": "Distilled guidance."})
+    num_inference_steps: int | None = field(default=None, metadata={"help": STEPS})
+    guidance_scale: float | None = field(default=None, metadata={"help": GUIDANCE})
+    true_cfg_scale: float | None = field(default=None, metadata={"help": TRUE_CFG})
     seed: int = field(default=0, metadata={"help": "Seed of the noise."})
 
 
@@ -49,7 +50,6 @@ def run(arguments: Sequence[str]) -> None:
     import torch
     from PIL import Image
 
-    from ..editors import RegionDecoupledFluxKontextPipeline
     from ..editors.lora import load_lora
     from ..evaluation.benchmark import Sampling
     from ..inputs.pictures import decode_picture, to_rgb
@@ -61,13 +61,12 @@ def run(arguments: Sequence[str]) -> None:
     loras = [] if args.lora is None else [args.lora]
     check_loras(args.model, loras)  # before a large model is loaded
     tiny = args.model == TINY
-    pipe = open_pipeline(RegionDecoupledFluxKontextPipeline, args.model)
+    pipe = open_pipeline(args.model)
     for lora in loras:
         load_lora(pipe, lora, "lora", "--lora")
     if tiny:
         args.instruction = args.instruction.lower().strip(" .!")  # its vocabulary is the data set's
-    asked = {name: getattr(args, name) for name in ("resolution", "num_inference_steps", "guidance_scale")}
-    sampling = Sampling(**call_defaults(args.model) | {name: v for name, v in asked.items() if v is not None})
+    sampling = Sampling(**sampling_settings(args))
     editor = sampling.editor(pipe)
     height, width = editor.size_for(source)
     images = pipe(

@@ -8,7 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from .parsing import MINI, TINY, UsageError, check_folder, free_folder, one_of, parse, use_embedded_model
+from .parsing import (
+    GUIDANCE,
+    MINI,
+    STEPS,
+    TINY,
+    TRUE_CFG,
+    UsageError,
+    check_folder,
+    free_folder,
+    one_of,
+    parse,
+    use_embedded_model,
+)
 
 COMPBENCH = "BohanJia/CompBench"
 
@@ -20,7 +32,7 @@ PATIENCE = timedelta(days=7)
 class EvaluateArguments:
     """What to evaluate on what, for `rcgrpo evaluate`."""
 
-    model: str = field(default=TINY, metadata={"help": f"{TINY} (embedded), or a Hub id or folder of a Kontext model."})
+    model: str = field(default=TINY, metadata={"help": f"{TINY} (embedded), or a Hub id or folder of an editor."})
     lora: list[str] = field(
         default_factory=list,
         metadata={"help": "LoRAs to compare with the model as it is: folders, files or Hub ids. May be repeated."},
@@ -67,10 +79,11 @@ class EvaluateArguments:
     resolution: int | None = field(
         default=None, metadata={"help": f"Edit at resolution² pixels; 1024 by default, 64 for {TINY}."}
     )
-    num_inference_steps: int | None = field(default=None, metadata={"help": f"ODE steps; 28 by default, 8 for {TINY}."})
-    guidance_scale: float = field(default=3.5, metadata={"help": "Distilled guidance."})
+    num_inference_steps: int | None = field(default=None, metadata={"help": STEPS})
+    guidance_scale: float | None = field(default=None, metadata={"help": GUIDANCE})
+    true_cfg_scale: float | None = field(default=None, metadata={"help": TRUE_CFG})
     max_sequence_length: int | None = field(
-        default=None, metadata={"help": f"T5 tokens of an instruction; 512 by default, 20 for {TINY}."}
+        default=None, metadata={"help": f"Tokens of an instruction; 512 by default, 20 for {TINY}."}
     )
     batch_size: int | None = field(
         default=None, metadata={"help": f"Edits at once, and what a crash can cost; 4 by default, 8 for {TINY}."}
@@ -96,14 +109,13 @@ def run(arguments: Sequence[str]) -> None:
     import torch
     from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
-    from diffusers import FluxKontextPipeline
 
     from ..data.edits import EditRows
     from ..evaluation.benchmark import Sampling, contenders, load_loras, make_plan, open_folder, rows_digest
     from ..evaluation.benchmark import run as run_benchmark
     from ..evaluation.held_out import Scorer
     from ..evaluation.results import write_results
-    from .opening import check_loras, open_pipeline
+    from .opening import check_loras, open_pipeline, sampling_settings
 
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
     folder = Path(*broadcast_object_list([args.output_dir]))
@@ -112,9 +124,7 @@ def run(arguments: Sequence[str]) -> None:
     with state.local_main_process_first():
         rows = EditRows(load_rows(args), "evaluation")
     plan = make_plan(rows, args.num_samples)
-    sampling = Sampling(
-        args.resolution, args.num_inference_steps, args.guidance_scale, args.max_sequence_length, args.seed
-    )
+    sampling = Sampling(**sampling_settings(args), seed=args.seed)
     settings = {
         "rcgrpo": __version__,
         "model": args.model,
@@ -132,7 +142,7 @@ def run(arguments: Sequence[str]) -> None:
     }
     scorer = Scorer(args.metrics, args.metric_size, args.clip_model, args.lpips_weights)
     (earlier,) = broadcast_object_list([open_folder(folder, settings, args.resume) if state.is_main_process else None])
-    pipeline = open_pipeline(FluxKontextPipeline, args.model)
+    pipeline = open_pipeline(args.model)
     load_loras(pipeline, entrants)
     names = [contender.name for contender in entrants]
     state.print(f"rcgrpo {__version__}: {', '.join(names)} of {args.model} on {len(plan.rows)} edits of {args.dataset}")
@@ -159,7 +169,6 @@ def fill_in(args: EvaluateArguments) -> None:
     from ..data.opening import is_one_table
     from ..evaluation.benchmark import SETTINGS
     from ..evaluation.held_out import COMPBENCH_METRICS, METRICS, MINI_METRICS
-    from .opening import call_defaults
 
     mini = args.dataset == MINI
     if args.resume and args.output_dir is None:
@@ -184,9 +193,7 @@ def fill_in(args: EvaluateArguments) -> None:
             raise UsageError(f"--metrics: got {name!r}, expected some of {' '.join(METRICS)}")
     if args.metric_size is None and not mini:
         args.metric_size = 512
-    for name, value in {**call_defaults(args.model), "batch_size": 8 if args.model == TINY else 4}.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+    args.batch_size = args.batch_size or (8 if args.model == TINY else 4)
     args.intervals_by = args.intervals_by or ("edit" if mini else "video")
     one_of(args, "intervals_by", ("video", "edit"))
 

@@ -1,42 +1,61 @@
-"""How commands open a model: the embedded one as it was trained, any other one as FLUX.1-Kontext-dev should run."""
+"""How commands open a model: the embedded one as it was trained, another one as its makers draw with it."""
 
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any
 
 import torch
-from diffusers import FluxKontextPipeline, FluxTransformer2DModel
-from torch import nn
 
+from ..editors.base import FlowEditor
 from ..editors.lora import check_lora
+from ..editors.opening import RegionDecoupledPipeline, region_decoupled_class, skeleton
 from ..tiny import CALL, RESOLUTION, WEIGHTS
 from ..training.model import naming_model
 from .parsing import TINY, UsageError
 
-Pipeline = TypeVar("Pipeline", bound=FluxKontextPipeline)
+
+def editor_of(model: str) -> tuple[type[FlowEditor], dict[str, Any]]:
+    """The editor of a Hub id or folder, and its `model_index.json`; nothing else is read.
+
+    Raises:
+        ValueError: there is no such model, or none that has an editor.
+    """
+    with naming_model(model) as index:
+        return region_decoupled_class(str(index.get("_class_name"))).editor_class, index
 
 
-def call_defaults(model: str) -> dict[str, int]:
-    """`resolution`, `num_inference_steps` and `max_sequence_length` where a flag does not say otherwise."""
+def call_defaults(model: str) -> dict[str, Any]:
+    """`resolution`, steps, guidance and text length where a flag does not say otherwise; see `FlowEditor.usual_call`.
+
+    Raises:
+        ValueError: there is no such model, or none that has an editor.
+    """
+    editor, index = editor_of(_name(model))
+    usual = editor.usual_call(index)
     if model == TINY:
-        return {"resolution": RESOLUTION} | {
-            name: CALL[name] for name in ("num_inference_steps", "max_sequence_length")
-        }
-    return {"resolution": 1024, "num_inference_steps": 28, "max_sequence_length": 512}
+        usual |= {"resolution": RESOLUTION}
+        usual |= {name: CALL[name] for name in ("num_inference_steps", "max_sequence_length")}
+    return usual
 
 
-def open_pipeline(kind: type[Pipeline], model: str) -> Pipeline:
-    """A pipeline of this class on the GPU, or on the CPU where there is none; fp32 if embedded, else bfloat16.
+def sampling_settings(args: Any) -> dict[str, Any]:
+    """How to draw, for `evaluation.benchmark.Sampling`: the model's defaults, and the flags that were set."""
+    usual = call_defaults(args.model)
+    asked = {name: getattr(args, name, None) for name in usual}
+    return usual | {name: value for name, value in asked.items() if value is not None}
+
+
+def open_pipeline(model: str) -> Any:
+    """The pipeline with a region, on the GPU, or on the CPU where there is none; fp32 if embedded, else bfloat16.
 
     Args:
-        kind: `FluxKontextPipeline` or a subclass.
         model: "kontext-tiny", or a Hub id or folder.
 
     Raises:
-        ValueError: it cannot be opened, or is another kind of model.
+        ValueError: it cannot be opened, or is a kind of model that has no editor.
     """
-    name, dtype = (str(WEIGHTS), torch.float32) if model == TINY else (model, torch.bfloat16)
+    name, dtype = _name(model), torch.float32 if model == TINY else torch.bfloat16
     with naming_model(name):
-        pipeline = kind.from_pretrained(name, dtype=dtype)
+        pipeline = RegionDecoupledPipeline.from_pretrained(name, dtype=dtype)
     return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -51,19 +70,16 @@ def check_loras(model: str, loras: Sequence[str], flag: str = "--lora") -> None:
     Raises:
         UsageError: naming the flag, the LoRA and what is wrong with it.
     """
-    skeleton = _skeleton(model) if loras else None
+    if not loras:
+        return
+    with naming_model(_name(model)):
+        kind, transformer = skeleton(_name(model))
     for lora in loras:
         try:
-            check_lora(lora, skeleton, flag)
+            check_lora(lora, kind, transformer, flag)
         except ValueError as error:
             raise UsageError(str(error)) from error
 
 
-def _skeleton(model: str) -> nn.Module | None:
-    """The model's transformer without its weights; None where opening the model itself will say what is wrong."""
-    try:
-        config = FluxTransformer2DModel.load_config(str(WEIGHTS) if model == TINY else model, subfolder="transformer")
-        with torch.device("meta"):
-            return FluxTransformer2DModel.from_config(config)
-    except Exception:
-        return None
+def _name(model: str) -> str:
+    return str(WEIGHTS) if model == TINY else model

@@ -20,6 +20,10 @@ from ..inputs.ranges import check_ranges, naming
 TINY = "kontext-tiny"
 MINI = "compbench-mini"
 
+GUIDANCE = "The pipeline's argument of this name, the model's own by default; Qwen and distilled kleins ignore it."
+STEPS = f"Steps of the ODE; the model's own by default, such as 28 for Kontext and 8 for {TINY}."
+TRUE_CFG = "True guidance at twice the cost, as the pipeline's argument of this name, the model's own by default."
+
 
 class UsageError(ValueError):
     """Something that the user typed."""

@@ -23,24 +23,6 @@ if TYPE_CHECKING:
     from ..training.config import RCGRPOConfig
     from ..training.trainer import RCGRPOTrainer
 
-LORA_TARGETS = [
-    "attn.to_q",
-    "attn.to_k",
-    "attn.to_v",
-    "attn.to_out.0",
-    "attn.add_q_proj",
-    "attn.add_k_proj",
-    "attn.add_v_proj",
-    "attn.to_add_out",
-    "ff.net.0.proj",
-    "ff.net.2",
-    "ff_context.net.0.proj",
-    "ff_context.net.2",
-    "proj_mlp",
-    "proj_out",
-]
-"""Every linear layer of FLUX's blocks, and the model's last layer, which shares a name with theirs."""
-
 COLUMNS = {"input_image": "image_column", "instruction": "prompt_column", "mask": "mask_column"}
 """Fields of the configuration that name the columns of a data set that is not canonical."""
 
@@ -49,7 +31,7 @@ COLUMNS = {"input_image": "image_column", "instruction": "prompt_column", "mask"
 class ScriptArguments:
     """What to train on what, for `rcgrpo train`."""
 
-    model: str = field(default=TINY, metadata={"help": f"{TINY} (embedded), or a Hub id or folder of a Kontext model."})
+    model: str = field(default=TINY, metadata={"help": f"{TINY} (embedded), or a Hub id or folder of an editor."})
     dataset: str = field(default=MINI, metadata={"help": f"{MINI} (embedded), or a Hub id, folder or file."})
     preset: str | None = field(
         default=None,
@@ -85,8 +67,9 @@ class ScriptArguments:
     )
     lora_r: int = field(default=32, metadata={"help": "Rank of the LoRA."})
     lora_alpha: int = field(default=64, metadata={"help": "Scale of the LoRA."})
-    lora_target_modules: list[str] = field(
-        default_factory=lambda: list(LORA_TARGETS), metadata={"help": "Layers that get a LoRA."}
+    lora_target_modules: list[str] | None = field(
+        default=None,
+        metadata={"help": "Layers that get a LoRA; by default attention and feed-forward of every block."},
     )
 
 
@@ -129,7 +112,7 @@ def settle_splits(script: ScriptArguments) -> None:
 
 
 def load_model(script: ScriptArguments, config: "RCGRPOConfig", named: Collection[str]) -> Any:
-    """What to train: the model's name, or its pipeline with the LoRA to go on with.
+    """What to train: the model's name, or its pipeline with the LoRA to go on with; `script` then has the layers.
 
     Args:
         named: the flags and keys that somebody set.
@@ -138,8 +121,11 @@ def load_model(script: ScriptArguments, config: "RCGRPOConfig", named: Collectio
         UsageError: the LoRA does not fit the model, or has another rank, alpha or layers than were asked for.
     """
     from ..tiny import WEIGHTS
+    from .opening import editor_of
 
     model = str(WEIGHTS) if script.model == TINY else script.model
+    if script.lora_target_modules is None:
+        script.lora_target_modules = list(editor_of(model)[0].lora_targets)
     if script.init_lora is None:
         return model
     from ..editors.lora import load_lora
@@ -258,6 +244,7 @@ def run(arguments: Sequence[str]) -> None:
     from peft import LoraConfig
 
     from ..data.edits import EditRows
+    from ..editors.opening import stock_name
     from ..evaluation.held_out import judge_held_out, write_report
     from ..reporting.statistics import markdown_table
     from ..training.trainer import RCGRPOTrainer
@@ -266,9 +253,7 @@ def run(arguments: Sequence[str]) -> None:
     check_loras(script.model, loras, "--init_lora")
     train_rows, eval_rows = load_rows(script, config)
     model = load_model(script, config, given(arguments))
-    new_lora = LoraConfig(
-        r=script.lora_r, lora_alpha=script.lora_alpha, target_modules=list(script.lora_target_modules)
-    )
+    new_lora = LoraConfig(r=script.lora_r, lora_alpha=script.lora_alpha, target_modules=script.lora_target_modules)
     trainer = RCGRPOTrainer(
         model=model,
         reward_funcs=list(script.reward_funcs),
@@ -299,7 +284,7 @@ def run(arguments: Sequence[str]) -> None:
         report = ("metrics.json", "reward_curves.png", "samples/contact_sheet.png") if held_out else ()
         written = ["LoRA", "model card", *(name for name in report if (folder / name).exists())]
         print(f"Written to {folder}: {', '.join(written)}")
-        print(f'Use it: pipe = FluxKontextPipeline.from_pretrained(...); pipe.load_lora_weights("{folder}")')
+        print(f'Use it: pipe = {stock_name(trainer.pipeline)}.from_pretrained(...); pipe.load_lora_weights("{folder}")')
     trainer.close()
 
 

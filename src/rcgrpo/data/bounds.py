@@ -10,6 +10,8 @@ from pathlib import Path
 import datasets
 from huggingface_hub import constants
 
+from ..inputs.pictures import short
+
 REMEDY = "move the file there, or say that this data set may name files anywhere: allow_outside=True, --allow_outside"
 
 
@@ -30,13 +32,16 @@ def check_inside(path: str, folders: Sequence[str] | None, where: str) -> None:
     """
     if folders is None:
         return
-    real = os.path.realpath(path)
+    try:
+        real = os.path.realpath(path)
+    except ValueError as error:  # a zero byte
+        raise ValueError(f"{where}: got {short(path)}, expected a path of a file ({error})") from error
     for folder in map(os.path.realpath, folders):
         repository, snapshots, _ = folder.partition(f"{os.sep}snapshots{os.sep}")
         places = [folder, os.path.join(repository, "blobs")] if snapshots else [folder]
         if any(real == place or real.startswith(place.rstrip(os.sep) + os.sep) for place in places):
             return
-    raise ValueError(f"{where}: got {path!r}, which leads out of {folders[0]}, expected a file in it; {REMEDY}")
+    raise ValueError(f"{where}: got {short(path)}, which leads out of {folders[0]}, expected a file in it; {REMEDY}")
 
 
 def local_part(path: str) -> str | None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from ..inputs.masks import is_numbers, mask_to_tensor
+from ..inputs.masks import as_weights, is_numbers, mask_to_tensor
 from ..inputs.pictures import decode_picture, is_stored, open_picture, to_rgb
 from ..maths.regions import check_mask, is_full
 
@@ -38,7 +38,7 @@ class Edit:
 
     def mask_at(self, size: tuple[int, int]) -> Image.Image:
         """The mask (not grown) at a candidate's (width, height), 255 = edit: what rewards and metrics see of it."""
-        mask = Image.fromarray((self.mask * 255).byte().numpy())
+        mask = as_weights(Image.fromarray((self.mask * 255).byte().numpy()))
         return mask.resize(size, Image.Resampling.NEAREST)
 
 

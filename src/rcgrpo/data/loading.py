@@ -12,6 +12,7 @@ transform.
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -274,7 +275,9 @@ def _check_files(rows: Dataset, settled: ColumnMap, transform: CanonicalRows) ->
         }
         own = f"column {settled.fields[column]!r}"
         places = {name: transform.located(path, f"{transform.name}, row {name}, {own}") for name, path in paths.items()}
-        gone = [name for name, place in places.items() if not Path(place).exists()]
+        gone = [
+            name for name, place in places.items() if not os.path.exists(place)
+        ]  # `Path.exists` raises for long names
         if gone:
             raise ValueError(
                 f"{transform.name}, {own}: {len(gone)} of {len(paths)} files are not there, first "

@@ -67,6 +67,8 @@ class FlowEditor(ABC):
     """Names of the layers that a LoRA is usually put on."""
     licenses: ClassVar[Mapping[str, Mapping[str, str]]]
     """What binds a LoRA of a base, by Hub id, as the base's own card says it."""
+    lora_has_alpha: ClassVar[bool] = False
+    """Whether the stock pipeline reads a LoRA's scale from `.alpha`; else a saved LoRA's is in its weights."""
     encoders: ClassVar[tuple[str, ...]] = ("text_encoder",)
     """The pipeline's text encoders."""
     sees_pictures: ClassVar[bool] = False
@@ -75,7 +77,10 @@ class FlowEditor(ABC):
     """Whether the pipeline's own call takes one prompt at a time, and a list of pictures as its references."""
     input_layer: ClassVar[str] = "x_embedder"
     """The transformer's layer that noisy and reference tokens enter by."""
+    default_steps: ClassVar[int] = 50
     default_guidance: ClassVar[float | None] = None
+    default_true_cfg: ClassVar[float] = 1.0
+    default_negative_prompt: ClassVar[str] = ""
 
     def __init__(
         self,
@@ -111,6 +116,18 @@ class FlowEditor(ABC):
         self.multiple = pipeline.vae_scale_factor * 2
         if resolution < self.multiple:
             raise ValueError(f"resolution: got {resolution}, expected at least {self.multiple} pixels for this model")
+
+    @classmethod
+    def usual_call(cls, index: Mapping[str, Any]) -> dict[str, Any]:
+        """How a model is meant to be drawn with, in the words of this class, by what its `model_index.json` holds."""
+        return {
+            "resolution": 1024,
+            "num_inference_steps": cls.default_steps,
+            "guidance_scale": cls.default_guidance,
+            "true_cfg_scale": cls.default_true_cfg,
+            "negative_prompt": cls.default_negative_prompt,
+            "max_sequence_length": 512,
+        }
 
     def with_steps(self, num_inference_steps: int) -> Self:
         """The same editor, models and cache shared, with another number of steps."""

@@ -36,9 +36,10 @@ class FluxKontextEditor(FlowEditor):
             "license_link": "https://huggingface.co/black-forest-labs/FLUX.1-Kontext-dev/blob/main/LICENSE.md",
         }
     }
+    lora_has_alpha = True
     encoders = ("text_encoder", "text_encoder_2")
     one_prompt_a_call = False
-    default_guidance = 3.5
+    default_steps, default_guidance = 28, 3.5
 
     def instruction_weights(self, prompt: str, words: Sequence[str] | None = None) -> Tensor:
         """Of T5's tokens; CLIP's are pooled."""

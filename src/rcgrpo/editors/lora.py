@@ -11,7 +11,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from diffusers import FluxKontextPipeline
 from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from torch import Tensor, nn
@@ -63,11 +62,12 @@ def _one_of(names: Iterable[str]) -> str | None:
     return LORA_FILE if LORA_FILE in files else files[0] if len(files) == 1 else None
 
 
-def check_lora(lora: str | Path, transformer: nn.Module | None = None, where: str = "lora") -> Path:
+def check_lora(lora: str | Path, kind: Any, transformer: nn.Module | None = None, where: str = "lora") -> Path:
     """Refuse a LoRA that cannot be read, that holds NaN or infinity, or that is for another model.
 
     Args:
         lora: as in `find_lora`.
+        kind: the pipeline class that is to load it; each reads formats of its own.
         transformer: what it is for, also on the meta device, or with adapters; None checks the file alone.
         where: what to call it in errors.
 
@@ -80,27 +80,28 @@ def check_lora(lora: str | Path, transformer: nn.Module | None = None, where: st
     file = find_lora(lora, where)
     got = f"{where}: got {str(lora)!r}, expected"
     try:
-        weights, alphas, metadata = FluxKontextPipeline.lora_state_dict(
+        weights, *alphas, metadata = kind.lora_state_dict(
             str(file.parent),
             weight_name=file.name,
             use_safetensors=file.suffix == ".safetensors",  # else diffusers looks for another file when this one fails
             local_files_only=True,
-            return_alphas=True,
+            return_alphas=True,  # where it has any
             return_lora_metadata=True,
         )
     except Exception as error:  # diffusers, safetensors and the converters of other formats each have their own
         hint = f"; {PEFT_FILE} is PEFT's own, take {LORA_FILE} beside it" if file.name == PEFT_FILE else ""
         raise ValueError(f"{got} a whole LoRA file that diffusers can read ({first_words(error)}){hint}") from error
-    if alphas and metadata:
+    scales = {key: alpha for found in alphas for key, alpha in (found or {}).items()}
+    if scales and metadata:
         raise ValueError(f"{got} its scale once, and it stands in the tensors `.alpha` and in the metadata")
-    for key, tensor in {**weights, **(alphas or {})}.items():
+    for key, tensor in {**weights, **scales}.items():
         if isinstance(tensor, Tensor) and not bool(tensor.float().isfinite().all()):
             raise ValueError(f"{got} finite numbers, and it holds NaN or infinity in {key}; take an earlier checkpoint")
     layers = {key.removeprefix("transformer."): w for key, w in weights.items() if key.startswith("transformer.")}
     strangers = [key for key in weights if not key.startswith(("transformer.", "text_encoder."))]
     if not layers or strangers:
         what = f"{len(strangers)} of its {len(weights)} weights, such as {strangers[0]}," if strangers else "it"
-        raise ValueError(f"{got} a LoRA for FLUX.1-Kontext's transformer; {what} holds nothing for this model")
+        raise ValueError(f"{got} a LoRA for this model's transformer; {what} holds nothing for this model")
     if transformer is not None and (misfit := _misfit(layers, transformer)):
         raise ValueError(f"{got} one that fits this model; {misfit}")
     return file
@@ -132,13 +133,13 @@ def _misfit(layers: dict[str, Tensor], transformer: nn.Module) -> str | None:
     return None
 
 
-def load_lora(pipeline: FluxKontextPipeline, lora: str | Path, adapter_name: str, where: str = "lora") -> None:
+def load_lora(pipeline: Any, lora: str | Path, adapter_name: str, where: str = "lora") -> None:
     """Load a LoRA, all of it, under a name; one that does not fit leaves the pipeline as it was.
 
     Raises:
         ValueError: as `check_lora`.
     """
-    file = check_lora(lora, pipeline.transformer, where)
+    file = check_lora(lora, type(pipeline), pipeline.transformer, where)
     try:
         pipeline.load_lora_weights(
             str(file.parent), weight_name=file.name, adapter_name=adapter_name, local_files_only=True

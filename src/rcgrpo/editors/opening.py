@@ -4,7 +4,10 @@ import importlib
 import os
 from typing import Any, cast
 
+import diffusers
+import torch
 from diffusers import DiffusionPipeline
+from torch import nn
 
 from .base import FlowEditor
 from .region_decoupled import RegionDecoupled
@@ -32,6 +35,21 @@ def region_decoupled_class(names: str | type) -> Any:
             module = importlib.import_module(f".{_FILES[stock]}", __package__)
             return getattr(module, f"RegionDecoupled{stock}")
     raise ValueError(f"model: got a {found[0]}, expected one of {', '.join(_FILES)}")
+
+
+def stock_name(pipeline: Any) -> str:
+    """diffusers' own name for the class of a pipeline that has an editor, or of any subclass."""
+    return region_decoupled_class(type(pipeline)).__name__.removeprefix("RegionDecoupled")
+
+
+def skeleton(model: str | os.PathLike[str]) -> tuple[Any, nn.Module]:
+    """The pipeline class of a Hub id or folder, and its transformer without weights, on the meta device."""
+    index = cast(dict[str, Any], DiffusionPipeline.load_config(model))
+    kind = region_decoupled_class(str(index.get("_class_name")))
+    transformer = getattr(diffusers, index["transformer"][1])
+    config = transformer.load_config(model, subfolder="transformer")
+    with torch.device("meta"):
+        return kind, transformer.from_config(config)
 
 
 def open_editor(pipeline: Any, *args: Any, **kwargs: Any) -> FlowEditor:

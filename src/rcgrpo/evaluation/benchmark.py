@@ -177,7 +177,7 @@ class Sampling:
 
     Args:
         resolution: pictures are made at `resolution²` pixels, keeping the source's aspect ratio.
-        num_inference_steps, guidance_scale, max_sequence_length: as in the editor.
+        num_inference_steps, guidance_scale, max_sequence_length, true_cfg_scale, negative_prompt: as in the editor.
         seed: of the noise.
     """
 
@@ -186,6 +186,8 @@ class Sampling:
     guidance_scale: float | None = None
     max_sequence_length: int = 512
     seed: int = 0
+    true_cfg_scale: float = 1.0
+    negative_prompt: str = ""
 
     def editor(self, pipeline: DiffusionPipeline) -> FlowEditor:
         """Knows at which size a picture is edited, and what the pipeline's own call takes for it."""
@@ -195,6 +197,8 @@ class Sampling:
             self.num_inference_steps,
             self.guidance_scale,
             self.max_sequence_length,
+            true_cfg_scale=self.true_cfg_scale,
+            negative_prompt=self.negative_prompt,
         )
 
     def size_for(self, pipeline: DiffusionPipeline, picture: Image.Image) -> tuple[int, int]:

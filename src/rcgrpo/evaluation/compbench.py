@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+from ..inputs.pictures import to_rgb
 from ..maths.metrics import COMPBENCH_SIZE
 from ..rewards.clip_model import Clip
 
@@ -134,7 +135,7 @@ def local_clip_scores(
 
 
 def _crop(picture: Image.Image, box: tuple[int, int, int, int], size: int | None) -> Image.Image:
-    picture = picture.convert("RGB")
+    picture = to_rgb(picture)
     if size is not None:
         picture = picture.resize((size, size), Image.Resampling.BICUBIC)
     return picture.crop(box)

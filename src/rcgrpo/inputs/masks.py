@@ -145,6 +145,8 @@ def _of_picture(image: Image.Image, where: str) -> np.ndarray:
 def _of_alpha(image: Image.Image, where: str) -> np.ndarray:
     rgba = np.asarray(image)
     colours, alpha = rgba[..., :3], rgba[..., 3]
+    if alpha.min(initial=255) == 255:
+        return _of_picture(image.convert("RGB"), where)
     seen, hidden = colours[alpha > 0], colours[alpha == 0]
     if len(hidden) and (hidden != hidden[0]).any():
         _refuse(
@@ -154,7 +156,7 @@ def _of_alpha(image: Image.Image, where: str) -> np.ndarray:
             "save that one alone, as black and white; or, in a data set, set mask_encoding='alpha' where transparent "
             "means edit",
         )
-    if len(seen) and len(hidden) and not (seen != seen[0]).any():
+    if len(seen) and not (seen != seen[0]).any():
         if not seen.any():
             _refuse(
                 where,

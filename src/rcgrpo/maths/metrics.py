@@ -8,7 +8,8 @@ foreground is in `evaluation`.
 Gotchas:
 - Black against black is a perfect match, so `background_psnr` reads `-10·log10(background share)` dB above
   `masked_psnr`, which looks at the background pixels alone. Compare numbers of one kind, over the same masks.
-- Masks are pictures with 255 = edit. A picture whose edit pixels hold 1 counts as all background.
+- Masks are pictures with 255 = edit, as the benchmark reads them; `mask_to_tensor` is not asked. A picture whose edit
+  pixels hold 1 counts as all background.
 - Masks are not grown: growing is for training.
 """
 
@@ -22,6 +23,8 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import nn
+
+from ..inputs.pictures import to_rgb
 
 COMPBENCH_SIZE = 512
 MAX_PSNR = 100.0
@@ -178,7 +181,7 @@ def _per_picture(
             values.append(math.nan)
             continue
         edited, expected = (
-            _to_tensor(picture.convert("RGB"), size, Image.Resampling.BICUBIC) for picture in (image, reference)
+            _to_tensor(to_rgb(picture), size, Image.Resampling.BICUBIC) for picture in (image, reference)
         )
         values.append(float(metric(edited, expected, background)))
     return values

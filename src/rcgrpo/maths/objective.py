@@ -249,21 +249,25 @@ class PolicyLoss(NamedTuple):
 
 
 def policy_loss(
-    log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, epsilon: float, epsilon_high: float | None = None
+    log_probs: Tensor,
+    old_log_probs: Tensor,
+    advantages: Tensor,
+    epsilon: float | Tensor,
+    epsilon_high: float | None = None,
 ) -> PolicyLoss:
     """`-Σ_i min(A'_i ρ_i, A'_i clip(ρ_i, 1 - ε, 1 + ε_high))` for each transition (algorithm section 4).
 
     Args:
         log_probs, old_log_probs: `[B, G]`; no gradient flows through the old ones.
         advantages: `[B, G]`, 0 for candidates without a say.
-        epsilon: clip range below 1.
+        epsilon: clip range below 1, or `[B, 1]`, one for each transition.
         epsilon_high: clip range above 1, the same by default.
     """
-    epsilon_high = epsilon if epsilon_high is None else epsilon_high
     ratio = (log_probs - old_log_probs.detach()).exp()
-    clipped = ratio.clamp(1 - epsilon, 1 + epsilon_high)
-    loss = -torch.minimum(advantages * ratio, advantages * clipped).sum(-1)
-    return PolicyLoss(loss, (ratio < 1 - epsilon) & (advantages < 0), (ratio > 1 + epsilon_high) & (advantages > 0))
+    ends = (1 - epsilon, 1 + (epsilon if epsilon_high is None else epsilon_high))
+    low, high = (torch.as_tensor(end, dtype=ratio.dtype, device=ratio.device) for end in ends)
+    loss = -torch.minimum(advantages * ratio, advantages * ratio.clamp(low, high)).sum(-1)
+    return PolicyLoss(loss, (ratio < low) & (advantages < 0), (ratio > high) & (advantages > 0))
 
 
 def velocity_kl(velocity: Tensor, reference: Tensor, weights: Tensor) -> Tensor:

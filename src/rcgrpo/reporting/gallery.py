@@ -15,6 +15,7 @@ from typing import Protocol
 
 from PIL import Image
 
+from ..inputs.pictures import to_rgb
 from .files import PathLike, write_atomically
 
 THUMBNAIL = 192
@@ -153,7 +154,7 @@ def _shown(value: float | None) -> str:
 
 
 def _data_uri(picture: Image.Image) -> str:
-    picture = picture.convert("RGB")
+    picture = to_rgb(picture).copy()
     exact = max(picture.size) <= THUMBNAIL
     if not exact:
         picture.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)

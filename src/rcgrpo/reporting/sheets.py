@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from PIL import Image, ImageChops, ImageColor, ImageDraw, ImageFilter, ImageFont
 
+from ..inputs.pictures import to_rgb
 from .curves import FAINT, HAIR, INK
 from .files import PathLike, write_atomically
 
@@ -107,7 +108,7 @@ def outline(image: Image.Image, mask: Image.Image, color: str = "#ff2d78", width
     region = mask.convert("L").resize(image.size, Image.Resampling.NEAREST).point(lambda value: 255 * (value > 127))
     width = width or max(1, round(min(image.size) / 100))
     line = ImageChops.subtract(region.filter(ImageFilter.MaxFilter(2 * width + 1)), region)
-    drawn = image.convert("RGB")
+    drawn = to_rgb(image).copy()
     drawn.paste(ImageColor.getrgb(color), mask=line)
     return drawn
 
@@ -140,7 +141,7 @@ def heatmap(values: ArrayLike, image: Image.Image, vmax: float | None = None, co
 
 def _fit(picture: Image.Image, cell: int) -> Image.Image:
     """RGB, within `cell x cell`: enlarged by a whole factor, or reduced keeping its proportions."""
-    picture = picture.convert("RGB")
+    picture = to_rgb(picture)
     longest = max(picture.size)
     if longest <= cell:
         factor = cell // longest

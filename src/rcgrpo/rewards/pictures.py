@@ -18,6 +18,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..inputs.pictures import to_rgb
+
 Box = tuple[int, int, int, int]
 Made = TypeVar("Made")
 PNG_START = b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR"
@@ -25,7 +27,7 @@ PNG_START = b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR"
 
 def image_tensor(image: Image.Image) -> Tensor:
     """fp32 `[3, height, width]` in [0, 1]."""
-    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).to(torch.float32) / 255
+    return torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1).to(torch.float32) / 255
 
 
 def outside(image: Image.Image, source: Image.Image, mask: Image.Image) -> Tensor:

@@ -23,6 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..groups.rollout import Group
+from ..inputs.pictures import to_rgb
 from ..reporting.files import write_atomically
 from ..reporting.sheets import contact_sheet, outline
 
@@ -172,6 +173,6 @@ def _plain(values: Sequence[Any]) -> list[Any]:
 
 
 def _shrunk(picture: Image.Image) -> Image.Image:
-    small = picture.convert("RGB")
+    small = to_rgb(picture).copy()
     small.thumbnail((CELL, CELL), Image.Resampling.LANCZOS)
     return small

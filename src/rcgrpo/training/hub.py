@@ -2,11 +2,11 @@
 
 Where it fits: the trainer calls `check_lora_config` before the first step, `save_lora` at every checkpoint and
 `model_card` before every push; uploading itself is `transformers.Trainer`'s and huggingface_hub's work. Why:
-`FluxKontextPipeline.load_lora_weights` cannot read PEFT's own `adapter_model.safetensors` (its keys start with
-`base_model.`), and TRL's card describes a language model. Gotchas: the scale stands in the file as one `.alpha` for
-each layer, which diffusers, ComfyUI and kohya's tools read alike, and not in diffusers' metadata, which others do not
-know and which diffusers refuses beside `.alpha`. So rank, alpha and layers can be read from the tensors, and the same
-weights give the same bytes.
+diffusers' `load_lora_weights` cannot read PEFT's own `adapter_model.safetensors` (its keys start with `base_model.`),
+and TRL's card describes a language model. Gotchas: the scale never stands in diffusers' metadata, which other programs
+do not know. For FLUX.1 it is one `.alpha` for each layer, which diffusers, ComfyUI and kohya's tools read alike; where
+the stock pipeline does not read `.alpha` (`FlowEditor.lora_has_alpha`) it is multiplied into the weights, which all
+take as they are. So rank, scale and layers can be read from the tensors, and the same weights give the same bytes.
 """
 
 import os
@@ -24,18 +24,12 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
+from ..editors.base import FlowEditor
 from ..editors.lora import LORA_FILE
+from ..editors.opening import region_decoupled_class
 
 CARD_TAGS = ("rcgrpo", "trl", "lora", "image-editing", "reinforcement-learning", "grpo")
 DEFAULT_PICTURE = "samples/contact_sheet.png"
-LICENSES = {
-    "black-forest-labs/FLUX.1-Kontext-dev": {
-        "license": "other",
-        "license_name": "flux-1-dev-non-commercial-license",
-        "license_link": "https://huggingface.co/black-forest-labs/FLUX.1-Kontext-dev/blob/main/LICENSE.md",
-    }
-}
-"""What binds a LoRA of a base, as the base's own card says it; the link leads there."""
 
 _CARD_TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
 _PACKAGES = ("rcgrpo", "torch", "diffusers", "transformers", "trl", "peft")
@@ -111,7 +105,11 @@ def save_lora(
         adapter_name=adapter_name,
         save_embedding_layers=False,  # "auto" asks the Hub for the base model's vocabulary
     )
-    layers |= {f"{key}.alpha": torch.tensor(alpha) for key, alpha in _alphas(peft_model, layers, adapter_name).items()}
+    if _editor_class(pipeline).lora_has_alpha:
+        alphas = _alphas(peft_model, layers, adapter_name)
+        layers |= {f"{key}.alpha": torch.tensor(alpha) for key, alpha in alphas.items()}
+    else:
+        layers |= _scaled(peft_model, layers, adapter_name)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     target, unfinished = folder / LORA_FILE, folder / f"_{LORA_FILE}.tmp"  # Trainer uploads nothing that starts with _
@@ -127,14 +125,34 @@ def save_lora(
     return target
 
 
+def _editor_class(pipeline: DiffusionPipeline | str) -> type[FlowEditor]:
+    """What knows the format; of a pipeline, or the name of its class."""
+    return region_decoupled_class(pipeline if isinstance(pipeline, str) else type(pipeline)).editor_class
+
+
+def _lora_layers(peft_model: PeftModel, adapter_name: str) -> dict[str, LoraLayer]:
+    modules = peft_model.get_base_model().named_modules()
+    return {key: m for key, m in modules if isinstance(m, LoraLayer) and adapter_name in m.scaling}
+
+
+def _scaled(peft_model: PeftModel, layers: Mapping[str, Tensor], adapter_name: str) -> dict[str, Tensor]:
+    """The second matrices times their layers' scale, so that up times down is the weights' difference itself.
+
+    Half precision becomes fp32, as a product would not fit into it.
+    """
+    return {
+        f"{key}.lora_B.weight": layers[f"{key}.lora_B.weight"].float() * float(layer.scaling[adapter_name])
+        for key, layer in _lora_layers(peft_model, adapter_name).items()
+    }
+
+
 def _alphas(peft_model: PeftModel, layers: dict[str, Tensor], adapter_name: str) -> dict[str, float]:
     """What each layer's alpha has to be for readers whose scale is alpha / rank, whatever made the scale.
 
     diffusers takes the name of a layer for all names that end in it: FLUX's last layer is called `proj_out`, as is one
     in every single block. Where their alphas differ, the blocks' scale goes into `layers`, with alphas that are alike.
     """
-    modules = peft_model.get_base_model().named_modules()
-    found = {key: m for key, m in modules if isinstance(m, LoraLayer) and adapter_name in m.scaling}
+    found = _lora_layers(peft_model, adapter_name)
     alphas = {key: float(layer.scaling[adapter_name]) * layer.r[adapter_name] for key, layer in found.items()}
     for short in alphas:
         for key in alphas:
@@ -173,8 +191,8 @@ def model_card(
         model_name: title of the card, and name of the model in `model-index`.
         hub_model_id: `owner/name` to load the LoRA from in the example; without it the example names `model_name`.
         base_model: Hub id or folder of the base pipeline.
-        license: licence of the *base*, which binds the adapter, as a Hub identifier; by default that of `LICENSES`,
-            "other" for a base that is not there.
+        license: licence of the *base*, which binds the adapter, as a Hub identifier; by default what the editor knows
+            of this base (`FlowEditor.licenses`), "other" where it knows nothing.
         license_name: its name, where `license` is "other".
         license_link: where to read it, where `license` is "other".
         datasets: Hub ids or folders of the training data.
@@ -204,7 +222,7 @@ def model_card(
     base_id = _hub_id(base_model)
     bound: dict[str, Any] = {"license": license or "other", "license_name": license_name, "license_link": license_link}
     if license is None and license_name is None and license_link is None:
-        bound |= LICENSES.get(base_id or "", {})
+        bound |= _editor_class(pipeline_class).licenses.get(base_id or "", {})
     widget = [
         {"src": example["source"], "prompt": example["prompt"], "output": {"url": example["edited"]}}
         for example in examples

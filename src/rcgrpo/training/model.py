@@ -70,8 +70,10 @@ def load_pipeline(model: Any, init_kwargs: Mapping[str, Any] | None = None) -> A
 
 
 @contextmanager
-def naming_model(model: str, **hub: Any) -> Iterator[None]:
+def naming_model(model: str, **hub: Any) -> Iterator[dict[str, Any]]:
     """For opening a pipeline: whatever diffusers and the Hub's client raise is told as a wrong `model`.
+
+    Yields its `model_index.json`.
 
     Args:
         model: a Hub id or a folder.
@@ -86,8 +88,9 @@ def naming_model(model: str, **hub: Any) -> Iterator[None]:
         expected += "; if it is one, check the network (HF_HUB_OFFLINE) and, where it is gated, `hf auth login`"
     with naming("model", model, expected):
         index = Path(model, INDEX) if Path(model).is_dir() else Path(hf_hub_download(model, INDEX, **hub))
-        region_decoupled_class(str(json.loads(index.read_text()).get("_class_name")))
-        yield
+        read = json.loads(index.read_text())
+        region_decoupled_class(str(read.get("_class_name")))
+        yield read
 
 
 def _dtype(value: Any, where: str) -> Any:

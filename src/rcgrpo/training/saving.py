@@ -15,8 +15,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..editors import RegionDecoupledFluxKontextPipeline
 from ..editors.lora import LORA_FILE
+from ..editors.opening import stock_name
 from ..rewards import Reward
 from .hub import model_card, save_lora
 from .model import base_model_name
@@ -26,7 +26,7 @@ from .resuming import ResumingTrainer
 class SavingTrainer(ResumingTrainer):
     """Saves a diffusers LoRA (or transformer) and a card."""
 
-    pipeline: RegionDecoupledFluxKontextPipeline
+    pipeline: Any
     rewards: list[Reward]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -81,6 +81,7 @@ class SavingTrainer(ResumingTrainer):
             examples=saved.get("examples", ()),
             settings=self.card_settings(),
             folder=folder,
+            pipeline_class=stock_name(self.pipeline),
             tags=tags,
         )
         card.save(folder / "README.md")

@@ -9,10 +9,11 @@ for a few candidates and stochastic steps of a group:
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ...maths.noise import keyed_noise
-from ...maths.objective import gaussian_log_prob, sde_step
+from ...maths.objective import gaussian_log_prob, sde_step, weighted_mean
 from ..rollout import Group, kick_key
 from ..transitions import Reading, Transitions
 from .ratio import RatioPolicy
@@ -22,9 +23,12 @@ from .ratio import RatioPolicy
 class FlowGRPOPolicy(RatioPolicy):
     """Gaussian steps of an SDE with the ODE's marginals (Flow-GRPO; section 9), on the candidate's own trajectory."""
 
-    @property
-    def default_epsilon(self) -> float:
-        return 1e-3
+    def default_epsilon(self, transitions: Transitions, weights: Tensor) -> Tensor:
+        # What an update changes about the velocity moves the mean by the step's length times that, in units of the
+        # injected noise, g √(σ - σ'), of each token.
+        t, moves = transitions, transitions.std > 0
+        moved = weighted_mean(1 / torch.where(moves, t.std, 1.0), weights * moves)
+        return (3e-4 * (t.sigma - t.next_sigma).sqrt() * moved).unsqueeze(-1)
 
     def teaches(self, group: Group, steps: Sequence[int]) -> tuple[Sequence[bool], list[int]]:
         """Candidates that have a say, at the steps that were stochastic."""

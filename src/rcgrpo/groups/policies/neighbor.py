@@ -32,9 +32,11 @@ class NeighborPolicy(RatioPolicy):
     temperature: float = 1.0
     distance_space: Literal["latents", "clean"] = "latents"
 
-    @property
-    def default_epsilon(self) -> float:
-        return (1e-4 if self.distance_space == "latents" else 1e-3) / self.temperature
+    def default_epsilon(self, transitions: Transitions, weights: Tensor) -> float | Tensor:
+        # What an update changes about the velocity moves the next latents by the step's length times that.
+        t = transitions
+        moved = (t.sigma - t.next_sigma).unsqueeze(-1) if self.distance_space == "latents" else 1.0
+        return 1e-3 / self.temperature * moved
 
     def teaches(self, group: Group, steps: Sequence[int]) -> tuple[Sequence[bool], list[int]]:
         """Any trajectory may be an anchor: what it teaches is the others' advantages."""

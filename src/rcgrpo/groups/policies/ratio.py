@@ -23,16 +23,19 @@ class RatioPolicy(Policy):
     """A policy with probabilities, whose ratio to the old ones is clipped (section 4).
 
     Args:
-        epsilon, epsilon_high: clip range of the ratio below and above 1; `default_epsilon` and the same on both sides.
+        epsilon, epsilon_high: clip range of the ratio below and above 1; by default `default_epsilon`, on both sides.
     """
 
     epsilon: float | None = None
     epsilon_high: float | None = None
 
-    @property
     @abstractmethod
-    def default_epsilon(self) -> float:
-        """A clip range that takes a tenth or two of the second update on a rollout (measured: docs/training.md)."""
+    def default_epsilon(self, transitions: Transitions, weights: Tensor) -> float | Tensor:
+        """A clip range, or `[B, 1]`, that takes a tenth or two of a rollout's second update (docs/training.md).
+
+        Args:
+            weights: `[B, N]`, of the distances that it is for.
+        """
 
     @abstractmethod
     def step(self, velocity: Tensor, transitions: Transitions) -> Tensor:
@@ -63,9 +66,11 @@ class RatioPolicy(Policy):
             # The policy has not moved since the rollout: it is its own old policy, without another forward.
             transitions.old = log_probs.detach()
         old, advantages = transitions.old, transitions.advantages
-        epsilon = self.default_epsilon if self.epsilon is None else self.epsilon
+        given, weights = self.epsilon, transitions.weights
+        ranges = [self.default_epsilon(transitions, weights[:, r]) if given is None else given for r in rows]
         results = [
-            policy_loss(log_probs[:, row], old[:, row], advantages[:, row], epsilon, self.epsilon_high) for row in rows
+            policy_loss(log_probs[:, row], old[:, row], advantages[:, row], ranges[row], self.epsilon_high)
+            for row in rows
         ]
         loss = sum(u * result.loss for u, result in zip(self.importance, results, strict=True))
         clipped = {side: torch.stack([getattr(result, f"clipped_{side}") for result in results]) for side in LOW_HIGH}
