@@ -35,7 +35,7 @@ from .judge_rewards import (
 from .judges import ServerJudge
 from .local_judge import LocalJudge
 from .preservation import BackgroundDINO, BackgroundLPIPS, background_l1
-from .region_scorer import RegionScorer, get_region_scorer
+from .region_scorer import RegionScorer, get_region_scorer, get_second_scorer
 from .registry import Reward, RewardError, RewardFunction, available_rewards, register_reward, resolve_rewards
 from .remote import RemoteReward
 from .scoring import RewardFailure, ScoredBatch, score
@@ -79,6 +79,7 @@ __all__ = [
     "failing_together",
     "fault_counts",
     "get_region_scorer",
+    "get_second_scorer",
     "is_agreed",
     "region_edit",
     "register_reward",
