@@ -476,6 +476,47 @@ def test_the_hinge_begins_beyond_its_margin(moved):
     assert 0 < margin < 1e6
 
 
+def brighter_tensors(pictures, **columns):
+    return pictures.mean((1, 2, 3))
+
+
+def bright(images, **columns):
+    return brightness(images)
+
+
+bright.differentiable = brighter_tensors  # type: ignore[attr-defined]
+
+
+def test_a_rewards_own_gradient_is_followed(tmp_path, data):
+    """Along the prediction of the result; with a weight on nothing else the reward of predictions rises."""
+    alone = {"reward_gradient_weight": 1.0, "max_steps": 6, "learning_rate": 3.0, "keep_weight": 0.0}
+    trainer = make(tmp_path, data, bright, edit_strength=1e-3, per_device_train_batch_size=4, seed=5, **alone)
+    trainer.train()
+    predicted = last(trainer, "reward_of_prediction")
+    assert len(predicted) == 6 and predicted[-1] > predicted[0] + 0.002
+    with pytest.raises(ValueError, match=r"reward_gradient_weight: got 1\.0 with \['brightness'\]"):
+        make(tmp_path, data, brightness, reward_gradient_weight=1.0)
+    with pytest.raises(ValueError, match="reward_gradient_weight: got -1"):
+        make(tmp_path, data, bright, reward_gradient_weight=-1.0)
+
+
+@pytest.mark.parametrize("region", ["edit", "keep", None])
+def test_a_rewards_gradient_reaches_the_pixels_of_its_own_region(tmp_path, data, region):
+    regions = {"region_advantages": True, "reward_regions": [region]} if region else {}
+    trainer = make(tmp_path, data, bright, reward_gradient_weight=1.0, reward_weights=[3.0], **regions)
+    groups = trainer.make_groups([trainer.train_dataset.edit(i) for i in range(2)], 4, ("key",))
+    trainer.score_groups(groups)
+    found = gather(groups, [(0, 0, 0), (1, 2, 1)], trainer.policy, {})
+    pictures = torch.rand(2, 3, 32, 32, requires_grad=True)
+    trainer.editor.decode_tensor = lambda clean, height, width: pictures
+    values = trainer._differentiable_rewards(found.latents, found)
+    assert values.tolist() == pytest.approx((3 * pictures.mean((1, 2, 3))).tolist())
+    values.sum().backward()
+    inside = torch.stack([torch.from_numpy(np.asarray(group.mask) > 127) for group in groups]).unsqueeze(1)
+    reached = {"edit": inside, "keep": ~inside, None: torch.ones_like(inside)}[region].expand(-1, 3, -1, -1)
+    assert bool(inside.any()) and torch.equal(pictures.grad != 0, reached)
+
+
 def test_dropped_groups_are_held_to_nothing(moved):
     """Section 8: the anchors to base and source are off where a group teaches nothing."""
     trainer, found, _, _ = moved

@@ -235,6 +235,13 @@ class RCGRPOConfig(_BaseConfig):
         default=None,
         metadata={"help": "Weight of each region's objective, in the order in which reward_regions first names them."},
     )
+    reward_gradient_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of the rewards' own gradient through one-step predictions of the result, for rewards that "
+            "have one; with region_advantages through the pixels of their region alone."
+        },
+    )
     keep_hinge_weight: float = field(
         default=0.0,
         metadata={"help": "Weight of a hinge that holds one-step predictions to the source outside the region."},
@@ -332,7 +339,7 @@ class RCGRPOConfig(_BaseConfig):
             if not 0 <= getattr(self, name) <= 1:
                 refuse(name, "a number in [0, 1]")
         weights = ("keep_weight", "beta", "beta_keep", "attention_reward_weight", "min_reward_std", "check_rows")
-        for name in (*weights, "keep_hinge_weight", "keep_hinge_margin"):
+        for name in (*weights, "reward_gradient_weight", "keep_hinge_weight", "keep_hinge_margin"):
             if not 0 <= getattr(self, name) < inf:  # NaN is neither
                 refuse(name, "0 or more")
         positive = ("temperature", "epsilon", "advantage_power", "advantage_std_floor", "sde_noise_level", "nft_beta")

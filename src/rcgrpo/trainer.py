@@ -41,7 +41,7 @@ from .metrics import masked_psnr
 from .models import load_pipeline, trained_model
 from .objective import batch_advantages, keep_hinge, predict_clean, spread, total_scores, velocity_kl
 from .policies import make_policy, region_mask
-from .regions import region_weights
+from .regions import mask_to_tensor, region_weights
 from .rewards import (
     ATTENTION_REWARDS,
     FailureWatch,
@@ -114,6 +114,11 @@ class RCGRPOTrainer(SavingTrainer):
         self.rewards, self.reward_weights = self._resolve_rewards(reward_funcs, args)
         self._records_attention = args.log_attention or any(r.name in ATTENTION_REWARDS for r in self.rewards)
         self.reward_regions = self._regions_of_rewards(self.rewards, args)
+        if args.reward_gradient_weight and not any(reward.differentiable for reward in self.rewards):
+            raise ValueError(
+                f"reward_gradient_weight: got {args.reward_gradient_weight} with {[r.name for r in self.rewards]}, "
+                "expected a reward that has a gradient, such as region_margin; see docs/rewards.md"
+            )
         self.exploration = Exploration(
             args.edit_strength,
             args.keep_strength,
@@ -625,6 +630,11 @@ class RCGRPOTrainer(SavingTrainer):
             kl = velocity_kl(velocity, reference, region_weights(inputs.region, args.beta_keep))
             numbers["kl"] = float(kl.detach().mean())
             loss = loss + args.beta * kl * inputs.taught
+        if args.reward_gradient_weight:
+            clean = predict_clean(inputs.latents, velocity, inputs.sigma)
+            values = self._differentiable_rewards(clean, inputs)
+            numbers["reward_of_prediction"] = float(values.detach().mean())
+            loss = loss - args.reward_gradient_weight * values * inputs.taught
         if args.keep_hinge_weight:
             clean = predict_clean(inputs.latents, velocity, inputs.sigma)
             hinge = keep_hinge(clean, inputs.conditions.image_latents, inputs.region, args.keep_hinge_margin)
@@ -633,6 +643,31 @@ class RCGRPOTrainer(SavingTrainer):
         for name, value in numbers.items():
             metrics[name].append(value)
         return loss.mean()
+
+    def _differentiable_rewards(self, clean: Tensor, inputs: Transitions) -> Tensor:
+        """The weighted sum of the rewards that have a gradient on clean latents, `[B]`; 0 where none applies.
+
+        With region advantages a reward reaches the pixels of its own region alone: the others are constants to it.
+        """
+        groups = inputs.groups
+        pictures = self.editor.decode_tensor(clean, *groups[0].size)
+        masks = [group.mask for group in groups]
+        inside = torch.stack([mask_to_tensor(mask) for mask in masks]).unsqueeze(1).to(pictures)
+        names = set.intersection(*(set(group.edit.columns) for group in groups))
+        columns = {name: [group.edit.columns[name] for group in groups] for name in sorted(names)}
+        columns |= {"prompts": [group.edit.prompt for group in groups], "source_images": [g.source for g in groups]}
+        total = torch.zeros(len(groups), device=clean.device)
+        regions = self.reward_regions or [None] * len(self.rewards)
+        for reward, weight, region in zip(self.rewards, self.reward_weights.tolist(), regions, strict=True):
+            if reward.differentiable is None or not weight:
+                continue
+            shown = pictures
+            if region is not None:
+                own = 1 - inside if region == "keep" else inside
+                shown = pictures.detach().lerp(pictures, own)
+            values = reward.differentiable(shown, masks=masks, **columns).to(total)
+            total = total + weight * values.nan_to_num(0.0)
+        return total
 
     def training_step(  # type: ignore[override]
         self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None

@@ -55,7 +55,7 @@ class Transitions:
 
     `latents` `[B, N, C]`, `timestep`, `sigma`, `next_sigma` `[B]`, `candidates` `[B, S, N, C]`, `advantages`
     `[B, rows, S]`, `weights` `[B, rows, N]`, `std` and `region` `[B, N]`; `old`, what the policy that made the
-    candidates had to say of them, `[B, ...]`, once known.
+    candidates had to say of them, `[B, ...]`, once known; `groups`, each one's own.
     """
 
     latents: Tensor
@@ -70,6 +70,7 @@ class Transitions:
     conditions: Conditions
     old: Tensor | None
     where: list[Where]
+    groups: list[Group]
 
     @property
     def taught(self) -> Tensor:
@@ -138,4 +139,5 @@ def gather(groups: Sequence[Group], where: list[Where], policy: Reader, old: Map
         conditions=Conditions.concatenate([group.conditions for group in picked]),
         old=stack(old[w] for w in where) if where[0] in old else None,
         where=where,
+        groups=picked,
     )

@@ -455,7 +455,15 @@ class FluxKontextEditor:
     @torch.no_grad()
     def decode(self, latents: Tensor, height: int, width: int) -> list[Image.Image]:
         """Pictures of clean latents `[batch, tokens, channels]`."""
+        decoded = self._decode(latents, height, width)
+        return self.pipeline.image_processor.postprocess(decoded, output_type="pil")
+
+    def decode_tensor(self, latents: Tensor, height: int, width: int) -> Tensor:
+        """The same before rounding, fp32 `[batch, 3, height, width]` in [0, 1], with a gradient."""
+        return (self._decode(latents, height, width).float() / 2 + 0.5).clamp(0, 1)
+
+    def _decode(self, latents: Tensor, height: int, width: int) -> Tensor:
         pipe = self.pipeline
         unpacked = pipe._unpack_latents(latents.to(pipe.vae.dtype), height, width, pipe.vae_scale_factor)
         unpacked = unpacked / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
-        return pipe.image_processor.postprocess(pipe.vae.decode(unpacked, return_dict=False)[0], output_type="pil")
+        return pipe.vae.decode(unpacked, return_dict=False)[0]

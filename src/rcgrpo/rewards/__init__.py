@@ -35,6 +35,7 @@ from .judge_rewards import (
 from .judges import ServerJudge
 from .local_judge import LocalJudge
 from .preservation import BackgroundDINO, BackgroundLPIPS, background_l1
+from .region_margin import region_margin
 from .region_scorer import RegionScorer, get_region_scorer, get_second_scorer
 from .registry import Reward, RewardError, RewardFunction, available_rewards, register_reward, resolve_rewards
 from .remote import RemoteReward
@@ -82,6 +83,7 @@ __all__ = [
     "get_second_scorer",
     "is_agreed",
     "region_edit",
+    "region_margin",
     "register_reward",
     "resolve_rewards",
     "score",

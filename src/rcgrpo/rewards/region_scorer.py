@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn.functional import normalize
+from torch.nn.functional import interpolate, normalize
 
 if TYPE_CHECKING:
     from timm.models.efficientnet import EfficientNet
@@ -204,7 +204,7 @@ class RegionScorer:
         three = [self._part_features(pictures, masks, captions) for pictures in (images, targets, sources)]
         results: list[bool | None] = []
         for name, caption, draw, shown, target, source in zip(names, captions, draws, *three, strict=True):
-            wanted = [_object(each) for each in (caption or "").split("|")]
+            wanted = [object_name(each) for each in (caption or "").split("|")]
             if name is None or not self._catalogue[1].keys() >= set(wanted) or (not draw and target.isnan().any()):
                 results.append(None)
             elif draw:
@@ -232,8 +232,29 @@ class RegionScorer:
         """Mean over the caption's objects of the best cosine with any part `[parts, 1280]`."""
         centre, prototypes = self._catalogue
         unknown = torch.full_like(centre, math.nan)
-        wanted = torch.stack([prototypes.get(_object(name), unknown) for name in (caption or "").split("|")])
+        wanted = torch.stack([prototypes.get(object_name(name), unknown) for name in (caption or "").split("|")])
         return _number((wanted @ shown.T).amax(-1).mean())
+
+    @property
+    def prototypes(self) -> dict[str, Tensor]:
+        """Each object's mean centred feature, `[1280]` with unit norm."""
+        return self._catalogue[1]
+
+    def crop_tensor(self, picture: Tensor, box: tuple[int, int, int, int]) -> Tensor:
+        """A part of a picture `[3, height, width]` as the network takes it, `[3, side, side]` in [0, 1]."""
+        left, upper, right, lower = box
+        part = picture[None, :, upper:lower, left:right]
+        size = (self.side, self.side)
+        return interpolate(part, size, mode="bicubic", antialias=True, align_corners=False)[0].clamp(0, 1)
+
+    def tensor_features(self, crops: Tensor) -> Tensor:
+        """As `features`, of `[n, 3, side, side]` in [0, 1], with a gradient."""
+        network = load_network(self.network)
+        with torch.autocast("cpu", enabled=False):
+            raw = network.forward_head(
+                network.forward_features((255 * crops.float().cpu() - 127) / 128), pre_logits=True
+            )
+        return normalize(raw - self._catalogue[0], dim=-1)
 
     @torch.no_grad()
     def _raw_features(self, images: Sequence[Image.Image]) -> Tensor:
@@ -282,7 +303,7 @@ def get_second_scorer() -> RegionScorer:
     return RegionScorer(SECOND_SIDE, SECOND_NETWORK)
 
 
-def _object(name: str) -> str:
+def object_name(name: str) -> str:
     """An object's name without article, as the catalogue has it."""
     return re.sub(r"^(an?|the)\s+", "", name.strip().lower())
 
