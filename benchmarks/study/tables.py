@@ -1,12 +1,12 @@
 """What the study compares: every table, every variant, every option's name. To change the study, change this file.
 
-A variant is a set of differences to `common()`, `rcgrpo train`'s recipe for the embedded editor with what `SHARED` says
-otherwise. The recipe is read when a table is planned, so a new default of what `SHARED` does not name starts new cells.
+A variant is a set of differences to `common()`, the recipe beside this file with what `SHARED` says otherwise. That
+recipe is the study's own, so that the main job can change without starting new cells.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.resources import files
+from pathlib import Path
 from typing import Any, Literal
 
 import yaml
@@ -22,7 +22,7 @@ RUN_KEYS = (*DATA_KEYS, "max_steps", "save_steps", "logging_steps", "num_inferen
 
 def recipe() -> dict[str, Any]:
     """The recipe's settings that a variant may change: `RCGRPOConfig`'s fields, `reward_funcs`, `lora_*`."""
-    text = (files("rcgrpo") / "recipes" / "tiny.yaml").read_text()
+    text = (Path(__file__).parent / "recipe.yaml").read_text()
     return {key: value for key, value in yaml.safe_load(text).items() if key not in RUN_KEYS}
 
 

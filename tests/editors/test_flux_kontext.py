@@ -5,8 +5,8 @@ from PIL import Image
 
 from rcgrpo.editors import Conditions, FluxKontextEditor, Schedule
 from rcgrpo.editors.attention import AttentionRecorder
-from rcgrpo.editors.base import fit_size
 from rcgrpo.editors.schedule import SOLVERS, make_solver
+from rcgrpo.editors.sizes import fit_size
 from rcgrpo.editors.words import find_words
 from rcgrpo.groups.rollout import integrate, rollout
 from tiny_kontext import TINY_CALL, build_tiny_kontext, encode_one_by_one
@@ -320,3 +320,14 @@ def test_the_negative_pass_leaves_no_trace_in_the_attention_record(pipeline):
             editor.velocity(pipeline.transformer, noise(1), torch.tensor([700.0]), conditions)
         readings.append(recorder.concentration())
     assert torch.equal(readings[0].mass, readings[1].mass)
+
+
+def test_decoded_tensors_are_the_pictures_and_have_a_gradient():
+    editor = editor_of(build_tiny_kontext())
+    latents = torch.randn(2, 64, editor.channels, generator=torch.Generator().manual_seed(0)).requires_grad_(True)
+    tensors = editor.decode_tensor(latents, 32, 32)
+    assert tensors.shape == (2, 3, 32, 32) and float(tensors.min()) >= 0 and float(tensors.max()) <= 1
+    for tensor, image in zip(tensors.detach(), editor.decode(latents, 32, 32), strict=True):
+        assert np.abs(255 * tensor.permute(1, 2, 0).numpy() - np.asarray(image, float)).max() <= 0.5 + 1e-3
+    tensors.sum().backward()
+    assert latents.grad is not None and bool(latents.grad.abs().sum((1, 2)).gt(0).all())

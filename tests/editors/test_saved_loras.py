@@ -106,7 +106,7 @@ def test_a_lora_that_the_stock_pipeline_would_not_load_is_refused(name, tmp_path
     weights |= {key.replace("lora_A.weight", "alpha"): torch.tensor(1.0) for key in downs}
     save_file(weights, tmp_path / LORA_FILE)
     fresh = BUILD[name]()
-    with pytest.raises(ValueError, match="^lora: got .*, expected .* fits this model; the model has no layer for"):
+    with pytest.raises(ValueError, match=r"^lora: got .*, expected .* fits this model; the model has no layer for"):
         check_lora(tmp_path, type(fresh), fresh.transformer)
 
 

@@ -2,12 +2,13 @@
 
 import json
 import random
+from dataclasses import replace
 
 import pytest
 from PIL import Image, ImageChops
 
 from rcgrpo.data import EditRows, compbench_mini
-from rcgrpo.evaluation.held_out import NUM_EXAMPLES, NUM_PICTURES, HeldOut, mask_picture, write_report
+from rcgrpo.evaluation.held_out import NUM_EXAMPLES, NUM_PICTURES, HeldOut, compare_tasks, mask_picture, write_report
 
 
 def judged(edits, change, **scores):
@@ -24,6 +25,33 @@ def judged(edits, change, **scores):
         )
         for i, edit in enumerate(edits)
     ]
+
+
+def test_a_report_says_what_each_task_gained_and_lost(tmp_path, edits):
+    """A mean over all would be 0 here."""
+
+    def sides(change):
+        gains = {"add": change, "remove": -change}
+        return [
+            HeldOut(i, "", {"correct (%)": 50.0 + gains.get(task, 0), "LP-I": 0.5}, {}, task)
+            for i, task in enumerate(["add", "remove", "add", "remove", "replace"])
+        ]
+
+    tables = compare_tasks(sides(0), sides(25))
+    assert list(tables) == ["add", "remove"]  # one edit alone has no interval
+    for task, difference in (("add", 25), ("remove", -25)):
+        (row,) = tables[task]
+        assert (row.metric, row.n, row.difference) == ("correct (%)", 2, difference)
+    assert compare_tasks(sides(0)[:1], sides(25)[:1]) == {}
+
+    before, after = (
+        [replace(one, task=("add", "remove")[one.row % 2], scores={"correct (%)": value}) for one in judged(edits, 0)]
+        for value in (0.0, 100.0)
+    )
+    write_report(tmp_path, before, after, [], {})
+    report = json.loads((tmp_path / "metrics.json").read_text())["by_task"]
+    assert {task: rows[0]["difference"] for task, rows in report.items()} == {"add": 100, "remove": 100}
+    assert (tmp_path / "metrics.md").read_text().count("correct (%)") == 3
 
 
 def brighter(edit, change):

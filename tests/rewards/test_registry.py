@@ -48,6 +48,18 @@ def test_decorator_sets_plain_attributes_and_gives_the_function_back():
     assert "mine" in available_rewards() and available_rewards() == sorted(available_rewards())
 
 
+def test_a_reward_may_have_a_gradient():
+    def on_tensors(pictures, **columns):
+        return pictures.mean((1, 2, 3))
+
+    @register_reward("brightest", differentiable=on_tensors)
+    def brightest(images, **columns):
+        return [0.0 for _ in images]
+
+    assert resolve_rewards("brightest")[0].differentiable is on_tensors
+    assert resolve_rewards("background_keep")[0].differentiable is None
+
+
 def test_registered_class_is_a_factory_and_its_instances_keep_the_name():
     decorated = register_reward("half", columns=("task",))(type("Half", (Constant,), {}))
     (reward,) = resolve_rewards("half")

@@ -179,6 +179,30 @@ def test_the_hinge_begins_beyond_its_margin(moved):
     assert 0 < margin < 1e6
 
 
+def brighter_tensors(pictures, **columns):
+    return pictures.mean((1, 2, 3))
+
+
+def bright(images, **columns):
+    return brightness(images)
+
+
+bright.differentiable = brighter_tensors  # type: ignore[attr-defined]
+
+
+def test_a_rewards_own_gradient_is_followed(tmp_path, data):
+    """Along the prediction of the result; with a weight on nothing else the reward of predictions rises."""
+    alone = {"reward_gradient_weight": 1.0, "max_steps": 6, "learning_rate": 3.0, "keep_weight": 0.0}
+    trainer = make(tmp_path, data, bright, edit_strength=1e-3, per_device_train_batch_size=4, seed=5, **alone)
+    trainer.train()
+    predicted = last(trainer, "reward_of_prediction")
+    assert len(predicted) == 6 and predicted[-1] > predicted[0] + 0.002
+    with pytest.raises(ValueError, match=r"reward_gradient_weight: got 1\.0 with \['brightness'\]"):
+        make(tmp_path, data, brightness, reward_gradient_weight=1.0)
+    with pytest.raises(ValueError, match="reward_gradient_weight: got -1"):
+        make(tmp_path, data, bright, reward_gradient_weight=-1.0)
+
+
 def test_dropped_groups_are_held_to_nothing(moved):
     """Section 8: the anchors to base and source are off where a group teaches nothing."""
     trainer, found, _, _ = moved

@@ -24,20 +24,8 @@ from .attention import AttentionOptions, AttentionRecorder, unrecorded
 from .cache import ConditionCache, modules_digest, picture_digest, surroundings
 from .conditions import Conditions
 from .schedule import Schedule, Solver, make_solver
+from .sizes import can_move, fit_size
 from .words import as_long_as
-
-
-def fit_size(height: int, width: int, max_area: int, multiple: int) -> tuple[int, int]:
-    """The (height, width) at which diffusers' Kontext pipeline generates: `max_area` at this aspect ratio, floored."""
-    aspect_ratio = width / height
-    new_width = round((max_area * aspect_ratio) ** 0.5)
-    new_height = round((max_area / aspect_ratio) ** 0.5)
-    return new_height // multiple * multiple, new_width // multiple * multiple
-
-
-def can_move(part: nn.Module) -> bool:
-    """Whether a model may go to another device, which bitsandbytes' 8-bit weights may not."""
-    return not getattr(part, "is_loaded_in_8bit", False)
 
 
 class FlowEditor(ABC):
@@ -401,3 +389,7 @@ class FlowEditor(ABC):
         """Pictures of clean latents `[batch, tokens, channels]`."""
         pixels = self._decode(latents.to(self.pipeline.vae.dtype), height, width)
         return self.pipeline.image_processor.postprocess(pixels, output_type="pil")
+
+    def decode_tensor(self, latents: Tensor, height: int, width: int) -> Tensor:
+        """The same before rounding, fp32 `[batch, 3, height, width]` in [0, 1], with a gradient."""
+        return (self._decode(latents.to(self.pipeline.vae.dtype), height, width).float() / 2 + 0.5).clamp(0, 1)

@@ -8,9 +8,10 @@ from diffusers import FluxKontextPipeline
 from PIL import Image
 from torch import Tensor, nn
 
-from .base import FlowEditor, fit_size
+from .base import FlowEditor
 from .conditions import Conditions
 from .region_decoupled import RegionDecoupled, with_region
+from .sizes import fit_size
 from .words import token_weights
 
 _PADDED: dict[str, Any] = {"padding": "max_length", "truncation": True}

@@ -19,6 +19,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ..data.edits import Edit, EditRows
+from ..groups.diagnostics import target_closeness
 from ..inputs.masks import mask_picture
 from ..inputs.pictures import to_rgb
 from ..maths.metrics import background_lpips, background_psnr, background_ssim, load_lpips
@@ -26,8 +27,8 @@ from ..reporting.curves import plot_curves
 from ..reporting.files import write_atomically
 from ..reporting.sheets import contact_sheet, heatmap, outline
 from ..reporting.statistics import PairedDifference, compare, markdown_table
-from ..rewards import failing_together, get_region_scorer, region_edit
-from ..rewards.builtin import REMOVES
+from ..rewards import failing_together, get_region_scorer, get_second_scorer, region_edit
+from ..rewards.builtin import ADDS, REMOVES
 from ..rewards.clip_model import CLIP_MODEL, Clip
 from .compbench import local_clip_scores
 
@@ -58,12 +59,18 @@ METRICS = {
     "lp_t": Metric("LP-T"),
     "lp_i": Metric("LP-I"),
     "edit_score": Metric("edit score"),
+    "correct": Metric("correct (%)"),
+    "closeness": Metric("closeness"),
 }
 COMPBENCH_METRICS = ("lc_t", "lc_i", "psnr", "ssim", "lpips")
 """CompBench's own; the first two need CLIP ViT-L/14, the last SqueezeNet, both fetched on first use."""
 
-MINI_METRICS = ("psnr", "ssim", "lp_t", "lp_i", "edit_score")
-"""Those that need no download; the last three know the objects of CompBench-mini and nothing else."""
+EMBEDDED_METRICS = ("lp_t", "lp_i", "edit_score", "correct", "closeness")
+"""Those that know the objects of CompBench-mini and nothing else. Nobody trains on the last two: no reward asks the
+second network that judges `correct`, and no edit reward reads the ground truth's pixels, as `closeness` does."""
+
+MINI_METRICS = ("psnr", "ssim", *EMBEDDED_METRICS)
+"""Those that need no download."""
 
 NEEDS_CLIP = frozenset({"lc_t", "lc_i"})
 
@@ -140,8 +147,8 @@ class Scorer:
     def __call__(self, results: Sequence[Result]) -> Scores:
         """Metric to one value per picture, in the order asked for; None where a metric does not apply.
 
-        PSNR, SSIM and LPIPS do not apply where the mask leaves no background; LC-I and LP-I without a target; LP-T to
-        removals, whose caption names what must be gone; LP-T, LP-I and the edit score to unknown objects.
+        PSNR, SSIM and LPIPS do not apply where the mask leaves no background; LC-I, LP-I and closeness without a
+        target; LP-T to removals, whose caption names what must be gone; the embedded ones to unknown objects.
         """
         own = [result.at_own_size() for result in results] if self.size is None or self._embedded else []
         compared = own if self.size is None else results
@@ -162,15 +169,22 @@ class Scorer:
 
     @property
     def _embedded(self) -> bool:
-        return not {"lp_t", "lp_i", "edit_score"}.isdisjoint(self.metrics)
+        return not {*EMBEDDED_METRICS}.isdisjoint(self.metrics)
 
 
 def _embedded_scores(results: Sequence[Result]) -> dict[str, list[float | None]]:
-    """LP-T, LP-I and the edit score, with `rewards.RegionScorer`."""
+    """The embedded metrics, with `rewards.RegionScorer`; 100 is correct, 0 is not."""
     images, masks, targets = zip(*((r.image, r.mask, r.target) for r in results), strict=True)
     tasks, captions = [r.task for r in results], [r.caption or "" for r in results]
     lp_t, lp_i = get_region_scorer().lp(images, masks, captions, targets)
+    draws, sources = [task in ADDS for task in tasks], [r.source for r in results]
+    correct = get_second_scorer().correct(images, masks, captions, draws, targets, sources)
     return {
+        "correct": [
+            None if value is None or task not in (*ADDS, *REMOVES) else 100.0 * value
+            for task, value in zip(tasks, correct, strict=True)
+        ],
+        "closeness": target_closeness(list(images), list(masks), list(targets)),
         "lp_t": [None if task in REMOVES else value for task, value in zip(tasks, lp_t, strict=True)],
         "lp_i": lp_i,
         "edit_score": region_edit(
@@ -183,6 +197,9 @@ def _embedded_scores(results: Sequence[Result]) -> dict[str, list[float | None]]
 
 NUM_PICTURES = 12
 """Edits on the contact sheet."""
+
+TASK_METRICS = ("correct", "closeness", "psnr")
+"""Metrics that a report also gives for each task."""
 
 NUM_EXAMPLES = 3
 """Edits whose pictures are written one by one."""
@@ -198,12 +215,14 @@ class HeldOut:
         scores: metric to value, None where it does not apply.
         pictures: `source`, `mask`, `edited` and, where it was recorded, `attention`; empty for an edit that is not
             shown.
+        task: the kind of edit, where the data name it.
     """
 
     row: int
     prompt: str
     scores: dict[str, float | None]
     pictures: dict[str, Image.Image]
+    task: str = ""
 
 
 def judge_held_out(
@@ -234,23 +253,26 @@ def judge_held_out(
             trainer.score_groups(groups)
             for row, group, scores in zip(share[start:], groups, measure(groups, names), strict=False):
                 pictures = _pictures(group) if row in shown else {}
-                judged.append(HeldOut(row, group.edit.prompt, scores, pictures))
+                task = str(group.edit.columns.get("task") or "")
+                judged.append(HeldOut(row, group.edit.prompt, scores, pictures, task))
             progress.update(len(edits))
     trainer.forget_metrics()
     return sorted(gather_object(judged), key=lambda one: one.row)
 
 
 def measure(groups: Sequence["Group"], rewards: Sequence[str]) -> list[dict[str, float | None]]:
-    """Every metric of each group's first candidate: rewards, the edit score, LP-I, LP-T, background PSNR and SSIM.
+    """Every metric of each group's first candidate: rewards, the embedded metrics, background PSNR and SSIM.
 
     All are taken at the pictures' own size; the embedded ones where the data have their columns.
     """
+    embedded = {"task", "caption", "edited_image"} <= groups[0].edit.columns.keys()
     scores: Scores = {"reward": [float(group.scores[0]) for group in groups]}  # type: ignore[index]
     for i, name in enumerate(rewards):
-        if len(rewards) > 1:
+        # On the embedded data this one is the edit score.
+        if len(rewards) > 1 and not (embedded and name == "region_edit"):
             scores[name] = [float(group.rewards[0, i]) for group in groups]  # type: ignore[index]
-    embedded = {"task", "caption", "edited_image"} <= groups[0].edit.columns.keys()
-    names = [*(("edit_score", "lp_i", "lp_t") if embedded else ()), "psnr", "ssim"]
+    order = ("correct", "closeness", "edit_score", "lp_i", "lp_t")
+    names = [*(order if embedded else ()), "psnr", "ssim"]
     measured = Scorer(names, size=None)([Result.of(group.images[0], group.edit) for group in groups])
     scores |= {METRICS[name].label: values for name, values in measured.items()}
     return [dict(zip(scores, values, strict=True)) for values in zip(*scores.values(), strict=True)]
@@ -278,12 +300,15 @@ def write_report(
     old, new = _columns(before), _columns(after)
     common = [name for name in old if name in new]
     rows = compare({name: old[name] for name in common}, {name: new[name] for name in common})
+    tasks = compare_tasks(before, after)
     with write_atomically(folder / "metrics.md") as path:
-        path.write_text(markdown_table(rows) + "\n")
+        tables = [markdown_table(rows), *(f"{task}\n\n{markdown_table(own)}" for task, own in tasks.items())]
+        path.write_text("\n\n".join(tables) + "\n")
     shown = _shown(len(after))
     with write_atomically(folder / "metrics.json") as path:
         summary = {
             "held_out": [asdict(row) for row in rows],
+            "by_task": {task: [asdict(row) for row in own] for task, own in tasks.items()},
             "per_sample": {"before": old, "after": new},
             "examples": [_save_example(folder, after[i]) for i in shown[:NUM_EXAMPLES]],
             "settings": dict(settings),
@@ -301,6 +326,18 @@ def write_report(
     if any("reward" in row for row in log_history):
         plot_curves(log_history, folder / "reward_curves.png")
     return rows
+
+
+def compare_tasks(before: Sequence[HeldOut], after: Sequence[HeldOut]) -> dict[str, list[PairedDifference]]:
+    """What a mean over all edits hides: the metrics of `TASK_METRICS` for each task, where there are several."""
+    tasks = dict.fromkeys(one.task for one in after)
+    tables = {}
+    for task in tasks if len(tasks) > 1 else ():
+        old, new = (_columns([one for one in side if one.task == task]) for side in (before, after))
+        common = [METRICS[name].label for name in TASK_METRICS if {METRICS[name].label} <= old.keys() & new.keys()]
+        if common:
+            tables[task] = compare({name: old[name] for name in common}, {name: new[name] for name in common})
+    return tables
 
 
 def _shown(number: int) -> list[int]:

@@ -58,7 +58,8 @@ class Transitions:
 
     `latents` `[B, N, C]`, `timestep`, `sigma`, `next_sigma` `[B]`, `candidates` `[B, S, N, C]`, `advantages`
     `[B, rows, S]`, `weights` `[B, rows, N]`, `std` and `region` `[B, N]`, `noise` and `next_latents` `[B, N, C]`;
-    `old`, what the policy that made the candidates had to say of them, `[B, ...]`, once known.
+    `old`, what the policy that made the candidates had to say of them, `[B, ...]`, once known; `groups`,
+    each one's own.
     """
 
     latents: Tensor
@@ -75,6 +76,7 @@ class Transitions:
     conditions: Conditions
     old: Tensor | None
     where: list[Where]
+    groups: list[Group]
 
     @property
     def taught(self) -> Tensor:
@@ -143,4 +145,5 @@ def gather(groups: Sequence[Group], where: list[Where], policy: Reader, old: Map
         conditions=Conditions.concatenate([group.conditions for group in picked]),
         old=stack(old[w] for w in where) if where[0] in old else None,
         where=where,
+        groups=picked,
     )

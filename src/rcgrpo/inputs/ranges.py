@@ -81,7 +81,7 @@ RANGES: dict[str, Range] = {
     **_all(NATURAL, "dataloader_num_workers check_rows"),
     **_all(AMOUNT, "learning_rate weight_decay warmup_steps max_grad_norm eval_delay neftune_noise_alpha"),
     **_all(AMOUNT, "keep_weight beta beta_keep attention_reward_weight keep_hinge_weight keep_hinge_margin"),
-    **_all(AMOUNT, "min_reward_std"),
+    **_all(AMOUNT, "min_reward_std reward_gradient_weight"),
     **_all(FRACTION, "adam_beta1 adam_beta2"),
     **_all(POSITIVE, "adam_epsilon num_train_epochs temperature epsilon epsilon_high advantage_power"),
     **_all(POSITIVE, "advantage_std_floor sde_noise_level nft_beta nft_advantage_clip reward_timeout"),

@@ -36,7 +36,8 @@ from .judge_rewards import (
 from .judges import ServerJudge
 from .local_judge import LocalJudge
 from .preservation import BackgroundDINO, BackgroundLPIPS, background_l1
-from .region_scorer import RegionScorer, get_region_scorer
+from .region_margin import region_margin
+from .region_scorer import RegionScorer, get_region_scorer, get_second_scorer
 from .registry import (
     Reward,
     RewardError,
@@ -89,9 +90,11 @@ __all__ = [
     "failing_together",
     "fault_counts",
     "get_region_scorer",
+    "get_second_scorer",
     "is_agreed",
     "refuse_columns",
     "region_edit",
+    "region_margin",
     "register_reward",
     "resolve_rewards",
     "score",

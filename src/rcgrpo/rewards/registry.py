@@ -60,6 +60,9 @@ class Reward:
         columns: data set columns that it cannot do without.
         required: whether a run must stop when it fails persistently (see `FailureWatch`).
         value_range: least and greatest score that it gives, for readers and servers; not enforced. `None`: unknown.
+        differentiable: the same on tensors, for `reward_gradient_weight`:
+            `f(pictures, prompts, source_images, masks, **columns) -> scores`, where `pictures` `[n, 3, height, width]`
+            are in [0, 1], everything else is as above, and `scores` `[n]` have a gradient, NaN for `None`.
     """
 
     name: str
@@ -67,6 +70,7 @@ class Reward:
     columns: tuple[str, ...] = ()
     required: bool = False
     value_range: tuple[float, float] | None = None
+    differentiable: RewardFunction | None = None
 
     @property
     def is_async(self) -> bool:
@@ -95,17 +99,19 @@ def register_reward(
     columns: tuple[str, ...] = (),
     required: bool = False,
     value_range: tuple[float, float] | None = None,
+    differentiable: RewardFunction | None = None,
 ) -> Callable[[Registrable], Registrable]:
     """Decorator that makes a function, or a class as a factory without arguments, known under `name`.
 
-    It sets the plain attributes `reward_name`, `columns`, `required` and `value_range`, and gives the object back
-    unchanged otherwise.
+    It sets the plain attributes `reward_name`, `columns`, `required`, `value_range` and, where there is one,
+    `differentiable`, and gives the object back unchanged otherwise.
 
     Args:
         name: the registry name; no dots, which mark import paths.
         columns: data set columns that the reward cannot do without.
         required: whether a run must stop when the reward fails persistently.
         value_range: least and greatest score that it gives.
+        differentiable: the same on tensors, as in `Reward`.
 
     Raises:
         ValueError: `name` has a dot, or belongs to something else. The same definition run again (a notebook cell, a
@@ -125,6 +131,8 @@ def register_reward(
         known = {"reward_name": name, "columns": tuple(columns), "required": required, "value_range": value_range}
         for attribute, value in known.items():
             setattr(function, attribute, value)
+        if differentiable is not None:
+            setattr(function, "differentiable", differentiable)  # noqa: B010 (a plain function has no such attribute)
         return function
 
     return register
@@ -183,6 +191,7 @@ def _resolve(item: RewardFunction | str) -> Reward:
         columns=tuple(_attribute(function, "columns") or ()),
         required=bool(_attribute(function, "required")),
         value_range=_attribute(function, "value_range"),
+        differentiable=_attribute(function, "differentiable"),
     )
     _check_signature(reward)
     return reward

@@ -76,6 +76,15 @@ def check_engine(gpus: int, fsdp: bool, deepspeed: bool) -> None:
         )
 
 
+def check_gradient(args: RCGRPOConfig, rewards: Sequence[Reward]) -> None:
+    """Refuse to follow the gradient of rewards that have none."""
+    if args.reward_gradient_weight and not any(reward.differentiable for reward in rewards):
+        raise ValueError(
+            f"reward_gradient_weight: got {args.reward_gradient_weight} with {[r.name for r in rewards]}, "
+            "expected a reward that has a gradient, such as region_margin; see docs/rewards.md"
+        )
+
+
 def check_enough(rows: EditRows, cycle: int) -> None:
     """Refuse fewer rows than one update's edits."""
     if len(rows) < cycle:

@@ -266,6 +266,13 @@ class RCGRPOConfig(_BaseConfig):
         default=None,
         metadata={"help": "Weight of each region's objective, in the order in which reward_regions first names them."},
     )
+    reward_gradient_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of the rewards' own gradient through one-step predictions of the result, for rewards that "
+            "have one; with region_advantages through the pixels of their region alone."
+        },
+    )
     keep_hinge_weight: float = field(
         default=0.0,
         metadata={"help": "Weight of a hinge that holds one-step predictions to the source outside the region."},

@@ -14,7 +14,8 @@ from typing import Any
 from PIL import Image
 
 from ..data.edits import Edit, EditRows
-from ..editors.base import FlowEditor, fit_size
+from ..editors.base import FlowEditor
+from ..editors.sizes import fit_size
 from ..groups.rollout import Exploration, words_of
 from ..groups.turns import join_turns, next_edit
 from ..rewards import Reward, refuse_columns

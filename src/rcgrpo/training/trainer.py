@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from ..groups.policies import RatioPolicy, make_policy
+from ..groups.reward_gradient import reward_of_prediction
 from ..groups.rollout import Group
 from ..groups.transitions import Transitions, choose, gather, micro_batches
 from ..inputs.hints import hinted
@@ -34,6 +35,7 @@ from .checks import (
     check_attention,
     check_engine,
     check_enough,
+    check_gradient,
     check_lora,
     check_optimizer,
     check_reference,
@@ -112,6 +114,7 @@ class RCGRPOTrainer(GeneratingTrainer):
         args = args if args is not None else RCGRPOConfig("rcgrpo-output")
         check_trackers(args)
         self.scoring = scoring_of(reward_funcs, args)
+        check_gradient(args, self.rewards)
         self._records_attention = args.log_attention or any(r.name in ATTENTION_REWARDS for r in self.rewards)
         self.exploration = exploration_of(args)
         train_rows, eval_rows = (
@@ -176,6 +179,12 @@ class RCGRPOTrainer(GeneratingTrainer):
             kl = velocity_kl(velocity, reference, region_weights(inputs.region, args.beta_keep))
             numbers["kl"] = float(kl.detach().mean())
             loss = loss + args.beta * kl * inputs.taught
+        if args.reward_gradient_weight:
+            clean = predict_clean(inputs.latents, velocity, inputs.sigma)
+            weights, regions = self.reward_weights.tolist(), self.reward_regions
+            values = reward_of_prediction(self.editor, clean, inputs.groups, self.rewards, weights, regions)
+            numbers["reward_of_prediction"] = float(values.detach().mean())
+            loss = loss - args.reward_gradient_weight * values * inputs.taught
         if args.keep_hinge_weight:
             clean = predict_clean(inputs.latents, velocity, inputs.sigma)
             hinge = keep_hinge(clean, inputs.conditions.source, inputs.region, args.keep_hinge_margin)

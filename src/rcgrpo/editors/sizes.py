@@ -1,0 +1,16 @@
+"""At which size a picture is edited, and whether a model may go where it is edited."""
+
+from torch import nn
+
+
+def fit_size(height: int, width: int, max_area: int, multiple: int) -> tuple[int, int]:
+    """The (height, width) at which diffusers' Kontext pipeline generates: `max_area` at this aspect ratio, floored."""
+    aspect_ratio = width / height
+    new_width = round((max_area * aspect_ratio) ** 0.5)
+    new_height = round((max_area / aspect_ratio) ** 0.5)
+    return new_height // multiple * multiple, new_width // multiple * multiple
+
+
+def can_move(part: nn.Module) -> bool:
+    """Whether a model may go to another device, which bitsandbytes' 8-bit weights may not."""
+    return not getattr(part, "is_loaded_in_8bit", False)
