@@ -201,7 +201,7 @@ BAD = {
     ),
     "no editor": (
         TypeError,
-        "model: got Linear, expected a FluxKontextPipeline, a Hub id or a folder",
+        "model: got a Linear, expected one of FluxKontextPipeline, .*, a Hub id or a folder",
         dict(pipe=torch.nn.Linear(1, 1)),
     ),
 }
