@@ -141,7 +141,8 @@ def load_model(script: ScriptArguments, config: "RCGRPOConfig", named: Collectio
         asked = getattr(script, name)
         if name in named and value != asked:
             raise UsageError(
-                f"--{name}: got {asked}, expected {value}, which --init_lora {script.init_lora} has; leave it out, or set it to that"
+                f"--{name}: got {asked}, expected {value}, which --init_lora {script.init_lora} has; leave it out, "
+                "or set it to that"
             )
         setattr(script, name, value)
     return pipeline
@@ -292,8 +293,8 @@ def _announce(trainer: "RCGRPOTrainer", script: ScriptArguments) -> None:
     start = "" if script.init_lora is None else f" with {script.init_lora}"
     trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     print(
-        f"rcgrpo {__version__}: {script.model}{start} on {script.dataset}, {trainable / 1e6:.2f} M trainable parameters, "
-        f"{trainer.accelerator.device}\n"
+        f"rcgrpo {__version__}: {script.model}{start} on {script.dataset}, {trainable / 1e6:.2f} M trainable "
+        f"parameters, {trainer.accelerator.device}\n"
         f"each step: {args.per_device_train_batch_size * args.gradient_accumulation_steps} edits × "
         f"{args.num_generations} candidates × {args.num_inference_steps} ODE steps, rewards "
         f"{', '.join(reward.name for reward in trainer.rewards)}\n"
