@@ -35,6 +35,7 @@ if [ "$job" = test ]; then
     "$venv/bin/ruff" check .
     "$venv/bin/ruff" format --check .
     "$venv/bin/mypy"
-    HF_HUB_OFFLINE=1 exec "$venv/bin/python" -m pytest "$@"
+    # Two workers with a thread each: the suite fits two cores and 6 GB whatever the machine has.
+    OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 exec "$venv/bin/python" -m pytest -n 2 "$@"
 fi
 exec "$venv/bin/rcgrpo" train "$@"
