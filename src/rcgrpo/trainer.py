@@ -657,7 +657,7 @@ class RCGRPOTrainer(SavingTrainer):
         columns = {name: [group.edit.columns[name] for group in groups] for name in sorted(names)}
         columns |= {"prompts": [group.edit.prompt for group in groups], "source_images": [g.source for g in groups]}
         total = torch.zeros(len(groups), device=clean.device)
-        regions = self.reward_regions or [None] * len(self.rewards)
+        regions: list[str | None] = [*self.reward_regions] or [None] * len(self.rewards)
         for reward, weight, region in zip(self.rewards, self.reward_weights.tolist(), regions, strict=True):
             if reward.differentiable is None or not weight:
                 continue
