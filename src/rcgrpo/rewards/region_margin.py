@@ -63,12 +63,7 @@ def region_margin_gradient(
     return scores.index_put((torch.tensor(list(spans)),), torch.stack(found))
 
 
-@register_reward(
-    "region_margin",
-    columns=("task", "caption", "edited_image"),
-    value_range=(-math.inf, 1.0),
-    differentiable=region_margin_gradient,
-)
+@register_reward("region_margin", columns=("task", "caption", "edited_image"), differentiable=region_margin_gradient)
 @torch.no_grad()
 def region_margin(
     images: list[Image.Image],
