@@ -64,7 +64,7 @@ FLAGS: list[tuple[list[str], str]] = [
         "resolution=0 resolution=3 resolution=1000000 max_sequence_length=0 rollout_batch_size=0 check_rows=-1 "
         "policy=ppo solver=rk4 exploration=local report_to=wandb report_to=paper log_level=loud "
         "model_init_kwargs={bad model_init_kwargs=[1] lr_scheduler_kwargs={'a':1} accelerator_config=gone.json "
-        "preset=unheard held_out=0.5 train_split=dev eval_split=train resume_from_checkpoint=true "
+        "preset=unheard held_out=0.5 train_split=dev eval_split=train "
         "resume_from_checkpoint={tmp}/gone output_dir={tmp}/source.png output_dir=/proc/none",
     ),
     (
@@ -222,9 +222,11 @@ def prepare(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
     Image.fromarray(noise).save(folder / "source.png")
-    for name, value, size in (("mask", 255, 64), ("black", 0, 64), ("dim", 1, 64), ("small", 255, 10)):
+    for name, value, size in (("mask", 255, 64), ("black", 0, 64), ("dim", 90, 64), ("small", 255, 10)):
         mask = Image.new("L", (size, 64))
         mask.paste(value, (0, 0, size // 2, 32))
+        if name == "dim":  # two shades, neither of which is white
+            mask.paste(60, (0, 0, 16, 32))
         mask.save(folder / f"{name}.png")
     (folder / "truncated.png").write_bytes((folder / "source.png").read_bytes()[:200])
     (folder / "empty.png").touch()

@@ -278,7 +278,9 @@ async def _score_one(
     except Exception as error:
         if count == 1:
             return [_raised(error)]
-        logger.warning("reward %r raised on %d candidates; trying each alone", reward.name, count, exc_info=True)
+        reason = _raised(error).reason
+        logger.warning("reward %r %s on %d candidates; trying each alone", reward.name, reason, count)
+        logger.debug("where reward %r raised it", reward.name, exc_info=True)
 
     shared = {name: _ignore if name in LOGGERS else value for name, value in shared.items()}
     outcomes: list[Outcome] = []
