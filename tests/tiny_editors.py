@@ -1,11 +1,11 @@
-"""Random FLUX.2-klein and Qwen-Image-Edit-Plus pipelines, built in memory in seconds: the real classes, small sizes.
+"""Random FLUX.2 and Qwen-Image-Edit-Plus pipelines, built in memory in seconds: the real classes, small sizes.
 
 Where it fits: the conformance suite, with `tiny_kontext.py`. Gotchas: every byte is a token, so texts are long; both
 edit 64x64 pictures as 8x8 tokens; Qwen's constants for a megapixel and for what its encoder sees are for the caller to
 shrink (`SMALL_QWEN`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from diffusers import (
     AutoencoderKLQwenImage,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
+    Flux2Pipeline,
     Flux2Transformer2DModel,
     QwenImageEditPlusPipeline,
     QwenImageTransformer2DModel,
@@ -21,6 +22,10 @@ from diffusers import (
 from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
+    PixtralImageProcessor,
+    PixtralProcessor,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
@@ -44,11 +49,16 @@ _CHAT = (
     "{% if not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
 )
 
+_INSTRUCTION = (
+    "{{ bos_token }}{% for turn in messages %}[INST]{% for part in turn['content'] %}{{ part['text'] }}{% endfor %}"
+    "[/INST]{% endfor %}"
+)
 
-def _tokenizer() -> Qwen2Tokenizer:
+
+def _tokenizer(marks: Sequence[str] = _MARKS, **options: Any) -> Qwen2Tokenizer:
     letters = {letter: number for number, letter in enumerate(sorted(ByteLevel.alphabet()))}
     tokenizer = Qwen2Tokenizer(
-        vocab={**letters, "<|endoftext|>": len(letters)}, merges=[], additional_special_tokens=list(_MARKS)
+        vocab={**letters, "<|endoftext|>": len(letters)}, merges=[], additional_special_tokens=list(marks), **options
     )
     tokenizer.image_token, tokenizer.video_token, tokenizer.chat_template = "<|image_pad|>", "<|video_pad|>", _CHAT
     return tokenizer
@@ -82,33 +92,53 @@ def build_tiny_klein(seed: int = 0, is_distilled: bool = False) -> Flux2KleinPip
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        transformer = Flux2Transformer2DModel(
-            in_channels=16,  # 4 latent channels, patched 2x2
-            num_layers=2,
-            num_single_layers=2,
-            attention_head_dim=16,
-            num_attention_heads=2,
-            joint_attention_dim=3 * _HIDDEN // 2,
-            timestep_guidance_channels=32,
-            mlp_ratio=2.0,
-            axes_dims_rope=(4, 4, 4, 4),
-            guidance_embeds=False,
-        )
-        vae = AutoencoderKLFlux2(
-            block_out_channels=(8, 8, 8),
-            down_block_types=("DownEncoderBlock2D",) * 3,
-            up_block_types=("UpDecoderBlock2D",) * 3,
-            layers_per_block=1,
-            latent_channels=4,
-            norm_num_groups=4,
-            mid_block_add_attention=False,
-        )
-        vae.bn.running_mean.copy_(0.3 * torch.randn(16))
-        vae.bn.running_var.copy_(0.5 + torch.rand(16))
+        transformer, vae = _flux2_parts(guidance_embeds=False)
         text_encoder = Qwen3ForCausalLM(text_config)
     return Flux2KleinPipeline(
         _scheduler(), vae.eval(), text_encoder.eval(), tokenizer, _lively(transformer), is_distilled=is_distilled
     )
+
+
+def build_tiny_flux2(seed: int = 0) -> Flux2Pipeline:
+    """A random FLUX.2-dev pipeline on the CPU in fp32 and eval mode, the same for the same seed."""
+    tokenizer = _tokenizer(("<s>", "[IMG]", "[IMG_BREAK]", "[IMG_END]", "[INST]", "[/INST]"), bos_token="<s>")
+    processor = PixtralProcessor(PixtralImageProcessor(), tokenizer, chat_template=_INSTRUCTION)
+    sizes: dict[str, Any] = dict(hidden_size=_HIDDEN // 2, intermediate_size=24, num_attention_heads=2, head_dim=8)
+    text = dict(**sizes, vocab_size=len(tokenizer), num_key_value_heads=1, num_hidden_layers=30)  # 10th, 20th, 30th
+    vision = dict(**sizes, num_hidden_layers=1, image_size=32, patch_size=16)
+    config = Mistral3Config(vision_config=vision, text_config=text, image_token_index=processor.image_token_id)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        transformer, vae = _flux2_parts(guidance_embeds=True)
+        text_encoder = Mistral3ForConditionalGeneration(config)
+    return Flux2Pipeline(_scheduler(), vae.eval(), text_encoder.eval(), processor, _lively(transformer))
+
+
+def _flux2_parts(guidance_embeds: bool) -> tuple[Flux2Transformer2DModel, AutoencoderKLFlux2]:
+    transformer = Flux2Transformer2DModel(
+        in_channels=16,  # 4 latent channels, patched 2x2
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=3 * _HIDDEN // 2,
+        timestep_guidance_channels=32,
+        mlp_ratio=2.0,
+        axes_dims_rope=(4, 4, 4, 4),
+        guidance_embeds=guidance_embeds,
+    )
+    vae = AutoencoderKLFlux2(
+        block_out_channels=(8, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        mid_block_add_attention=False,
+    )
+    vae.bn.running_mean.copy_(0.3 * torch.randn(16))
+    vae.bn.running_var.copy_(0.5 + torch.rand(16))
+    return transformer, vae
 
 
 def build_tiny_qwen(seed: int = 0, zero_cond_t: bool = False) -> QwenImageEditPlusPipeline:

@@ -114,6 +114,7 @@ def index(name, **more):
         ("FluxKontextPipeline", {}, 28, 3.5, 1.0),
         ("Flux2KleinPipeline", {"is_distilled": True}, 4, 1.0, 1.0),
         ("Flux2KleinPipeline", {}, 50, 4.0, 1.0),
+        ("Flux2Pipeline", {}, 50, 4.0, 1.0),
         ("QwenImageEditPlusPipeline", {}, 40, None, 4.0),
     ],
 )

@@ -24,7 +24,7 @@ from rcgrpo.editors.attention import AttentionOptions
 from rcgrpo.evaluation.survey import depth_variance
 from rcgrpo.groups.rollout import Exploration, make_groups, rollout
 from rcgrpo.maths.regions import to_tokens
-from tiny_editors import SMALL_QWEN, build_tiny_klein, build_tiny_qwen
+from tiny_editors import SMALL_QWEN, build_tiny_flux2, build_tiny_klein, build_tiny_qwen
 from tiny_kontext import build_tiny_kontext, in_own_memory
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -64,6 +64,7 @@ CASES = {
     "kontext, true cfg": Case(build_tiny_kontext, transformer_flux, TRUE_CFG, True, side=32),
     "klein base": Case(build_tiny_klein, transformer_flux2, {"guidance_scale": 3.0}, True),
     "klein distilled": Case(lambda: build_tiny_klein(is_distilled=True), transformer_flux2),
+    "flux.2-dev": Case(build_tiny_flux2, transformer_flux2, {"guidance_scale": 3.0}, length=256),
     "qwen": Case(build_tiny_qwen, transformer_qwenimage, blocks=2),
     "qwen 2511, cfg": Case(lambda: build_tiny_qwen(zero_cond_t=True), transformer_qwenimage, TRUE_CFG, True, 2),
 }

@@ -65,10 +65,9 @@ class FlowEditor(ABC):
     """Whether the pipeline's own call takes one prompt at a time, and a list of pictures as its references."""
     input_layer: ClassVar[str] = "x_embedder"
     """The transformer's layer that noisy and reference tokens enter by."""
-    default_steps: ClassVar[int] = 50
     default_guidance: ClassVar[float | None] = None
-    default_true_cfg: ClassVar[float] = 1.0
-    default_negative_prompt: ClassVar[str] = ""
+    usual: ClassVar[Mapping[str, Any]] = {}
+    """Where `usual_call` differs."""
 
     def __init__(
         self,
@@ -108,14 +107,9 @@ class FlowEditor(ABC):
     @classmethod
     def usual_call(cls, index: Mapping[str, Any]) -> dict[str, Any]:
         """How a model is meant to be drawn with, in the words of this class, by what its `model_index.json` holds."""
-        return {
-            "resolution": 1024,
-            "num_inference_steps": cls.default_steps,
-            "guidance_scale": cls.default_guidance,
-            "true_cfg_scale": cls.default_true_cfg,
-            "negative_prompt": cls.default_negative_prompt,
-            "max_sequence_length": 512,
-        }
+        common = {"resolution": 1024, "num_inference_steps": 50, "max_sequence_length": 512}
+        guidance = {"guidance_scale": cls.default_guidance, "true_cfg_scale": 1.0, "negative_prompt": ""}
+        return common | guidance | dict(cls.usual)
 
     def with_steps(self, num_inference_steps: int) -> Self:
         """The same editor, models and cache shared, with another number of steps."""

@@ -63,7 +63,7 @@ class Flux2KleinEditor(FlowEditor):
         if self.true_cfg_scale != 1:
             raise ValueError(
                 f"true_cfg_scale: got {self.true_cfg_scale} with a {type(self.pipeline).__name__}, expected 1, as its "
-                "guidance_scale is true guidance; set that"
+                "pipeline guides by guidance_scale alone; set that"
             )
 
     @classmethod
@@ -91,6 +91,10 @@ class Flux2KleinEditor(FlowEditor):
     def _sigmas(self) -> np.ndarray | None:
         return None if getattr(self.pipeline.scheduler.config, "use_flow_sigmas", False) else super()._sigmas()
 
+    @property
+    def _tokenizer(self) -> Any:
+        return self.pipeline.tokenizer
+
     def _around(self) -> tuple[str, str]:
         """What the chat template puts before and after an instruction."""
         mark = "\0"
@@ -106,7 +110,7 @@ class Flux2KleinEditor(FlowEditor):
 
     def instruction_weights(self, prompt: str, words: Sequence[str] | None = None) -> Tensor:
         """Of Qwen3's tokens, without the chat's."""
-        return token_weights(self.pipeline.tokenizer, prompt, words, self._around(), **self._padding())
+        return token_weights(self._tokenizer, prompt, words, self._around(), **self._padding())
 
     def _encode_text(self, prompt: str, picture: Image.Image | None, size: tuple[int, int]) -> dict[str, Tensor]:
         embeds, _ = self.pipeline.encode_prompt(
@@ -116,12 +120,16 @@ class Flux2KleinEditor(FlowEditor):
 
     def _text_key(self, prompt: str, picture: Image.Image | None, size: tuple[int, int]) -> list[Any]:
         before, after = self._around()
-        return [prompt, self.pipeline.tokenizer(before + prompt + after, **self._padding()).input_ids]
+        return [prompt, self._tokenizer(before + prompt + after, **self._padding()).input_ids]
 
     def _encode_picture(self, image: Image.Image, height: int, width: int) -> Tensor:
         pipe = self.pipeline
         pixels = pipe.image_processor.preprocess(pipe.image_processor.resize(image, height, width), height, width)
         return pipe.prepare_image_latents([pixels], 1, None, self.device, pipe.vae.dtype)[0]
+
+    def _embedded_guidance(self, count: int, device: torch.device) -> Tensor | None:
+        """What the transformer is told of guidance, `[count]`."""
+        return None
 
     def _predict(self, model: nn.Module, latents: Tensor, time: Tensor, conditions: Conditions) -> Tensor:
         grid = self.grid_for(conditions.height, conditions.width)
@@ -132,7 +140,7 @@ class Flux2KleinEditor(FlowEditor):
         prediction = model(
             hidden_states=torch.cat([latents, conditions.reference_tokens], dim=1),
             timestep=time,
-            guidance=None,
+            guidance=self._embedded_guidance(len(latents), conditions.device),
             encoder_hidden_states=embeds,
             txt_ids=Flux2KleinPipeline._prepare_text_ids(embeds[:1]).to(conditions.device),
             img_ids=torch.cat(ids, dim=1).to(conditions.device),
@@ -148,7 +156,26 @@ class Flux2KleinEditor(FlowEditor):
         return vae.decode(self.pipeline._unpatchify_latents(patches * std + mean), return_dict=False)[0]
 
 
-class RegionDecoupledFlux2KleinPipeline(RegionDecoupled, Flux2KleinPipeline):
+class Flux2Region(RegionDecoupled):
+    """What FLUX.2's pipelines have in common: unpacked latents, and the first reference's size."""
+
+    def _output_size(self: Any, pictures: Any, call: dict[str, Any]) -> tuple[int, int]:
+        multiple = self.vae_scale_factor * 2
+        height, width = _capped(pictures[0].height, pictures[0].width, multiple)
+        return (call["height"] or height) // multiple * multiple, (call["width"] or width) // multiple * multiple
+
+    def _draw(self: Any, count: int, height: int, width: int, dtype: torch.dtype | None, generator: Any) -> Tensor:
+        dtype, channels = dtype or self.text_encoder.dtype, self.transformer.config.in_channels // 4
+        return self.prepare_latents(count, channels, height, width, dtype, self._execution_device, generator)[0]
+
+    def _from_tokens(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        return tokens.transpose(1, 2).unflatten(2, grid)
+
+    def _to_tokens(self, latents: Tensor) -> Tensor:
+        return latents.flatten(2).transpose(1, 2)
+
+
+class RegionDecoupledFlux2KleinPipeline(Flux2Region, Flux2KleinPipeline):
     """FLUX.2-klein with region-decoupled initial noise (RC-GRPO-Editing, arXiv 2604.09386).
 
     Loads from any klein folder or Hub id, base or distilled. A list of pictures is one prompt's references, as in the
@@ -158,20 +185,5 @@ class RegionDecoupledFlux2KleinPipeline(RegionDecoupled, Flux2KleinPipeline):
     editor_class = Flux2KleinEditor
     __call__ = with_region(Flux2KleinPipeline)
 
-    def _output_size(self, pictures: Any, call: dict[str, Any]) -> tuple[int, int]:
-        multiple = self.vae_scale_factor * 2
-        height, width = _capped(pictures[0].height, pictures[0].width, multiple)
-        return (call["height"] or height) // multiple * multiple, (call["width"] or width) // multiple * multiple
-
-    def _draw(self, count: int, height: int, width: int, dtype: torch.dtype | None, generator: Any) -> Tensor:
-        dtype, channels = dtype or self.text_encoder.dtype, self.transformer.config.in_channels // 4
-        return self.prepare_latents(count, channels, height, width, dtype, self._execution_device, generator)[0]
-
     def _is_guided(self, call: dict[str, Any]) -> bool:
         return call["guidance_scale"] > 1 and not self.config.is_distilled
-
-    def _from_tokens(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-        return tokens.transpose(1, 2).unflatten(2, grid)
-
-    def _to_tokens(self, latents: Tensor) -> Tensor:
-        return latents.flatten(2).transpose(1, 2)

@@ -40,7 +40,8 @@ class FluxKontextEditor(FlowEditor):
     lora_has_alpha = True
     encoders = ("text_encoder", "text_encoder_2")
     one_prompt_a_call = False
-    default_steps, default_guidance = 28, 3.5
+    default_guidance = 3.5
+    usual: ClassVar = {"num_inference_steps": 28}
 
     def instruction_weights(self, prompt: str, words: Sequence[str] | None = None) -> Tensor:
         """Of T5's tokens; CLIP's are pooled."""

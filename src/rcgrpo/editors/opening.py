@@ -15,6 +15,7 @@ from .region_decoupled import RegionDecoupled
 _FILES = {
     "FluxKontextPipeline": "flux_kontext",
     "Flux2KleinPipeline": "flux2_klein",
+    "Flux2Pipeline": "flux2_dev",
     "QwenImageEditPlusPipeline": "qwen_image_edit_plus",
 }
 """The file of each of diffusers' classes; there its pipeline with a region is `RegionDecoupled` + the class's name."""

@@ -42,7 +42,7 @@ class QwenImageEditPlusEditor(FlowEditor):
         *("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2"),
     )
     licenses: ClassVar = {f"Qwen/Qwen-Image-Edit-{date}": {"license": "apache-2.0"} for date in ("2509", "2511")}
-    default_steps, default_true_cfg, default_negative_prompt = 40, 4.0, " "
+    usual: ClassVar = {"num_inference_steps": 40, "true_cfg_scale": 4.0, "negative_prompt": " "}
     sees_pictures = True
     input_layer = "img_in"
 

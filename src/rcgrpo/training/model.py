@@ -82,7 +82,7 @@ def naming_model(model: str, **hub: Any) -> Iterator[dict[str, Any]]:
     Raises:
         ValueError: nothing there, no access, broken files; or, before anything else is fetched, another pipeline.
     """
-    kinds = "FLUX.1-Kontext, FLUX.2-klein or Qwen-Image-Edit-Plus"
+    kinds = "FLUX.1-Kontext, FLUX.2 or Qwen-Image-Edit-Plus"
     expected = f"kontext-tiny, or a folder or Hub id of a complete {kinds} pipeline"
     if not Path(model).is_dir():
         expected += "; if it is one, check the network (HF_HUB_OFFLINE) and, where it is gated, `hf auth login`"
