@@ -23,7 +23,7 @@ def on_processes(number, *command):
         pytest.skip(f"the launcher cannot start: {error}")
     with launched:
         try:
-            _, errors = launched.communicate(timeout=120)
+            _, errors = launched.communicate(timeout=900)
         except subprocess.TimeoutExpired:
             launched.terminate()  # not killed, as its workers would stay behind
             raise

@@ -31,7 +31,10 @@ def test_defaults_follow_model_and_data():
     tiny = settled()
     sampling = sampling_settings(tiny)
     assert (sampling["resolution"], sampling["num_inference_steps"], sampling["max_sequence_length"]) == (64, 8, 20)
-    assert tiny.metrics == ["psnr", "ssim", "lp_t", "lp_i", "edit_score"] and tiny.metric_size is None
+    assert (
+        tiny.metrics == ["psnr", "ssim", "lp_t", "lp_i", "edit_score", "correct", "closeness"]
+        and tiny.metric_size is None
+    )
     assert (tiny.splits, tiny.intervals_by, tiny.output_dir) == (["test"], "edit", "rcgrpo-evaluation")
     real = settled("--model", "black-forest-labs/FLUX.1-Kontext-dev", "--dataset", COMPBENCH)
     assert real.metrics == ["lc_t", "lc_i", "psnr", "ssim", "lpips"] and real.metric_size == 512

@@ -212,7 +212,9 @@ def readers(pipe, folder):
         "the loader": lambda mask: (
             EditRows(load_edit_dataset([row(as_stored(mask))], on_missing="error"), "train").edit(0).mask
         ),
-        "the pipeline": lambda mask: pipe._align(SOURCE, "x", mask, {})[2][0],
+        "the pipeline": lambda mask: pipe._align(
+            {"image": SOURCE, "prompt": "x", "prompt_embeds": None, "generator": None}, mask
+        )[1][0],
         "rcgrpo edit": from_file,
     }
 

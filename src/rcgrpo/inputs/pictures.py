@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 from PIL import Image, ImageOps
 
@@ -51,7 +50,9 @@ def open_picture(value: Any, where: str) -> Image.Image:
         elif is_encoded(value):
             image = Image.open(io.BytesIO(base64.b64decode(value.partition(",")[2] or value, validate=True)))
         elif isinstance(value, str) and "://" in value and not value.startswith("file://"):
-            image = datasets.Image().decode_example({"bytes": None, "path": value})
+            from datasets import Image as Decoder  # slow to load, and seldom needed
+
+            image = Decoder().decode_example({"bytes": None, "path": value})
         else:
             content = value["bytes"] if isinstance(value, Mapping) else value
             if isinstance(content, str):

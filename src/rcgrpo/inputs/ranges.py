@@ -107,7 +107,8 @@ RANGES: dict[str, Range] = {
     "true_cfg_scale": Range(1, text="1 (off) or more"),
     # Servers
     "port": Range(0, 65535, whole=True),
-    **_all(COUNT, "max_request_mb concurrency"),
+    **_all(COUNT, "max_request_mb max_request_mpixels concurrency"),
+    "read_seconds": POSITIVE,
     "max_waiting": NATURAL,
 }
 """Every number that a user sets, by name: of `RCGRPOConfig`, what it inherits, and the commands' flags."""
