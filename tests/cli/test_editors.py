@@ -9,8 +9,10 @@ from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus
 from huggingface_hub import ModelCard
 from PIL import Image
 
+from rcgrpo.app import compare
 from rcgrpo.cli import main
-from rcgrpo.cli.opening import call_defaults
+from rcgrpo.cli.opening import call_defaults, open_pipeline
+from rcgrpo.evaluation.benchmark import Sampling, contenders
 from rcgrpo.training.hub import save_lora
 from tiny_editors import SMALL_QWEN, build_tiny_klein, build_tiny_qwen, with_lora
 from tiny_kontext import build_tiny_kontext
@@ -65,6 +67,17 @@ def test_commands_take_every_editor(name, capsys):
 
     main(["diagnose", "--model", name, "--lora", "trained", "--output", "diagnosis", *DIAGNOSE, *SIZE])
     assert json.loads(Path("diagnosis/diagnostics.json").read_text())["settings"]["model"] == name
+
+    draws = ["--every_row", "--num_samples", "2", "--resolution", "64", "--num_draws", "1"]
+    main(["data", "masks", "compbench-mini", "--method", "velocity", "--model", name, "--output", "masks", *draws])
+    skipped = Path("masks/skipped.log")  # where the instruction moved the velocity nowhere in particular
+    count = len(skipped.read_text().splitlines()) if skipped.exists() else 0
+    assert len(list(Path("masks").rglob("*.png"))) + count == 2
+
+    sampling = Sampling(**call_defaults(name) | {"resolution": 64, "num_inference_steps": 2})
+    source, mask = (Image.open(path) for path in ("source.png", "mask.png"))
+    shown = compare(open_pipeline(name), contenders([]), source, mask, "make it red", sampling)  # of `rcgrpo app`
+    assert shown.outcomes[0].images[0].size == (64, 64) and shown.outcomes[0].density[0] > 0
 
     auto = AutoPipelineForImage2Image.from_pretrained(name)
     assert type(auto) is type(pipe)

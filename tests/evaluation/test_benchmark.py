@@ -254,7 +254,7 @@ def test_a_row_that_cannot_be_read_costs_only_itself(pipeline, rows, tmp_path):
 
 
 def test_the_embedded_editor_is_called_as_it_was_trained():
-    sampling = Sampling(RESOLUTION, CALL["num_inference_steps"], max_sequence_length=CALL["max_sequence_length"])
+    sampling = Sampling(RESOLUTION, CALL["num_inference_steps"], 3.5, CALL["max_sequence_length"])
     editor = sampling.editor(build_tiny_kontext())
     assert editor.call_arguments(RESOLUTION, RESOLUTION) == CALL | {"guidance_scale": 3.5}
     assert Sampling(**call_defaults(TINY)).editor(build_tiny_kontext()).call_arguments(
