@@ -22,7 +22,7 @@ from packaging.requirements import Requirement
 
 HERE = Path(__file__).resolve().parents[1]
 EXTRAS = ("app", "serve", "test")
-TESTS = ("config", "models", "objective", "pipeline", "policies", "regions", "rollout", "saving", "trainer", "server")
+TESTS = ("config", "models", "pipeline", "policies", "rollout", "server", "remote", "flux_kontext", "loading", "hub")
 PASSED = {
     "accelerate": "1.10.1",
     "datasets": "4.7",
