@@ -23,8 +23,18 @@ from packaging.requirements import Requirement
 HERE = Path(__file__).resolve().parents[1]
 EXTRAS = ("app", "serve", "test")
 TESTS = (
-    *("config", "model", "objective", "policies", "region_decoupled", "regions", "rollout", "saving"),
-    *("server", "trainer"),
+    *(
+        "config",
+        "model",
+        "region_decoupled",
+        "policies",
+        "rollout",
+        "server",
+        "remote",
+        "flux_kontext",
+        "loading",
+        "hub",
+    ),
 )
 PASSED = {
     "accelerate": "1.10.1",
