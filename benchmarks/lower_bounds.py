@@ -23,18 +23,8 @@ from packaging.requirements import Requirement
 HERE = Path(__file__).resolve().parents[1]
 EXTRAS = ("app", "serve", "test")
 TESTS = (
-    *(
-        "config",
-        "model",
-        "region_decoupled",
-        "policies",
-        "rollout",
-        "server",
-        "remote",
-        "flux_kontext",
-        "loading",
-        "hub",
-    ),
+    *("config", "model", "region_decoupled", "policies", "rollout", "server", "remote"),
+    *("flux_kontext", "loading", "hub"),
 )
 PASSED = {
     "accelerate": "1.10.1",
