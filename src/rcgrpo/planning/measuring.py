@@ -5,9 +5,9 @@ a kind is worked on (forward, or again and backward) are a sum over blocks. So p
 block at work, each is extended linearly, and the largest is the peak.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -148,8 +148,8 @@ def _transitions(latents: Tensor, time: Tensor, conditions: Any, update: Update)
     )
 
 
-def measure_vae(parts: Parts, shape: Shape, decode: bool) -> tuple[Costs, int]:
-    """Decoding a batch, or encoding a source, by the editor's own code; and the VAE's number of weights."""
+def measure_vae(parts: Parts, shape: Shape, decode: bool) -> Costs:
+    """Decoding a batch by the editor's own code, or encoding a source; `frozen` are the VAE's weights."""
     editor = make_editor(parts, dict.fromkeys(block_counts(parts), 1), shape)
     vae = editor.pipeline.vae
     with without_contents():
@@ -165,9 +165,4 @@ def measure_vae(parts: Parts, shape: Shape, decode: bool) -> tuple[Costs, int]:
             else:
                 vae.encode(pixels)
         weights = sum(weight.numel() for weight in vae.parameters())
-        return Costs(counter.peaks, counter.flop, weights, 0, 0, 0), weights
-
-
-def at(shape: Shape, batch: int) -> Shape:
-    """The same with another batch."""
-    return replace(shape, batch=batch)
+        return Costs(counter.peaks, counter.flop, weights, 0, 0, 0)
