@@ -21,7 +21,7 @@ FLOORS = [
     "editors",
     "groups",
     "training",
-    "evaluation",
+    "evaluation planning",
     "app",
     "cli",
 ]

@@ -105,6 +105,9 @@ RANGES: dict[str, Range] = {
     **_all(SHARE, "box_threshold text_threshold score_threshold"),
     **_all(AMOUNT, "guidance_scale match_tolerance"),
     "true_cfg_scale": Range(1, text="1 (off) or more"),
+    # Plans
+    "peak_share": Range(0, 1, above=True),
+    "judge_gb": AMOUNT,
     # Servers
     "port": Range(0, 65535, whole=True),
     **_all(COUNT, "max_request_mb max_request_mpixels concurrency"),
