@@ -51,7 +51,7 @@ def thrower(error):
 )
 def test_too_little_of_something(monkeypatch, error, said, tmp_path):
     assert re.fullmatch(f"rcgrpo edit: {said}.*", end(monkeypatch, thrower(error)))
-    assert not list(tmp_path.iterdir())
+    assert not list(tmp_path.glob("*.trace"))
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_what_the_library_refuses_is_told_as_it_is(monkeypatch, tmp_path):
         "rcgrpo edit: model: got 'x', expected a model (KeyError: 'part') (RCGRPO_TRACEBACK=1 shows where this comes "
         "from)"
     )
-    assert not list(tmp_path.iterdir())
+    assert not list(tmp_path.glob("*.trace"))
 
 
 def test_ctrl_c_and_exits_of_the_work_itself(monkeypatch, capsys):

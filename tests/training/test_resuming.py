@@ -388,6 +388,8 @@ from pathlib import Path
 import torch
 import tiny_training as t
 from rcgrpo import compbench_mini
+from rcgrpo.processes import stopping
+stopping.GRACE_SECONDS = stopping.HANG_SECONDS = 600.0  # on a busy machine an update takes long
 folder, data = Path(sys.argv[1]), compbench_mini("train", 12, 32)
 options = t.ADAM | {"per_device_train_batch_size": 1, "use_cpu": False}
 if sys.argv[2] == "stop":
