@@ -86,7 +86,7 @@ def test_settings_arrive():
     assert tiny(solver="heun").stages == 5 and tiny().stages == 3
     assert tiny(beta=0.1).references == 1 and tiny(num_anchors=2).transitions == 2
     assert (tiny(train_micro_batch_size=5).train_micro_batch_size, tiny().train_micro_batch_size) == (5, 24)
-    assert tiny(max_steps=-1, num_train_epochs=3).updates == 1024 * 3 // 6
+    assert tiny(max_steps=-1, num_train_epochs=3).updates == 1024 // 6 * 3
     assert tiny(lora_r=4).update.lora_r == 4 and tiny().update.rows == 2
 
 
