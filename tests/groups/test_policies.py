@@ -131,7 +131,7 @@ def test_a_clip_range_that_nobody_gave_is_the_policys_own(name):
             assert epsilon == pytest.approx(1e-3 / policy.temperature * float(length))
         if name == "flow_grpo":
             moved = (alone.weights[0, 0] / alone.std[0]).sum() / alone.weights.sum()
-            assert epsilon == pytest.approx(3e-4 * float(length.sqrt() * moved), rel=1e-5)
+            assert epsilon == pytest.approx(4e-4 * float(length.sqrt() * moved), rel=1e-5)
         explicit = replace(policy, epsilon=epsilon)
         torch.testing.assert_close(explicit.loss(velocity[i : i + 1], alone)[0], loss[i : i + 1])
     if name != "flow_grpo":  # log-ratios grow as the temperature falls

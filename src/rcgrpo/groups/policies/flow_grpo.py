@@ -28,7 +28,7 @@ class FlowGRPOPolicy(RatioPolicy):
         # injected noise, g √(σ - σ'), of each token.
         t, moves = transitions, transitions.std > 0
         moved = weighted_mean(1 / torch.where(moves, t.std, 1.0), weights * moves)
-        return (3e-4 * (t.sigma - t.next_sigma).sqrt() * moved).unsqueeze(-1)
+        return (4e-4 * (t.sigma - t.next_sigma).sqrt() * moved).unsqueeze(-1)
 
     def teaches(self, group: Group, steps: Sequence[int]) -> tuple[Sequence[bool], list[int]]:
         """Candidates that have a say, at the steps that were stochastic."""
