@@ -30,6 +30,8 @@ def card_here() -> Card | None:
     if not torch.cuda.is_available():
         return None
     found = torch.cuda.get_device_properties(0)
-    known = {card.name.partition(",")[0].split()[-1 if "RTX" in card.name else 0]: card.flops for card in CARDS.values()}
+    known = {
+        card.name.partition(",")[0].split()[-1 if "RTX" in card.name else 0]: card.flops for card in CARDS.values()
+    }
     flops = next((value for name, value in {**known, **_OTHERS}.items() if name in found.name), None)
     return Card(f"{found.name}, {found.total_memory / 1e9:.0f} GB", float(found.total_memory), flops)

@@ -29,8 +29,8 @@ class Costs:
     Args:
         peaks: bytes by the kind of block at work.
         flop: floating-point operations.
-        frozen, quantised: numbers of weights of the transformer: those that stay as they are, and the matrices, which
-            a quantised base stores in fewer bits.
+        frozen, matrices: numbers of weights of the base: all of them, and those in matrices, which quantisation stores
+            in fewer bits.
         trained: number of the LoRA's weights.
         largest: number of weights of the largest matrix.
     """
@@ -66,7 +66,9 @@ class Update:
     gradient_checkpointing: bool = True
 
 
-def whole(parts: Parts, measure: Callable[[Mapping[str, int]], Costs], blocks: Mapping[str, int] | None = None) -> Costs:
+def whole(
+    parts: Parts, measure: Callable[[Mapping[str, int]], Costs], blocks: Mapping[str, int] | None = None
+) -> Costs:
     """A measurement extended to all of the transformer's blocks, or to so many."""
     blocks = blocks or block_counts(parts)
     ones = dict.fromkeys(blocks, 1)
@@ -78,8 +80,11 @@ def whole(parts: Parts, measure: Callable[[Mapping[str, int]], Costs], blocks: M
 
     return Costs(
         {label: extend(lambda costs, label=label: costs.peaks[label]) for label in base.peaks},  # type: ignore[misc]
-        *(extend(lambda costs, name=name: getattr(costs, name)) for name in ("flop", "frozen", "matrices", "trained")),  # type: ignore[misc]
-        base.largest,
+        flop=extend(lambda costs: costs.flop),
+        frozen=extend(lambda costs: costs.frozen),
+        matrices=extend(lambda costs: costs.matrices),
+        trained=extend(lambda costs: costs.trained),
+        largest=base.largest,
     )
 
 

@@ -1,0 +1,108 @@
+"""`cli/plan.py`: what is printed, what recipes say of it, and what is refused."""
+
+import io
+import json
+from contextlib import redirect_stdout
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+from benchmarks.plan_headers import COMMAND, planned
+
+from rcgrpo.cli import main
+from rcgrpo.cli.parsing import parse
+from rcgrpo.cli.plan import run_of
+from rcgrpo.cli.train import ScriptArguments
+from rcgrpo.planning.cards import CARDS, Card
+from rcgrpo.planning.model import read_parts
+from rcgrpo.planning.plan import Planner
+from rcgrpo.tiny import WEIGHTS
+from rcgrpo.training.config import RCGRPOConfig
+
+RECIPES = Path(str(files("rcgrpo") / "recipes"))
+SIZES = [path.stem for path in RECIPES.glob("*.yaml") if "gb" in path.stem]
+
+
+def said(*arguments):
+    with redirect_stdout(io.StringIO()) as printed:
+        main(["plan", *arguments])
+    return printed.getvalue()
+
+
+def refused(*arguments):
+    with pytest.raises(SystemExit) as stop:
+        main(["plan", *arguments])
+    return str(stop.value.code)
+
+
+def tiny(**changes):
+    flags = ["--config", str(RECIPES / "tiny.yaml"), "--output_dir", "out"]
+    flags += [word for key, value in changes.items() for word in (f"--{key}", str(value))]
+    script, config = parse((ScriptArguments, RCGRPOConfig), flags, None, "rcgrpo train")
+    return run_of(script, config, 0.0, False)
+
+
+@pytest.mark.parametrize("recipe", SIZES)
+def test_a_recipe_fits_its_gpu_by_its_header(recipe):
+    text = (RECIPES / f"{recipe}.yaml").read_text()
+    command, block = COMMAND.search(text).groups()
+    assert command.startswith(f"plan --config {recipe}.yaml --gpu {recipe.split('-')[-1].split('x')[-1]}")
+    assert "fits, " in block and "an update" in block
+
+
+@pytest.mark.parametrize("recipe", ["flux-48gb", "klein-4b-24gb"])
+def test_a_header_is_what_the_command_prints(recipe):
+    path = RECIPES / f"{recipe}.yaml"
+    command, block = COMMAND.search(path.read_text()).groups()
+    assert planned(path, command).splitlines() == [line.removeprefix("#     ") for line in block.splitlines()]
+
+
+def test_values_as_json_add_up():
+    given = ("--config", str(RECIPES / "tiny.yaml"), "--output_dir", "out", "--json", "true", "--gpu")
+    small, large = (json.loads(said(*given, size)) for size in ("24gb", "141gb"))
+    assert [phase["phase"] for phase in small["phases"]] == ["encode", "rollout", "decode", "update"]
+    assert small["peak_gb"] == max(phase["gb"] for phase in small["phases"]) < 1 and small["fits"]
+    assert small["images_per_update"] == 72 and small["updates"] == 90
+    assert small["hours"] == pytest.approx(90 * sum(phase["seconds"] for phase in small["phases"]) / 3600)
+    assert small["seconds_per_update"] / large["seconds_per_update"] == pytest.approx(989 / 165)
+    assert 1e6 < small["parameters"] < 1e8 and small["to_fit"] == []
+
+
+def test_advice_is_what_makes_it_fit():
+    planner = Planner(read_parts(str(WEIGHTS)))
+    run = tiny()
+    full = planner.plan(run)
+    assert full.fits and full.seconds is None and full.run.rollout_batch_size == 72
+    card = Card("small", full.peak.bytes * 0.6, 1e12)
+    ways, smaller = planner.advice(planner.plan(run, card))
+    assert smaller.fits and not planner.plan(run, card).fits and ways
+    names = {way.partition(":")[0] for way in ways}
+    assert names <= {"gradient_checkpointing", "train_micro_batch_size", "rollout_batch_size", "cache_conditions"}
+    never, still = planner.advice(planner.plan(run, Card("none", 1e6, 1e12)))
+    assert not still.fits and never
+
+
+def test_settings_arrive():
+    assert tiny(solver="heun").stages == 5 and tiny().stages == 3
+    assert tiny(beta=0.1).references == 1 and tiny(num_anchors=2).transitions == 2
+    assert (tiny(train_micro_batch_size=5).train_micro_batch_size, tiny().train_micro_batch_size) == (5, 24)
+    assert tiny(max_steps=-1, num_train_epochs=3).updates == 1024 * 3 // 6
+    assert tiny(lora_r=4).update.lora_r == 4 and tiny().update.rows == 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [
+        (["--gpu", "40gb"], f"--gpu: got '40gb', expected one of {', '.join(CARDS)}"),
+        (["--peak_share", "0"], "--peak_share: got 0.0, expected a number in (0, 1]"),
+        (["--judge_gb", "-1"], "--judge_gb: got -1.0, expected 0 or more"),
+        (["--gpuu", "24gb"], "unknown flag '--gpuu'"),
+        (["--model_init_kwargs", '{"torch_dtype": "bf17"}'], "model_init_kwargs: got dtype 'bf17'"),
+        (["--model_init_kwargs", '{"quantization_config": {"quant_backend": "gguf"}}'], "got a quantization_config"),
+        (["--model", "nowhere/at-all"], "model: got 'nowhere/at-all'"),
+    ],
+)
+def test_what_cannot_be_planned_is_told_in_one_line(flags, text, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    message = refused(*flags)
+    assert text in message and "\n" not in message
