@@ -26,7 +26,7 @@ def measure(model, update, train, blocks):
     return measured(model, update, train, *blocks.values())
 
 
-@pytest.mark.parametrize(("model", "again"), [(KONTEXT, True), (KLEIN, False), (KLEIN, True)])
+@pytest.mark.parametrize(("model", "again"), [(KONTEXT, True), (KLEIN, False)])
 def test_blocks_of_true_width_are_predicted(model, again):
     """Within a percent of what is counted, from one and two blocks to two and three."""
     update = Update(loss, gradient_checkpointing=again)
