@@ -27,7 +27,7 @@ def test_temporaries_count_while_they_live_and_what_was_there_does_not():
 
 @pytest.mark.parametrize(("again", "flop"), [(False, 3), (True, 4)])
 def test_what_autograd_keeps_and_checkpointing_makes_again(again, flop):
-    """Four squarings of a KiB by a frozen matrix and a trained one."""
+    """Tensors of a KiB, through a trained matrix."""
     with without_contents():
         x, weight = torch.zeros(16, 16), torch.zeros(16, 16, requires_grad=True)
         weight.grad = torch.zeros(16, 16)
@@ -39,7 +39,7 @@ def test_what_autograd_keeps_and_checkpointing_makes_again(again, flop):
             y = checkpoint(block, x + 0, use_reentrant=False) if again else block(x + 0)
             kept = counter.live
             y.sum().backward()
-        assert kept == (2 if again else 3) * KIB  # its input and result, or relu's result too, which sin reads
+        assert kept == (2 if again else 3) * KIB  # its input and result, and what relu made, which sin keeps too
         # Forward, once more, and the gradient of the weight; x has none.
         assert counter.flop == (flop - 1) * 2 * 16**3
 

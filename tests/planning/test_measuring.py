@@ -26,17 +26,16 @@ def measure(model, update, train, blocks):
     return measured(model, update, train, *blocks.values())
 
 
-@pytest.mark.parametrize("model", [KONTEXT, KLEIN])
-@pytest.mark.parametrize(("train", "again"), [(True, True), (True, False), (False, True)])
-def test_blocks_of_true_width_are_predicted(model, train, again):
-    """Within a percent of what is counted, whichever kind of block is added."""
+@pytest.mark.parametrize(("model", "again"), [(KONTEXT, True), (KLEIN, False)])
+def test_blocks_of_true_width_are_predicted(model, again):
+    """Within a percent of what is counted, from one and two blocks to two and three."""
     update = Update(loss, gradient_checkpointing=again)
-    for blocks in ({"num_layers": 2, "num_single_layers": 3}, {"num_layers": 3, "num_single_layers": 1}):
-        predicted = whole(KNOWN[model], partial(measure, model, update, train), blocks)
-        counted = measure(model, update, train, blocks)
-        assert predicted.peak == pytest.approx(counted.peak, rel=0.01)
-        assert predicted.flop == pytest.approx(counted.flop, rel=1e-9)
-        assert (predicted.frozen, predicted.trained) == (counted.frozen, counted.trained)
+    blocks = {"num_layers": 2, "num_single_layers": 3}
+    predicted = whole(KNOWN[model], partial(measure, model, update, True), blocks)
+    counted = measure(model, update, True, blocks)
+    assert predicted.peak == pytest.approx(counted.peak, rel=0.01)
+    assert predicted.flop == pytest.approx(counted.flop, rel=1e-9)
+    assert (predicted.frozen, predicted.trained) == (counted.frozen, counted.trained)
 
 
 def test_kontext_is_what_was_measured_elsewhere():
@@ -45,8 +44,6 @@ def test_kontext_is_what_was_measured_elsewhere():
     update = whole(parts, partial(measure, KONTEXT, Update(loss), True))
     assert update.frozen == pytest.approx(11.90e9, rel=1e-3)
     assert update.peak == pytest.approx(1.7e9, rel=0.05)
-    without = whole(parts, partial(measure, KONTEXT, Update(loss, gradient_checkpointing=False), True))
-    assert without.peak == pytest.approx(22e9, rel=0.05)
     forward = whole(parts, partial(measure, KONTEXT, Update(loss), False))
     assert forward.flop == pytest.approx(37.7e12 * 1.012, rel=0.005)
     assert measure_vae(parts, Shape(1024, 4), True).peak == pytest.approx(12.9e9, rel=0.01)
