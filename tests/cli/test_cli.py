@@ -201,7 +201,7 @@ def test_a_traceback_can_be_had(monkeypatch):
 @pytest.mark.parametrize(
     ("typed", "said"),
     [
-        (["trian"], r"got 'trian', expected one of train, evaluate, .*; did you mean train\?$"),
+        (["trian"], r"got 'trian', expected one of train, plan, evaluate, .*; did you mean train\?$"),
         (["zzz"], "got 'zzz', expected one of .*; see `rcgrpo --help`$"),
         ([], "got no command, expected one of"),
         (["--seed", "1"], "got '--seed', expected one of"),

@@ -2,6 +2,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from diffusers.models.attention_dispatch import attention_backend
 from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers import transformer_flux
 from peft import LoraConfig, get_peft_model
@@ -69,7 +70,8 @@ def checkpointing(transformer):
 
 @pytest.fixture
 def transformer():
-    return build_tiny_kontext().transformer
+    with attention_backend():  # a model that chooses another one chooses it for the process
+        yield build_tiny_kontext().transformer
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from functools import cache, partial
 
 import pytest
+from diffusers.models.attention_dispatch import attention_backend
 
 from rcgrpo.planning.known import KNOWN
 from rcgrpo.planning.measuring import Update, measure_vae, measure_velocity, whole
@@ -47,6 +48,14 @@ def test_kontext_is_what_was_measured_elsewhere():
     forward = whole(parts, partial(measure, KONTEXT, Update(loss), False))
     assert forward.flop == pytest.approx(37.7e12 * 1.012, rel=0.005)
     assert measure_vae(parts, Shape(1024, 4), True).peak == pytest.approx(12.9e9, rel=0.01)
+
+
+def test_another_attention_in_this_process_changes_nothing():
+    """`set_attention_backend` on any model chooses for all that have none of their own."""
+    parts, update, blocks = KNOWN[KONTEXT], Update(loss), {"num_layers": 1, "num_single_layers": 1}
+    expected = measure_velocity(parts, Shape(256), update, True, blocks)
+    with attention_backend("_native_math"):
+        assert measure_velocity(parts, Shape(256), update, True, blocks) == expected
 
 
 @pytest.mark.parametrize(

@@ -45,17 +45,18 @@ def run(arguments: Sequence[str]) -> None:
             f"--host: got {args.host!r}, which other machines can reach; set {args.auth_variable}=user:password in the "
             "environment, or listen on 127.0.0.1"
         )
-    if importlib.util.find_spec("gradio") is None:  # known before a large model is loaded
-        raise UsageError("the app needs Gradio: pip install 'rcgrpo[app]'")
     tiny = args.model == TINY
     if tiny:
         os.environ.setdefault("HF_HUB_OFFLINE", "0")  # a LoRA may come from the Hub all the same
         use_embedded_model()
-    from ..app import create_app, serve
     from ..evaluation.benchmark import Sampling, contenders
-    from .opening import open_pipeline, sampling_settings
 
     contenders(args.lora)  # refuses what is not there before anybody chooses it
+    if importlib.util.find_spec("gradio") is None:  # known before a large model is loaded
+        raise UsageError("the app needs Gradio: pip install 'rcgrpo[app]'")
+    from ..app import create_app, serve
+    from .opening import open_pipeline, sampling_settings
+
     pipeline = open_pipeline(args.model)
     sampling = Sampling(**sampling_settings(args))
     # The tiny model's vocabulary is the data set's.

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from diffusers.models.attention_dispatch import attention_backend
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
@@ -92,12 +93,13 @@ def without_contents() -> Iterator[None]:
     """Everything made inside has shapes, dtypes and gradients, but neither memory nor values.
 
     It is on the CPU, as autograd refuses a GPU that is not there; norms are in fp32 under autocast as on CUDA.
+    Attention is PyTorch's own, whatever this process or its environment has chosen for all models.
     """
     norms = {name: getattr(functional, name) for name in ("layer_norm", "rms_norm")}
     for name, norm in norms.items():
         setattr(functional, name, _widened(norm))
     try:
-        with FakeTensorMode():
+        with FakeTensorMode(), attention_backend():
             yield
     finally:
         for name, norm in norms.items():
