@@ -1,4 +1,4 @@
-"""What the log says of one scored group: `docs/training.md` and `docs/diagnostics.md` tell what each number means.
+"""What the log says of one scored group: `docs/metrics.md` and `docs/diagnostics.md` tell what each number means.
 
 Gotcha: NaN stands for what a group cannot tell; the log averages over the groups that can.
 """
