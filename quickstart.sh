@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # Everything from nothing, on a machine with Python 3.11 or newer:
 #   bash quickstart.sh          train the embedded editor on the embedded data, with a before/after report
-#   bash quickstart.sh test     run the tests
-# Further arguments go to `rcgrpo train` or to pytest. Makes the virtual environment .venv beside this file.
+#   bash quickstart.sh test     run every check and test
+#   bash quickstart.sh docs     build the documentation's site into site/; open site/index.html
+# Further arguments go to `rcgrpo train`, to pytest or to `mkdocs build`. Makes the virtual environment .venv beside this file.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 job=train
-if [ "${1:-}" = train ] || [ "${1:-}" = test ]; then job=$1; shift; fi
+case "${1:-}" in train | test | docs) job=$1; shift ;; esac
 
 python=""
 for candidate in python3 python3.13 python3.12 python3.11; do
@@ -26,15 +27,23 @@ if [ ! -x "$venv/bin/pip" ]; then
     "$python" -m venv "$venv"
 fi
 
-if [ "$job" = test ]; then extras="[dev]"; else extras=""; fi
+case $job in test) extras="[dev]" ;; docs) extras="[docs]" ;; *) extras="" ;; esac
 echo "quickstart: installing rcgrpo$extras and what it needs (PyTorch is large: a few minutes the first time)"
 "$venv/bin/pip" install --quiet --disable-pip-version-check -e "$here$extras"
 
+build_site() { NO_MKDOCS_2_WARNING=1 "$venv/bin/mkdocs" build --quiet --strict "$@"; }
+if [ "$job" = docs ]; then
+    cd "$here"
+    build_site "$@"
+    echo "quickstart: open $here/site/index.html"
+    exit
+fi
 if [ "$job" = test ]; then
     cd "$here"
     "$venv/bin/ruff" check .
     "$venv/bin/ruff" format --check .
     "$venv/bin/mypy"
+    build_site
     # Two workers with a thread each: the suite fits two cores and 6 GB whatever the machine has.
     OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 exec "$venv/bin/python" -m pytest -n 2 "$@"
 fi

@@ -1,0 +1,146 @@
+"""The documentation holds together: pages, links and anchors exist, code blocks are code, those that can run here do.
+
+Nothing here needs MkDocs; `bash quickstart.sh docs` builds the site with it.
+"""
+
+import ast
+import importlib
+import re
+import runpy
+import unicodedata
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+pytestmark = pytest.mark.skipif(not DOCS.is_dir(), reason="the documentation is not beside the tests")
+
+PAGES = [*sorted(DOCS.rglob("*.md")), *sorted(ROOT.glob("*.md")), *sorted((ROOT / "examples").rglob("*.md"))]
+PAGES += sorted((ROOT / "benchmarks").rglob("README.md"))
+FENCE = re.compile(r"^( *)```(\w*)[^\n]*\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
+RUN = {"diagnostics.md", "masks.md"}
+"""Pages whose code blocks run one after another; the others' need weights, a GPU, a server or your data."""
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def hooks() -> dict:
+    return runpy.run_path(str(DOCS / "hooks.py"))
+
+
+def blocks(path: Path, language: str) -> list[str]:
+    return [code for _, found, code in FENCE.findall(path.read_text()) if found == language]
+
+
+def anchors(path: Path) -> set[str]:
+    """What a link may lead to: headings whose anchor is the same on the site and on GitHub."""
+    found = set()
+    for heading in re.findall(r"^#+ (.+)$", FENCE.sub("", path.read_text()), flags=re.MULTILINE):
+        text = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading).replace("`", "")
+        plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
+        site = re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", plain).strip().lower())
+        github = re.sub(r"[^\w\s-]", "", text).strip().lower().replace(" ", "-")
+        found |= {site} & {github}
+    return found
+
+
+def nav(entries: list) -> list[str]:
+    pages = []
+    for entry in entries:
+        content = next(iter(entry.values())) if isinstance(entry, dict) else entry
+        pages += nav(content) if isinstance(content, list) else [content]
+    return pages
+
+
+class Loader(yaml.SafeLoader):
+    """Reads `!ENV` as text."""
+
+
+Loader.add_constructor("!ENV", lambda loader, node: loader.construct_sequence(node))
+
+
+def test_every_page_has_one_place_in_the_navigation() -> None:
+    listed = nav(yaml.load((ROOT / "mkdocs.yml").read_text(), Loader)["nav"])
+    written = {path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md")}
+    assert sorted(listed) == sorted({*written, *hooks()["generated"]()})
+
+
+@pytest.mark.parametrize("path", PAGES, ids=name_of)
+def test_links_lead_somewhere(path: Path) -> None:
+    generated, lost = hooks()["generated"](), []
+    for link in re.findall(r"\]\((?!\w+:)([^)\s]+)\)", FENCE.sub("", path.read_text())):
+        where, _, anchor = link.partition("#")
+        target = (path.parent / where).resolve() if where else path
+        inside = target.relative_to(DOCS).as_posix() if target.is_relative_to(DOCS) else ""
+        if target.exists():
+            found = not anchor or (target.suffix == ".md" and anchor in anchors(target))
+        else:
+            found = inside in generated and not anchor
+        lost += [] if found else [link]
+    assert lost == []
+
+
+def test_the_code_names_pages_that_exist() -> None:
+    sources = [path for wing in ("src", "benchmarks", "examples") for path in (ROOT / wing).rglob("*.*")]
+    texts = {name_of(path): path.read_text() for path in sources if path.suffix in (".py", ".yaml", ".md")}
+    named = {(name, page) for name, text in texts.items() for page in re.findall(r"\bdocs/[\w/-]+\.md", text)}
+    assert named and {(name, page) for name, page in named if not (ROOT / page).exists()} == set()
+
+
+@pytest.mark.parametrize("path", [path for path in PAGES if blocks(path, "python")], ids=name_of)
+def test_code_blocks_are_code_and_import_what_there_is(path: Path) -> None:
+    for code in blocks(path, "python"):
+        for node in ast.walk(ast.parse(code)):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "rcgrpo":
+                module = importlib.import_module(str(node.module))
+                missing = [alias.name for alias in node.names if not hasattr(module, alias.name)]
+                assert missing == [], f"{node.module} has no {missing}"
+
+
+@pytest.mark.parametrize("name", sorted(RUN))
+def test_code_blocks_run_one_after_another(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict = {"__name__": "page"}
+    for code in blocks(DOCS / name, "python"):
+        exec(compile(code, name, "exec"), names)
+
+
+def test_the_reference_has_every_field_of_the_configuration() -> None:
+    from rcgrpo.training.config import RCGRPOConfig
+
+    rows = re.findall(r"^\| `(\w+)` \|", hooks()["configuration"](), flags=re.MULTILINE)
+    own = {name for name in RCGRPOConfig.__annotations__ if not name.startswith("_")}
+    assert set(rows) == own <= {field.name for field in fields(RCGRPOConfig)} and len(rows) == len(own)
+
+
+def test_the_reference_has_a_commands_flags_with_their_defaults() -> None:
+    table = hooks()["flags"](hooks()["parser_of"](["edit"]))
+    assert "| `--image` | needed | The picture to edit. |" in table and "| `--edit_strength` | `0.5` |" in table
+    assert "--help" not in table
+
+
+def test_links_out_of_the_docs_lead_to_the_repository_or_are_plain_text() -> None:
+    outward = hooks()["outward"]
+    text = "[a](../src/x.py) [b](masks.md#c) ![p](images/p.png) [w](https://w.org) [h](#h)"
+    kept = "[b](masks.md#c) ![p](images/p.png) [w](https://w.org) [h](#h)"
+    assert outward(text, "masks.md", "") == f"a {kept}"
+    assert outward(text, "masks.md", "https://host/me") == f"[a](https://host/me/blob/HEAD/src/x.py) {kept}"
+
+
+def test_pages_of_the_root_keep_their_links() -> None:
+    seen = hooks()["seen_from_docs"]
+    assert [seen(link) for link in ("docs/masks.md#a", "src/rcgrpo", "#a")] == ["masks.md#a", "../src/rcgrpo", "#a"]
+
+
+def test_a_page_loads_nothing_from_the_web() -> None:
+    at_home = hooks()["at_home"]
+    page = '<script src="https://unpkg.com/iframe-worker/shim"></script><a href="https://w.org">w</a>'
+    assert '<script src="../assets/iframe-worker.js">' in at_home(page, "../")
+    for tag in ('<script async src="https://w.org/x.js">', '<link rel="stylesheet" href="https://w.org/x.css">'):
+        with pytest.raises(ValueError, match=r"loads https://w\.org/x"):
+            at_home(tag, "")
