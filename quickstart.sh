@@ -27,9 +27,11 @@ if [ ! -x "$venv/bin/pip" ]; then
     "$python" -m venv "$venv"
 fi
 
-case $job in test) extras="[dev]" ;; docs) extras="[docs]" ;; *) extras="" ;; esac
-echo "quickstart: installing rcgrpo$extras and what it needs (PyTorch is large: a few minutes the first time)"
-"$venv/bin/pip" install --quiet --disable-pip-version-check -e "$here$extras"
+case $job in test) extras=dev ;; docs) extras=docs ;; *) extras=tiny ;; esac
+echo "quickstart: installing rcgrpo[$extras] and what it needs into $venv"
+echo "            (the first time about 5 GB, most of it PyTorch: a few minutes; docs/installing.md: less without a GPU)"
+"$venv/bin/pip" install --disable-pip-version-check --progress-bar off -e "$here[$extras]" |
+    awk '/^ *(Downloading|Using cached|Installing) / {print "  " substr($0, 1, 100); fflush()}'
 
 build_site() { NO_MKDOCS_2_WARNING=1 "$venv/bin/mkdocs" build --quiet --strict "$@"; }
 if [ "$job" = docs ]; then

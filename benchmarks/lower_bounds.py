@@ -21,7 +21,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 HERE = Path(__file__).resolve().parents[1]
-EXTRAS = ("app", "serve", "test")
+EXTRAS = ("app", "masks", "report", "serve", "tiny", "test")
 TESTS = (
     *("config", "model", "region_decoupled", "policies", "rollout", "server", "remote"),
     *("flux_kontext", "loading", "hub"),
@@ -35,7 +35,6 @@ PASSED = {
     "httpx2": "2",
     "huggingface-hub": "1.23",
     "jinja2": "3.1",
-    "lpips": "0.1.4",
     "matplotlib": "3.8",
     "numpy": "1.26",
     "packaging": "23",

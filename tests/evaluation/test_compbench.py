@@ -302,10 +302,10 @@ def test_weights_that_cannot_be_had_are_an_error_at_the_start(tmp_path, squeezen
         Scorer(["lc_t", "psnr", "ssim"], clip_model=str(tmp_path / "nowhere"))
     (tmp_path / "bad.pth").write_bytes(b"no weights")
     for name in ("bad.pth", "missing.pth"):
-        with pytest.raises(ValueError, match=f"LPIPS: got .*{name}.*Metrics that need neither: psnr ssim"):
+        with pytest.raises(ValueError, match=rf"LPIPS \(squeeze\): got .*{name}.*Metrics that need neither: psnr ssim"):
             load_and_score(tmp_path / name)
     torch.save({"features.0.weight": torch.zeros(1)}, tmp_path / "other.pth")
-    with pytest.raises(ValueError, match=r"expected SqueezeNet 1\.1's weights"):
+    with pytest.raises(ValueError, match=r"expected torchvision's ImageNet weights"):
         load_lpips(tmp_path / "other.pth")
     with pytest.raises(ValueError, match=r"metrics: got \['psnr', 'psnr'\], expected some of lc_t"):
         Scorer(["psnr", "psnr"])

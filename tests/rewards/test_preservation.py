@@ -1,8 +1,8 @@
-import lpips
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchmetrics.functional.image import lpips
 from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
 
 from rcgrpo.rewards import BackgroundDINO, BackgroundLPIPS, background_l1, preservation, resolve_rewards
@@ -50,8 +50,8 @@ def random_lpips(monkeypatch):
     """LPIPS with the real heads on a random trunk: the wiring, not the numbers."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        network = lpips.LPIPS(net="squeeze", spatial=True, pnet_rand=True, verbose=False).eval()
-    monkeypatch.setattr(preservation, "load_lpips", lambda net, device: network)
+        network = lpips._NoTrainLpips(net="squeeze", spatial=True, pnet_rand=True)
+    monkeypatch.setattr(preservation, "lpips_on", lambda device, net: network)
     return BackgroundLPIPS(device="cpu")
 
 
@@ -91,9 +91,9 @@ def test_lpips_that_cannot_be_loaded_says_what_it_needs(monkeypatch):
     def broken(**options):
         raise OSError("no route to download.pytorch.org")
 
-    monkeypatch.setattr(lpips, "LPIPS", broken)
-    preservation.load_lpips.cache_clear()
-    with pytest.raises(RuntimeError, match=r"LPIPS \(squeeze\) cannot be loaded.*TORCH_HOME.*no route"):
+    monkeypatch.setattr(lpips, "_NoTrainLpips", broken)
+    preservation.lpips_on.cache_clear()
+    with pytest.raises(ValueError, match=r"LPIPS \(squeeze\): got no file.*no route.*TORCH_HOME"):
         BackgroundLPIPS(device="cpu")([noise(1)], [noise(2)], [HALF])
 
 

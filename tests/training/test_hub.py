@@ -3,17 +3,21 @@
 from hashlib import sha256
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from diffusers import FluxKontextPipeline
 from huggingface_hub import ModelCard
-from peft import AdaLoraConfig, LoHaConfig, LoraConfig
+from peft import AdaLoraConfig, LoHaConfig, LoraConfig, get_peft_model
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
+from transformers import SchedulerType
 
 from hub_server import HubServer, run_with_hub
 from rcgrpo.editors import FluxKontextEditor
+from rcgrpo.tiny import WEIGHTS
 from rcgrpo.training.hub import LORA_FILE, check_lora_config, model_card, save_lora
 from tiny_kontext import TINY_CALL, build_tiny_kontext
 from tiny_loras import TARGETS, draw, trained
@@ -212,7 +216,8 @@ def test_card_metadata_survives_the_file(tmp_path):
             base_model="black-forest-labs/FLUX.1-Kontext-dev",
             license_name="flux-1-dev-non-commercial-license",
             datasets="BohanJia/CompBench",
-            metrics={"ssim": 0.935, "psnr": float("nan")},
+            metrics={"ssim": 0.935, "psnr": float("nan"), "background PSNR (dB)": 31.5},
+            metric_args={"ssim": {"before": 0.93, "n": 12}},
             tags=["compbench", "lora"],
         ),
         tmp_path,
@@ -227,7 +232,9 @@ def test_card_metadata_survives_the_file(tmp_path):
     assert {"rcgrpo", "trl", "lora", "image-editing", "reinforcement-learning", "compbench"} <= set(data["tags"])
     assert len(data["tags"]) == len(set(data["tags"]))
     assert card.data.model_name == "kontext-rcgrpo"
-    (result,) = card.data.eval_results
+    result, other = card.data.eval_results
+    assert (result.metric_args, other.metric_args) == ({"before": 0.93, "n": 12}, None)
+    assert (other.metric_type, other.metric_name) == ("background_psnr_db", "background PSNR (dB)")
     assert (result.task_type, result.metric_type, result.metric_value) == ("image-to-image", "ssim", 0.935)
     assert (result.dataset_type, result.dataset_name) == ("BohanJia/CompBench", "CompBench")
     assert 'load_lora_weights("user/kontext-rcgrpo")' in card.text
@@ -270,13 +277,20 @@ def test_card_of_a_local_base_keeps_the_path_private(tmp_path):
             base_model=str(base),
             datasets=[str(tmp_path / "secret" / "my-edits")],
             metrics={"reward": 1.0},
-            settings={"output_dir": str(tmp_path / "secret" / "run"), "reward_funcs": "a|b\nc", "seed": None},
+            settings={
+                "output_dir": str(tmp_path / "secret" / "run"),
+                "reward_funcs": "a|b\nc",
+                "seed": None,
+                "lr_scheduler_type": SchedulerType.COSINE,
+                "lora_target_modules": ["to_k", "to_q"],
+            },
         ),
         tmp_path,
     )
     assert "secret" not in card.content and str(tmp_path) not in card.content
     assert "`my-editor`" in card.text and "`my-edits`" in card.text
     assert "| `output_dir` | run |" in card.text and r"| `reward_funcs` | a\|b c |" in card.text
+    assert "| `lr_scheduler_type` | cosine |" in card.text and "| `lora_target_modules` | to_k, to_q |" in card.text
     assert "seed" not in card.text
     assert not {"base_model", "base_model_relation", "datasets"} & card.data.to_dict().keys()
 
@@ -294,13 +308,47 @@ def test_card_shows_only_what_there_is(tmp_path):
     assert "model-index" not in bare.content and bare.data.license == "other"
     (tmp_path / "samples").mkdir()
     (tmp_path / "samples" / "contact_sheet.png").touch()
+    (tmp_path / "reward_curves.png").touch()
     table = "| metric | base | LoRA |\n|---|---|---|\n| ssim | 0.90 | 0.93 |"
     full = model_card(model_name="m", folder=tmp_path, metric_table=table, settings={"num_generations": 12})
     assert "\n\n![Before and after](samples/contact_sheet.png)\n\n" in full.text
-    assert f"\n\n{table}\n\n" in full.text
+    assert f"\n\n{table}\n\n" in full.text and "\n\n![Reward curves](reward_curves.png)\n\n" in full.text
     assert "|---|---|\n| `num_generations` | 12 |\n\n" in full.text
     with pytest.raises(ValueError, match="relative"):
         model_card(model_name="m", folder=tmp_path, picture="/etc/passwd.png")
+
+
+def snippet(card):
+    return card.text.split("```python\n")[1].split("```")[0]
+
+
+def test_the_embedded_editors_snippet_runs_as_it_stands(tmp_path, monkeypatch):
+    pipeline = FluxKontextPipeline.from_pretrained(WEIGHTS)
+    model = get_peft_model(pipeline.transformer, LoraConfig(r=2, target_modules=TARGETS, init_lora_weights=False))
+    save_lora(pipeline, model, tmp_path)
+    source = Image.linear_gradient("L").convert("RGB")
+    for name in ("source", "edited"):
+        source.save(tmp_path / f"{name}.png")
+    example = {"source": "source.png", "edited": "edited.png", "prompt": "add an apple on the left"}
+    card = model_card(model_name="m", base_model="kontext-tiny", folder=tmp_path, examples=[example])
+    assert card.data.license == "apache-2.0"
+    monkeypatch.chdir(tmp_path)
+    done = {}
+    exec(snippet(card), done)
+    assert done["edited"].size == (64, 64) and Image.open("edited.png").size == (64, 64)
+    assert done["pipe"].get_active_adapters() == ["default_0"]
+    assert not np.array_equal(done["edited"], source.resize((64, 64)))
+
+
+def test_the_snippet_names_what_a_reader_of_the_hub_can_reach(tmp_path):
+    (tmp_path / "a b.png").touch()
+    example = {"source": "a b.png", "edited": "a b.png", "prompt": 'write "é"'}
+    card = model_card(model_name="m", hub_model_id="user/m", base_model="x/y", folder=tmp_path, examples=[example])
+    code = snippet(card)
+    compile(code, "snippet", "exec")
+    assert 'load_image("https://huggingface.co/user/m/resolve/main/a%20b.png")' in code
+    assert r'prompt="write \"é\"")' in code and 'pipe.load_lora_weights("user/m")' in code
+    assert 'load_image("input.png")' in snippet(model_card(model_name="m", hub_model_id="user/m", folder=tmp_path))
 
 
 ROUND_TRIP = """

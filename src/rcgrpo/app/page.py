@@ -15,6 +15,7 @@ import torch
 from ..data import compbench_mini
 from ..editors import RegionDecoupledFluxKontextPipeline
 from ..evaluation.benchmark import Sampling
+from ..inputs.extras import require
 from ..maths.metrics import first_words
 from ..rewards.transport import is_loopback
 from .comparing import compare
@@ -49,12 +50,10 @@ def create_app(
         prepare: what happens to an instruction before the editor reads it.
 
     Raises:
-        ModuleNotFoundError: Gradio is not installed.
+        ModuleNotFoundError: the extra `app` is missing.
     """
-    try:
-        import gradio as gr
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("the app needs Gradio: pip install 'rcgrpo[app]'") from error
+    require("app", "the app")
+    import gradio as gr
 
     slot = LoraSlot(pipeline)
 

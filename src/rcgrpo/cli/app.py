@@ -1,10 +1,10 @@
 """`rcgrpo app`: a page to paint a region and compare base and LoRA."""
 
-import importlib.util
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from ..inputs.extras import require
 from .parsing import GUIDANCE, STEPS, TINY, TRUE_CFG, UsageError, parse, use_embedded_model
 
 AUTH_VARIABLE = "RCGRPO_APP_AUTH"
@@ -52,8 +52,7 @@ def run(arguments: Sequence[str]) -> None:
     from ..evaluation.benchmark import Sampling, contenders
 
     contenders(args.lora)  # refuses what is not there before anybody chooses it
-    if importlib.util.find_spec("gradio") is None:  # known before a large model is loaded
-        raise UsageError("the app needs Gradio: pip install 'rcgrpo[app]'")
+    require("app", "the app")  # known before a large model is loaded
     from ..app import create_app, serve
     from .opening import open_pipeline, sampling_settings
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
+from ..inputs.extras import require
 from .parsing import (
     GUIDANCE,
     MINI,
@@ -89,6 +90,7 @@ def run(arguments: Sequence[str]) -> None:
     """`rcgrpo diagnose`: region-decoupled noise beside global noise, at the same strength and at equal diversity."""
     (args,) = parse((DiagnoseArguments,), arguments, None, "rcgrpo diagnose")
     fill_in(args)
+    require("tiny" if args.dataset == MINI else "report", "rcgrpo diagnose")
     if args.model == TINY and args.dataset == MINI:
         use_embedded_model([] if args.lora is None else [args.lora])
     from ..data.edits import EditRows

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
+from ..inputs.extras import require
 from .parsing import (
     MINI,
     TINY,
@@ -237,6 +238,8 @@ def run(arguments: Sequence[str]) -> None:
     check_folder("output_dir", folder)
     resume = settle_resume(config)
     settle_splits(script)
+    if script.eval_split:
+        require("tiny" if script.dataset == MINI else "report", "the report on held-out edits")
     loras = [] if script.init_lora is None else [script.init_lora]
     if script.model == TINY:
         use_embedded_model(loras)
@@ -277,7 +280,7 @@ def run(arguments: Sequence[str]) -> None:
             print(
                 f"\nHeld-out edits, {len(after)} of them, the same noise before and after:\n\n{markdown_table(rows)}\n"
             )
-        trainer.create_model_card()  # now with the report
+    trainer.create_model_card(dataset_name=script.dataset)  # with the report, if there is one
     if config.push_to_hub:
         trainer.push_to_hub(dataset_name=script.dataset)
     elif main_process:

@@ -16,11 +16,12 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from scipy import ndimage
 from torch import Tensor
 
+from ..inputs.extras import require
 from ..inputs.masks import array_of, mask_picture, mask_to_tensor
 from ..inputs.pictures import decode_picture, is_stored, open_picture, short, to_rgb
+from ..maths.regions import grow
 
 Size = tuple[int, int]
 """Width and height in pixels, as Pillow counts."""
@@ -216,7 +217,7 @@ def grow_mask(mask: Image.Image, share: float) -> Image.Image:
     radius = _pixels("mask_growth", share, mask.size)
     if not radius:
         return mask
-    return Image.fromarray(ndimage.maximum_filter(np.asarray(mask), 2 * radius + 1, mode="constant"))
+    return Image.fromarray(grow(torch.from_numpy(np.array(mask)).float(), radius).byte().numpy())
 
 
 def feather_mask(mask: Image.Image, share: float) -> Image.Image:
@@ -228,6 +229,9 @@ def feather_mask(mask: Image.Image, share: float) -> Image.Image:
     array = np.asarray(mask)
     if not width or not array.any():
         return mask
+    require("masks", "mask_feather")
+    from scipy import ndimage
+
     distance, nearest = ndimage.distance_transform_edt(array == 0, return_indices=True)
     edge = array[tuple(nearest)] * np.clip(1 - distance / (width + 1), 0, 1)
     return Image.fromarray(np.maximum(array, np.round(edge)).astype(np.uint8))
@@ -301,6 +305,9 @@ def difference_mask(
         `None` where nothing differs enough. A target that was drawn afresh everywhere gives a mask of nearly
         everything: look at its `mask_share`.
     """
+    require("masks", "masks from the difference of two pictures")
+    from scipy import ndimage
+
     short = min(source.size)
     if target.size != source.size:
         target = to_rgb(target).resize(source.size, Image.Resampling.BICUBIC)

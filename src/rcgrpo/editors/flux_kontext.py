@@ -31,11 +31,12 @@ class FluxKontextEditor(FlowEditor):
         *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp", "proj_out"),
     )
     licenses: ClassVar = {
+        "kontext-tiny": {"license": "apache-2.0"},
         "black-forest-labs/FLUX.1-Kontext-dev": {
             "license": "other",
             "license_name": "flux-1-dev-non-commercial-license",
             "license_link": "https://huggingface.co/black-forest-labs/FLUX.1-Kontext-dev/blob/main/LICENSE.md",
-        }
+        },
     }
     lora_has_alpha = True
     encoders = ("text_encoder", "text_encoder_2")

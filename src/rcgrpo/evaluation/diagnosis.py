@@ -16,6 +16,7 @@ from PIL import Image
 
 from .. import __version__
 from ..groups.diagnostics import mean_curve, variance_split
+from ..inputs.extras import require
 from ..inputs.masks import mask_picture
 from ..reporting.files import write_atomically
 from ..reporting.sheets import contact_sheet, heatmap, outline
@@ -249,6 +250,7 @@ def plot_split(path: Path, splits: dict[str, Any]) -> None:
 
 def small_multiples(number: int) -> tuple[Any, list[Any]]:
     """A figure with panels side by side, without pyplot's global state."""
+    require("report", "the figures of a diagnosis")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from ..data.edits import Edit, EditRows
 from ..groups.diagnostics import target_closeness
+from ..inputs.extras import missing, require
 from ..inputs.masks import mask_picture
 from ..inputs.pictures import to_rgb
 from ..maths.metrics import background_lpips, background_psnr, background_ssim, load_lpips
@@ -136,6 +137,8 @@ class Scorer:
             raise ValueError(f"metrics: got {list(metrics)}, expected some of {', '.join(METRICS)}, each once")
         self.metrics, self.size = tuple(metrics), size
         others = " ".join(name for name in metrics if name not in {*NEEDS_CLIP, "lpips"}) or " ".join(MINI_METRICS[:2])
+        if self._embedded:
+            require("tiny", f"the metrics {', '.join(EMBEDDED_METRICS)}")
         try:
             self.clip = Clip(clip_model) if NEEDS_CLIP & {*metrics} else None
             self.lpips = load_lpips(lpips_weights) if "lpips" in metrics else None
@@ -265,7 +268,8 @@ def measure(groups: Sequence["Group"], rewards: Sequence[str]) -> list[dict[str,
 
     All are taken at the pictures' own size; the embedded ones where the data have their columns.
     """
-    embedded = {"task", "caption", "edited_image"} <= groups[0].edit.columns.keys()
+    # CompBench has these columns too, and its users need not have the embedded judge, which knows few of its objects.
+    embedded = {"task", "caption", "edited_image"} <= groups[0].edit.columns.keys() and not missing("tiny")
     scores: Scores = {"reward": [float(group.scores[0]) for group in groups]}  # type: ignore[index]
     for i, name in enumerate(rewards):
         # On the embedded data this one is the edit score.

@@ -12,8 +12,8 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 from PIL import Image
-from scipy.ndimage import maximum_filter, minimum_filter
 from torch import Tensor
+from torch.nn.functional import max_pool2d, pad
 
 from .pictures import has_alpha, is_stored, open_picture, short
 
@@ -201,8 +201,9 @@ def _has_areas(values: np.ndarray, half: int) -> bool:
     if np.count_nonzero(counts[1:]) > MAX_LABELS or not counts[1 : half + 1].any():
         return False
     compressed = np.count_nonzero(counts[half + 1 :]) > 1  # white is not one white, so black need not be one black
-    lowest = minimum_filter(values, 3, mode="constant")  # beyond the border is 0, so nothing there is level
-    level = (lowest > NEARLY_BLACK * compressed) & (lowest <= half) & (lowest == maximum_filter(values, 3))
+    levels = torch.from_numpy(values)[None].float()  # exact: at most 65535
+    lowest = -max_pool2d(pad(-levels, (1, 1, 1, 1)), 3, 1)  # beyond the border is 0, so nothing there is level
+    level = (lowest > NEARLY_BLACK * compressed) & (lowest <= half) & (lowest == max_pool2d(levels, 3, 1, 1))
     return bool(level.any())
 
 

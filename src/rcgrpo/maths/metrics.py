@@ -103,13 +103,15 @@ def background_lpips(
     return _per_picture(lpips, images, references, masks, size)
 
 
-def load_lpips(weights: str | os.PathLike[str] | None = None) -> nn.Module:
-    """torchmetrics' LPIPS with the SqueezeNet 1.1 trunk, frozen: `network(image, reference)` on RGB in -1..1.
+def load_lpips(weights: str | os.PathLike[str] | None = None, net: str = "squeeze", spatial: bool = False) -> nn.Module:
+    """torchmetrics' LPIPS, frozen: `network(image, reference)` on RGB in -1..1.
 
-    torchmetrics brings the linear heads; the trunk's ImageNet weights are torchvision's, fetched (4.7 MB) on first use.
+    torchmetrics brings the linear heads; the trunk's ImageNet weights are torchvision's, fetched on first use.
 
     Args:
         weights: the trunk as a local file instead: torchvision's `squeezenet1_1-*.pth`, or any state dict of its names.
+        net: the trunk: "squeeze" (SqueezeNet 1.1, 4.7 MB), "alex" (233 MB) or "vgg" (528 MB); with `weights` the first.
+        spatial: a distance for each pixel, `[batch, 1, height, width]`, instead of one for each picture.
 
     Raises:
         ValueError: the weights cannot be fetched, read, or do not fit.
@@ -118,8 +120,8 @@ def load_lpips(weights: str | os.PathLike[str] | None = None) -> nn.Module:
 
     try:
         if weights is None:
-            return _NoTrainLpips(net="squeeze")
-        network = _NoTrainLpips(net="squeeze", pnet_rand=True)
+            return _NoTrainLpips(net=net, spatial=spatial)  # type: ignore[arg-type]
+        network = _NoTrainLpips(net="squeeze", pnet_rand=True, spatial=spatial)
         given = torch.load(weights, map_location="cpu", weights_only=True)
         # torchmetrics cuts torchvision's `features.K` into `slices.I.K`.
         trunk = {name: given[f"features.{name.split('.', 2)[2]}"] for name in network.net.state_dict()}
@@ -127,8 +129,8 @@ def load_lpips(weights: str | os.PathLike[str] | None = None) -> nn.Module:
         return network
     except (OSError, KeyError, RuntimeError, ImportError, pickle.UnpicklingError) as error:
         raise ValueError(
-            f"LPIPS: got {weights or 'no file'}, expected SqueezeNet 1.1's weights, which could not be loaded "
-            f"({first_words(error)}); give torchvision's squeezenet1_1 file, or leave LPIPS out"
+            f"LPIPS ({net}): got {weights or 'no file'}, expected torchvision's ImageNet weights, which could not be "
+            f"loaded ({first_words(error)}); put them into $TORCH_HOME/hub/checkpoints, or leave LPIPS out"
         ) from error
 
 

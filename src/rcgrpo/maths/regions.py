@@ -13,9 +13,9 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.ndimage import distance_transform_edt, find_objects, label
 from torch import Tensor
 
+from ..inputs.extras import require
 from ..inputs.masks import mask_to_tensor
 from .noise import keyed_generator
 
@@ -137,7 +137,9 @@ def corrupt(mask: Any, kind: Corruption, severity: float, key: object = 0, other
 
     Raises:
         ValueError: an unknown kind, a severity outside [0, 1], an empty mask, or `other` of another size or empty.
+        ModuleNotFoundError: the extra `masks` is missing.
     """
+    require("masks", "corrupt")
     if kind not in CORRUPTIONS:
         raise ValueError(f"kind: got {kind!r}, expected one of {', '.join(CORRUPTIONS)}")
     if not 0 <= severity <= 1:
@@ -175,6 +177,8 @@ def corrupt(mask: Any, kind: Corruption, severity: float, key: object = 0, other
         come = _lowest(field, ~inside, min(1.0, severity / 2 * inside.sum().item() / max(1, (~inside).sum().item())))
         return mask.masked_fill(gone, 0).masked_fill(come, 1)
     if kind == "box":
+        from scipy.ndimage import find_objects, label
+
         gap, filled = _distance(inside), torch.zeros_like(inside)
         for box in find_objects(label(inside.numpy(), np.ones((3, 3)))[0]):
             filled[box] |= gap[box] <= severity * gap[box].max()
@@ -198,6 +202,8 @@ def _bounding_box(inside: Tensor) -> tuple[slice, slice]:
 
 def _distance(inside: Tensor) -> Tensor:
     """How far each pixel's centre lies outside the region's edge, in pixels; 0 inside."""
+    from scipy.ndimage import distance_transform_edt
+
     return torch.from_numpy(distance_transform_edt(~inside.numpy()) - 0.5).clamp(min=0)
 
 

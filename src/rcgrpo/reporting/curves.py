@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ..inputs.extras import require
 from .files import PathLike, write_atomically
 
 SINGLE_CURVES = {
@@ -37,6 +38,7 @@ def plot_curves(log_history: Sequence[Mapping[str, Any]], path: PathLike) -> Non
     Raises:
         ValueError: No row holds anything that can be drawn.
     """
+    require("report", "curves")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

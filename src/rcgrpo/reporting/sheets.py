@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from PIL import Image, ImageChops, ImageColor, ImageDraw, ImageFilter, ImageFont
 
+from ..inputs.extras import require
 from ..inputs.pictures import to_rgb
 from .curves import FAINT, HAIR, INK
 from .files import PathLike, write_atomically
@@ -125,6 +126,7 @@ def heatmap(values: ArrayLike, image: Image.Image, vmax: float | None = None, co
     Raises:
         ValueError: `values` is not two-dimensional.
     """
+    require("report", "maps in colour")
     from matplotlib import colormaps
 
     grid = np.asarray(values, dtype=np.float32)

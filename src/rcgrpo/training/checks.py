@@ -113,6 +113,7 @@ def probe_rewards(
 
     Raises:
         RewardError: a reward returned a wrong number of scores, or failed on all of them, with what it raised.
+        ModuleNotFoundError: a reward needs a package that is not installed.
     """
     group = _unedited(edit, editor, with_attention)
     labels = [f"start-up probe {i} ({edit.label}, unedited)" for i in range(2)]
@@ -120,6 +121,8 @@ def probe_rewards(
     for reward in rewards:
         failed = [failure for failure in scored.failures if failure.reward == reward.name]
         if len(failed) == len(labels) and all(failure.kind != "not_finite" for failure in failed):
+            if isinstance(failed[-1].error, ModuleNotFoundError):  # which says what to install
+                raise failed[-1].error
             raise RewardError(
                 f"reward {reward.name!r} failed on every candidate of the start-up probe, {edit.label} "
                 f"unedited: it {failed[-1].reason}. Training with it would teach nothing; repair it (or the "

@@ -9,12 +9,16 @@ the stock pipeline does not read `.alpha` (`FlowEditor.lora_has_alpha`) it is mu
 take as they are. So rank, scale and layers can be read from the tensors, and the same weights give the same bytes.
 """
 
+import json
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
+from enum import Enum
 from importlib.metadata import PackageNotFoundError, version
 from math import isfinite
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import torch
 from diffusers import DiffusionPipeline
@@ -30,6 +34,8 @@ from ..editors.opening import region_decoupled_class
 
 CARD_TAGS = ("rcgrpo", "trl", "lora", "image-editing", "reinforcement-learning", "grpo")
 DEFAULT_PICTURE = "samples/contact_sheet.png"
+CURVES = "reward_curves.png"
+EMBEDDED = "kontext-tiny"
 
 _CARD_TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
 _PACKAGES = ("rcgrpo", "torch", "diffusers", "transformers", "trl", "peft")
@@ -174,6 +180,7 @@ def model_card(
     datasets: str | Iterable[str] = (),
     eval_dataset: str | None = None,
     metrics: Mapping[str, float] | None = None,
+    metric_args: Mapping[str, Mapping[str, Any]] | None = None,
     metric_table: str | None = None,
     settings: Mapping[str, Any] | None = None,
     folder: str | os.PathLike[str] | None = None,
@@ -189,8 +196,8 @@ def model_card(
 
     Args:
         model_name: title of the card, and name of the model in `model-index`.
-        hub_model_id: `owner/name` to load the LoRA from in the example; without it the example names `model_name`.
-        base_model: Hub id or folder of the base pipeline.
+        hub_model_id: `owner/name` to load the LoRA from in the example; without it the example is for this folder.
+        base_model: Hub id or folder of the base pipeline, or "kontext-tiny".
         license: licence of the *base*, which binds the adapter, as a Hub identifier; by default what the editor knows
             of this base (`FlowEditor.licenses`), "other" where it knows nothing.
         license_name: its name, where `license` is "other".
@@ -198,10 +205,11 @@ def model_card(
         datasets: Hub ids or folders of the training data.
         eval_dataset: where `metrics` were measured; the first of `datasets` when omitted.
         metrics: numbers for `model-index`; those that are not finite are left out.
+        metric_args: for some of `metrics`, what else `model-index` says of them, such as the value before training.
         metric_table: the same for people, as a markdown table.
         settings: the training settings worth reading; those that are None are left out.
         folder: the model folder, to see whether `picture` exists.
-        picture: before/after sheet, as a path relative to `folder`; shown only where it exists.
+        picture: before/after sheet, as a path relative to `folder`; shown only where it exists, as `reward_curves.png`.
         examples: edits for the Hub's page of the model, each with `source` and `edited`, pictures as paths like
             `picture`, and `prompt`; those whose pictures do not exist are left out.
         pipeline_class: the stock diffusers pipeline that the LoRA is for.
@@ -222,12 +230,14 @@ def model_card(
     base_id = _hub_id(base_model)
     bound: dict[str, Any] = {"license": license or "other", "license_name": license_name, "license_link": license_link}
     if license is None and license_name is None and license_link is None:
-        bound |= _editor_class(pipeline_class).licenses.get(base_id or "", {})
+        bound |= _editor_class(pipeline_class).licenses.get(base_model or "", {})
     widget = [
         {"src": example["source"], "prompt": example["prompt"], "output": {"url": example["edited"]}}
         for example in examples
         if all([exists(example["source"]), exists(example["edited"])])
     ]
+    shown = {"src": "input.png", "prompt": "Replace the red cup with a green apple", **(widget[0] if widget else {})}
+    root = f"https://huggingface.co/{hub_model_id}/resolve/main/" if widget and hub_model_id else ""
     data = ModelCardData(
         library_name="diffusers",
         base_model=base_id,
@@ -243,9 +253,10 @@ def model_card(
                 task_type="image-to-image",
                 dataset_type=_hub_id(eval_name) or "unknown",
                 dataset_name=_last_part(eval_name) if eval_name else "unknown",
-                metric_type=name,
+                metric_type=re.sub(r"\W+", "_", name.lower()).strip("_"),
                 metric_name=name,
                 metric_value=float(value),
+                metric_args=dict((metric_args or {}).get(name, {})) or None,
             )
             for name, value in (metrics or {}).items()
             if isfinite(value)
@@ -256,12 +267,16 @@ def model_card(
         data,
         template_path=str(_CARD_TEMPLATE),
         model_name=model_name,
-        adapter=hub_model_id or f"path/to/{model_name}",
+        adapter=hub_model_id or ".",
+        embedded=base_model == EMBEDDED,
+        source=root + quote(shown["src"]) if root else shown["src"],
+        prompt=json.dumps(shown["prompt"], ensure_ascii=False),
         base_id=base_id,
         base=base_id or (f"path/to/{_last_part(base_model)}" if base_model else "path/to/the-base-model"),
         base_name=_last_part(base_model) if base_model else None,
         datasets=[(_hub_id(name), _last_part(name)) for name in names],
         picture=picture if exists(picture) else None,
+        curves=CURVES if exists(CURVES) else None,
         metric_table=metric_table,
         settings={key: _cell(value) for key, value in (settings or {}).items() if value is not None},
         pipeline_class=pipeline_class,
@@ -291,6 +306,10 @@ def _last_part(name: str) -> str:
 
 def _cell(value: object) -> str:
     """A setting as one cell of a markdown table."""
+    if isinstance(value, Enum):
+        value = value.value
+    if isinstance(value, list | tuple):
+        value = ", ".join(map(_cell, value))
     text = _last_part(str(value)) if isinstance(value, str | Path) and Path(value).is_absolute() else str(value)
     return " ".join(text.split()).replace("|", "\\|")
 

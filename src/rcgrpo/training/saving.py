@@ -67,19 +67,23 @@ class SavingTrainer(ResumingTrainer):
         saved = json.loads(report.read_text()) if report.exists() else {}  # written by `held_out.write_report`
         if saved:
             metrics = {row["metric"]: row["after"] for row in saved["held_out"]}
+            more = ("before", "difference", "low", "high", "n", "confidence")
+            metric_args = {row["metric"]: {key: row[key] for key in more} for row in saved["held_out"]}
         else:
             logged = [row for row in self.state.log_history if "eval_reward" in row] or [{}]
             chosen = ("eval_reward", "eval_background")
             metrics = {k.removeprefix("eval_"): v for k, v in logged[-1].items() if k.startswith(chosen)}
+            metric_args = {}
         card = model_card(
             model_name=model_name or Path(self.args.hub_model_id or self.args.output_dir).name,
             hub_model_id=self.args.hub_model_id,
             base_model=base_model_name(self.pipeline),
             datasets=[dataset_name] if dataset_name else (),
             metrics=metrics,
+            metric_args=metric_args,
             metric_table=table.read_text() if table.exists() else None,
             examples=saved.get("examples", ()),
-            settings=self.card_settings(),
+            settings={**self._lora_settings(), **self.card_settings()},
             folder=folder,
             pipeline_class=stock_name(self.pipeline),
             tags=tags,
@@ -97,6 +101,15 @@ class SavingTrainer(ResumingTrainer):
             if isinstance(value, bool | int | float | str | list) and value != fresh and field.name not in left_out:
                 changed[field.name] = value
         return {"rewards": ", ".join(reward.name for reward in self.rewards), **changed}
+
+    def _lora_settings(self) -> dict[str, Any]:
+        """Rank, scale and layers of the LoRA, for the model card; none where all weights are trained."""
+        model = self.accelerator.unwrap_model(self.model)
+        if not isinstance(model, PeftModel):
+            return {}
+        lora: Any = model.peft_config["default"]
+        layers = lora.target_modules if isinstance(lora.target_modules, str) else sorted(lora.target_modules)
+        return {"lora_r": lora.r, "lora_alpha": lora.lora_alpha, "lora_target_modules": layers}
 
     def create_model_card(
         self,
