@@ -236,7 +236,11 @@ def model_card(
         for example in examples
         if all([exists(example["source"]), exists(example["edited"])])
     ]
-    shown = {"src": "input.png", "prompt": "Replace the red cup with a green apple", **(widget[0] if widget else {})}
+    shown: dict[str, Any] = {
+        "src": "input.png",
+        "prompt": "Replace the red cup with a green apple",
+        **(widget[0] if widget else {}),
+    }
     root = f"https://huggingface.co/{hub_model_id}/resolve/main/" if widget and hub_model_id else ""
     data = ModelCardData(
         library_name="diffusers",
