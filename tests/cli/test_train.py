@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from checkpoint_files import write_checkpoint
 from rcgrpo import RCGRPOConfig
 from rcgrpo.cli import main
 from rcgrpo.cli.parsing import UsageError
-from rcgrpo.cli.train import ScriptArguments, load_rows, run, settle_resume, settle_splits
+from rcgrpo.cli.train import ScriptArguments, fold_in, load_rows, run, settle_resume, settle_splits
 from rcgrpo.data import EditRows, load_edit_dataset
 from rcgrpo.editors.make_masks import MaskFolder
 from rcgrpo.tiny import WEIGHTS
@@ -326,3 +327,68 @@ def test_the_same_command_goes_on_after_a_stop_and_ends(monkeypatch, capsys, cap
         main(job)
         assert "Written to run: LoRA, model card\n" in capsys.readouterr().out
     assert "checkpoint-3 has all 3 steps behind it: nothing is left to train" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("short", "kwargs"),
+    [
+        ({}, None),
+        ({"dtype": "bfloat16"}, {"torch_dtype": "bfloat16"}),
+        (
+            {"load_in_4bit": True},
+            {
+                "quantization_config": {
+                    "quant_backend": "bitsandbytes_4bit",
+                    "quant_kwargs": {
+                        "load_in_4bit": True,
+                        "bnb_4bit_quant_type": "nf4",
+                        "bnb_4bit_compute_dtype": "bfloat16",
+                    },
+                    "components_to_quantize": ["transformer"],
+                }
+            },
+        ),
+        (
+            {"load_in_8bit": True},
+            {
+                "quantization_config": {
+                    "quant_backend": "bitsandbytes_8bit",
+                    "quant_kwargs": {"load_in_8bit": True},
+                    "components_to_quantize": ["transformer"],
+                }
+            },
+        ),
+    ],
+)
+def test_trls_short_flags_of_a_model(short, kwargs):
+    config = SimpleNamespace(model_init_kwargs=None)
+    fold_in(ScriptArguments(**short), config)
+    assert config.model_init_kwargs == kwargs
+    config = SimpleNamespace(model_init_kwargs={"revision": "main"})
+    fold_in(ScriptArguments(**short), config)
+    assert config.model_init_kwargs == {"revision": "main", **(kwargs or {})}
+
+
+@pytest.mark.parametrize(
+    ("short", "given", "said"),
+    [
+        ({"dtype": "bfloat16"}, {"torch_dtype": "float32"}, "got torch_dtype beside --dtype"),
+        ({"dtype": "bfloat16"}, {"dtype": "float32"}, "got torch_dtype beside --dtype"),
+        ({"load_in_4bit": True}, {"quantization_config": {}}, "got quantization_config beside"),
+        ({"load_in_4bit": True, "load_in_8bit": True}, None, "expected one of them"),
+        ({"load_in_4bit": True, "use_peft": False}, None, "what is quantized stays frozen"),
+        ({"init_lora": "mine", "use_peft": False}, None, "to go on training that LoRA"),
+    ],
+)
+def test_short_flags_that_say_two_things_are_refused(short, given, said):
+    with pytest.raises(UsageError, match=said):
+        fold_in(ScriptArguments(**short), SimpleNamespace(model_init_kwargs=given))
+
+
+def test_without_peft_the_whole_transformer_is_trained(capsys):
+    few = ["--max_steps", "1", "--num_train_samples", "24", "--eval_split", "", "--num_generations", "4"]
+    few += ["--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "1", "--save_strategy", "no"]
+    main(["train", "--use_peft", "false", "--output_dir", "run", "--optim", "sgd", *few])
+    assert (Path("run") / "transformer" / "config.json").is_file() and not (Path("run") / LORA_FILE).exists()
+    said = capsys.readouterr().out
+    assert "Written to run: transformer, model card" in said and "load_lora_weights" not in said

@@ -4,13 +4,21 @@ import json
 
 import pytest
 import torch
-from diffusers import FluxKontextPipeline, FluxPipeline, QwenImageEditPipeline
+from diffusers import (
+    AutoPipelineForImage2Image,
+    AutoPipelineForInpainting,
+    FluxKontextInpaintPipeline,
+    FluxKontextPipeline,
+    FluxPipeline,
+    QwenImageEditPipeline,
+)
 
 from rcgrpo.editors import RegionDecoupledPipeline, open_editor
 from rcgrpo.editors.flux2_klein import Flux2KleinEditor, RegionDecoupledFlux2KleinPipeline
 from rcgrpo.editors.flux_kontext import FluxKontextEditor, RegionDecoupledFluxKontextPipeline
 from rcgrpo.editors.opening import region_decoupled_class
 from rcgrpo.editors.qwen_image_edit_plus import QwenImageEditPlusEditor
+from rcgrpo.tiny import WEIGHTS
 from tiny_editors import build_tiny_klein, build_tiny_qwen
 from tiny_kontext import build_tiny_kontext
 
@@ -50,3 +58,15 @@ def test_a_pipeline_shares_its_parts_its_settings_and_its_name():
     assert pipe.transformer is given.transformer and pipe.vae.dtype == torch.bfloat16
     assert pipe.config._name_or_path == "black-forest-labs/FLUX.2-klein-4B"
     assert RegionDecoupledPipeline.from_pipe(pipe) is pipe
+
+
+def test_diffusers_own_auto_pipelines_know_ours():
+    stock = build_tiny_kontext()
+    ours = AutoPipelineForInpainting.from_pipe(stock)
+    assert type(ours) is RegionDecoupledFluxKontextPipeline and ours.transformer is stock.transformer
+    assert type(AutoPipelineForImage2Image.from_pipe(ours)) is FluxKontextPipeline
+    assert type(AutoPipelineForInpainting.from_pretrained(WEIGHTS)) is RegionDecoupledFluxKontextPipeline
+    inpaint = FluxKontextInpaintPipeline(**stock.components)
+    back = RegionDecoupledPipeline.from_pipe(inpaint)
+    assert type(back) is RegionDecoupledFluxKontextPipeline and back.vae is stock.vae
+    assert type(FluxKontextInpaintPipeline.from_pipe(ours)) is FluxKontextInpaintPipeline

@@ -338,6 +338,22 @@ def test_a_batch_of_sources_as_tensor_or_array(pipe, form):
     torch.testing.assert_close(result, expected, rtol=0, atol=1e-5)
 
 
+def test_a_generator_for_each_candidate_decides_that_one_alone(pipe):
+    def drawn(*seeds, group=2, texts=PROMPTS, sources=SOURCES, **more):
+        call = {"mask_image": MASKS[: len(texts)], "num_images_per_prompt": group, **more}
+        return latents_of(pipe, sources, texts, generator=[generator(seed) for seed in seeds], **call)
+
+    first, second = drawn(1, 2, 3, 4), drawn(1, 5, 3, 4)
+    assert torch.equal(first[[0, 2, 3]], second[[0, 2, 3]]) and not torch.equal(first[1], second[1])
+    # Of a prompt's own base each candidate can be drawn again by itself.
+    one = {"texts": PROMPTS[:1], "sources": SOURCES[:1], "latents": noise(1)}
+    together = drawn(1, 2, 3, group=3, **one)
+    for i, seed in enumerate((1, 2, 3)):
+        torch.testing.assert_close(drawn(seed, group=1, **one)[0], together[i])
+    with pytest.raises(ValueError, match="generator: got 3, expected one, or one for each of the 2 prompts or 4 cand"):
+        drawn(1, 2, 3)
+
+
 def test_the_generator_decides_everything(pipe):
     call = {"mask_image": MASKS, "num_images_per_prompt": 2, "keep_strength": 0.2}
     first = latents_of(pipe, SOURCES, PROMPTS, generator=generator(1), **call)

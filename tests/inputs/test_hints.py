@@ -37,7 +37,7 @@ OTHERS += (data.MaskArguments, data_tux.BuildTuxArguments, rewards.ServeArgument
         "model_name_or_path": "model",
         "pretrained_model_name_or_path": "model",
         "lr": "learning_rate",
-        "load_in_4bit": "model_init_kwargs",
+        "bnb_4bit_quant_type": "model_init_kwargs",
         "quantization_config": "model_init_kwargs",
         "dataset_name": "dataset",
         "dataset_test_split": "eval_split",
@@ -62,7 +62,7 @@ def test_names_with_a_counterpart_in_training(typed, here):
 @pytest.mark.parametrize(
     ("typed", "said"),
     {
-        "use_peft": "peft_config=LoraConfig",
+        "use_dora": "peft_config=LoraConfig",
         "processing_class": "tokenizers",
         "steps_per_generation": "num_iterations",
         "padding_mask_crop": "mask_growth",
@@ -162,8 +162,8 @@ def test_the_command_line_asks(flag):
 
 def test_a_config_file_asks(tmp_path):
     path = tmp_path / "job.yaml"
-    path.write_text("use_peft: true\n")
-    with pytest.raises(SystemExit, match="unknown key 'use_peft'; pass `peft_config=LoraConfig"):
+    path.write_text("use_dora: true\n")
+    with pytest.raises(SystemExit, match="unknown key 'use_dora'; pass `peft_config=LoraConfig"):
         cli.main(["train", "--config", str(path)])
 
 

@@ -338,7 +338,9 @@ def test_a_single_number_for_all_is_still_a_bug():
 # ------------------------------------------------------------------------------------------ names
 
 
-@pytest.mark.parametrize("name", ["images", "completions", "prompts", "masks", "source_images", "log_failure"])
+@pytest.mark.parametrize(
+    "name", ["images", "completions", "completion_ids", "prompts", "masks", "source_images", "log_failure"]
+)
 def test_a_column_cannot_replace_an_argument(name):
     with pytest.raises(ValueError, match=f"got a column '{name}'.*rename the column"):
         run(steady, columns={name: ["from the data set"] * 3})

@@ -163,3 +163,16 @@ def test_import_stays_light():
     )
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert printed.strip() == "[]"
+
+
+def test_a_reward_that_reads_tokens_is_told_that_there_are_none(caplog):
+    def trls_own(completions, completion_ids, **columns):
+        return [float(completion_ids is None) for _ in completions]
+
+    resolve_rewards(trls_own)
+    assert caplog.messages == [
+        "reward 'trls_own' reads `completion_ids`, which is None here: a candidate is a picture, in `images`, and has "
+        "no tokens"
+    ]
+    resolve_rewards(lambda **columns: [])
+    assert len(caplog.messages) == 1

@@ -51,7 +51,7 @@ def test_everything_arrives_by_keyword():
 
     run(spy, count=2, context={"trainer_state": "state", "attention_density": [1.0, 2.0]})
     assert {"prompts", "images", "source_images", "masks", "number", "completions"} <= seen.keys()
-    assert seen["completions"] == seen["images"]
+    assert seen["completions"] == seen["images"] and seen["completion_ids"] is None
     assert seen["trainer_state"] == "state" and seen["attention_density"] == [1.0, 2.0]
 
 

@@ -168,8 +168,13 @@ BAD = {
     ),
     "several evaluations": (
         TypeError,
-        r"eval_dataset: got a dictionary of \['easy', 'hard'\], expected one set",
-        dict(eval_dataset={"easy": [], "hard": []}),
+        r"train_dataset: got a dictionary of \['easy', 'hard'\], expected one set",
+        dict(change=lambda rows: {"easy": rows, "hard": rows}),
+    ),
+    "an empty evaluation of several": (
+        ValueError,
+        "eval_hard_dataset: got no rows",
+        dict(eval_dataset={"hard": []}),
     ),
     "too few rows": (
         ValueError,
@@ -239,8 +244,8 @@ def test_refuses_a_step_cache(tmp_path, data):
 
 def test_evaluate_refuses_what_start_up_refuses(tmp_path, data, held_out):
     trainer = make(tmp_path, data)
-    with pytest.raises(TypeError, match="eval_dataset: got a dictionary"):
-        trainer.evaluate({"easy": held_out})
+    with pytest.raises(ValueError, match="eval_easy_dataset has no column 'mask'"):
+        trainer.evaluate({"easy": held_out.remove_columns("mask")})
     with pytest.raises(ValueError, match="eval_dataset"):
         trainer.evaluate(held_out.remove_columns("mask"))
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import TrainerCallback
 
 from rcgrpo.editors.attention import AttentionOptions
 from rcgrpo.groups.rollout import make_groups
@@ -32,6 +33,40 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 def test_evaluation_of_a_stochastic_policy_follows_the_ode(tmp_path, data, held_out):
     results = [make(tmp_path, data, eval_dataset=held_out, **o).evaluate() for o in ({}, FLOW_GRPO)]
     assert results[0]["eval_reward"] == results[1]["eval_reward"]
+
+
+class Seen(TrainerCallback):
+    """What a callback is handed."""
+
+    def on_log(self, args, state, control, logs, **kwargs):
+        self.logs = {**getattr(self, "logs", {}), **logs}
+
+    def on_evaluate(self, args, state, control, metrics, **kwargs):
+        self.metrics, self.given = {**getattr(self, "metrics", {}), **metrics}, kwargs
+
+
+def test_several_held_out_sets_are_judged_each_by_itself(tmp_path, data, held_out, capsys):
+    """And callbacks see of it what TRL's see, and a person can read it."""
+    sets, seen = {"near": held_out, "far": held_out.select([1])}, Seen()
+    options = {"eval_strategy": "steps", "eval_steps": 1, "max_steps": 1, "metric_for_best_model": "eval_far_reward"}
+    trainer = make(tmp_path, data, eval_dataset=sets, callbacks=[seen], log_completions=True, **options)
+    trainer.train()
+    near, far = (last(trainer, f"eval_{name}_reward") for name in sets)
+    assert len(near) == len(far) == 1 and near != far
+    assert {path.stem for path in (tmp_path / "completions").glob("eval*.parquet")} == {
+        "eval_near_completions_00001",
+        "eval_far_completions_00001",
+    }
+    assert trainer.state.best_metric == far[0]
+    assert [seen.metrics[f"eval_{name}_reward"] for name in sets] == [near[0], far[0]]
+    assert seen.logs.keys() >= {"reward", "loss", "learning_rate", "eval_near_reward", "eval_far_reward"}
+    assert seen.given["model"] is trainer.model and seen.given["processing_class"] is trainer.pipeline.tokenizer
+    assert all(seen.given[name] is not None for name in ("optimizer", "lr_scheduler", "train_dataloader"))
+    said = capsys.readouterr().out
+    assert "eval near 1/1  reward 0." in said and "eval far 1/1  reward 0." in said and "{'" not in said
+    again = trainer.evaluate({"one": held_out})
+    assert again["eval_one_reward"] == pytest.approx(near[0], abs=1e-7)
+    assert trainer.evaluate(held_out)["eval_reward"] == again["eval_one_reward"]
 
 
 def test_several_regions_reach_noise_and_objective(tmp_path, data, caplog):

@@ -2,12 +2,17 @@
 
 from types import SimpleNamespace
 
+import diffusers
 import pytest
 import torch
+import transformers
+from diffusers import QuantoConfig
+from diffusers.quantizers import PipelineQuantizationConfig
 
 from rcgrpo.editors import RegionDecoupledFluxKontextPipeline
 from rcgrpo.tiny import WEIGHTS
-from rcgrpo.training.model import base_model_name, load_pipeline, trained_model
+from rcgrpo.training import model
+from rcgrpo.training.model import base_model_name, load_pipeline, trained_model, with_quantization
 from tiny_kontext import build_tiny_kontext
 
 
@@ -56,3 +61,31 @@ def test_refuses_arguments_of_loading_for_a_pipeline_and_a_vae_that_tiles():
 )
 def test_the_name_of_a_base_is_one_to_publish(path, name):
     assert base_model_name(SimpleNamespace(config={"_name_or_path": path})) == name
+
+
+def test_one_parts_quantization_is_the_transformers(folder, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(model.RegionDecoupledPipeline, "from_pretrained", lambda name, **kwargs: seen.update(kwargs))
+    part = QuantoConfig(weights_dtype="int8")
+    load_pipeline(folder, with_quantization({"torch_dtype": "bfloat16"}, part))
+    assert seen["quantization_config"].quant_mapping == {"transformer": part} and seen["torch_dtype"] is torch.bfloat16
+    whole = PipelineQuantizationConfig(quant_mapping={"vae": part})
+    load_pipeline(folder, {"quantization_config": whole})
+    assert seen["quantization_config"] is whole
+    assert with_quantization(None, None) is None
+    with pytest.raises(ValueError, match="quantization_config: got one beside model_init_kwargs"):
+        with_quantization({"quantization_config": whole}, part)
+
+
+def test_transformers_own_bitsandbytes_becomes_diffusers(folder, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(model.RegionDecoupledPipeline, "from_pretrained", lambda name, **kwargs: seen.update(kwargs))
+    monkeypatch.setattr(diffusers.BitsAndBytesConfig, "post_init", lambda self: None)  # asks which version there is
+    monkeypatch.setattr(transformers.BitsAndBytesConfig, "post_init", lambda self: None)
+    given = transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+    )
+    load_pipeline(folder, {"quantization_config": given})
+    made = seen["quantization_config"].quant_mapping["transformer"]
+    assert type(made) is diffusers.BitsAndBytesConfig and made.load_in_4bit and made.bnb_4bit_quant_type == "nf4"
+    assert made.bnb_4bit_compute_dtype == torch.bfloat16

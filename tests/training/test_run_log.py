@@ -8,12 +8,14 @@ import pytest
 
 import rcgrpo.training.run_log
 from rcgrpo.evaluation.held_out import judge_held_out
+from rcgrpo.training import completions, run_log
 from tiny_training import (
     brightness,
     history,
     last,
     make,
     redness,
+    rolled_out,
     same,
     weights,
 )
@@ -134,3 +136,27 @@ def test_a_report_beforehand_leaves_no_trace_in_the_run(tmp_path, data, held_out
         trainer.train()
         logs.append(history(trainer))
     assert logs[0] == logs[1] and "brightest" in logs[0][0]
+
+
+def test_an_instruction_is_drawn_once_if_asked_and_the_folder_goes_to_the_hub(tmp_path, data, monkeypatch):
+    asked = []
+    monkeypatch.setattr(run_log, "create_repo", lambda *given, **named: asked.append((given, named)))
+    monkeypatch.setattr(run_log, "CommitScheduler", lambda **named: asked.append(named))
+    rows = [{**data[0], "instruction": text} for text in ("one", "two", "one", "one")]
+    options = {"log_completions": True, "log_unique_prompts": True, "hub_private_repo": True, "max_steps": 1}
+    options |= {"log_completions_hub_repo": "me/candidates", "per_device_train_batch_size": 4}
+    trainer = make(tmp_path, rows, **options)
+    groups, names = rolled_out(trainer, data, 4), []
+    trainer.scoring.compare(groups)
+
+    def noted(group, *given):
+        names.append((group.edit.prompt, given[-1]))
+        return completions.record(group, *given)
+
+    monkeypatch.setattr(run_log, "record", noted)
+    trainer.model.train()
+    trainer._record_completions(groups)
+    assert names == [("one", True), ("two", True), ("one", False), ("one", False)]
+    (repository, options), scheduler = asked
+    assert repository == ("me/candidates",) and options == {"repo_type": "dataset", "private": True, "exist_ok": True}
+    assert scheduler["folder_path"] == tmp_path / "completions" and scheduler["repo_id"] == "me/candidates"

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from .parsing import TINY, UsageError, given, one_of, parse
-from .train import ScriptArguments, fill_in
+from .train import ScriptArguments, fill_in, fold_in
 
 if TYPE_CHECKING:
     from ..planning.plan import Run
@@ -44,6 +44,9 @@ def run(arguments: Sequence[str]) -> None:
         arguments = [*arguments, "--output_dir", "unused"]
     script, config, args = parse((ScriptArguments, RCGRPOConfig, PlanArguments), arguments, None, "rcgrpo plan")
     one_of(args, "gpu", tuple(CARDS))
+    fold_in(script, config)
+    if not script.use_peft:
+        raise UsageError("--use_peft: got false, expected true: training the whole transformer is not counted")
     named = given(arguments)
     if script.model == TINY:
         fill_in(config, named)

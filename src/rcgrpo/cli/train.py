@@ -66,12 +66,50 @@ class ScriptArguments:
             "'before' in the report is the model with it."
         },
     )
+    use_peft: bool = field(default=True, metadata={"help": "Train a LoRA; false trains the whole transformer."})
+    dtype: str | None = field(
+        default=None, metadata={"help": "Open the model in it, e.g. bfloat16; torch_dtype of model_init_kwargs."}
+    )
+    load_in_4bit: bool = field(
+        default=False, metadata={"help": "Quantize the transformer to NF4, which takes bitsandbytes and a GPU."}
+    )
+    load_in_8bit: bool = field(default=False, metadata={"help": "Quantize it to 8 bits, likewise."})
     lora_r: int = field(default=32, metadata={"help": "Rank of the LoRA."})
     lora_alpha: int = field(default=64, metadata={"help": "Scale of the LoRA."})
     lora_target_modules: list[str] | None = field(
         default=None,
         metadata={"help": "Layers that get a LoRA; by default attention and feed-forward of every block."},
     )
+
+
+def fold_in(script: ScriptArguments, config: "RCGRPOConfig") -> None:
+    """TRL's short flags of a model, as `model_init_kwargs` has them.
+
+    Raises:
+        UsageError: two ways to say one thing, or a quantized base that is to be trained itself.
+    """
+    quantized = [name for name in ("load_in_4bit", "load_in_8bit") if getattr(script, name)]
+    if quantized and not script.use_peft:
+        raise UsageError(f"--use_peft: got false with --{quantized[0]}, expected true: what is quantized stays frozen")
+    if len(quantized) > 1:
+        raise UsageError("--load_in_8bit: got true with --load_in_4bit, expected one of them")
+    if script.init_lora is not None and not script.use_peft:
+        raise UsageError("--use_peft: got false with --init_lora, expected true to go on training that LoRA")
+    short: dict[str, Any] = {}
+    if script.dtype is not None:
+        short["torch_dtype"] = script.dtype
+    for name in quantized:
+        bits = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": "bfloat16"} if "4" in name else {}
+        short["quantization_config"] = {
+            "quant_backend": f"bitsandbytes_{name.removeprefix('load_in_')}",
+            "quant_kwargs": {name: True, **bits},
+            "components_to_quantize": ["transformer"],
+        }
+    given: Any = config.model_init_kwargs or {}
+    for key in short.keys() & {*given, *(["torch_dtype"] if "dtype" in given else [])}:
+        raise UsageError(f"model_init_kwargs: got {key} beside --dtype or --load_in_..., expected it in one place")
+    if short:
+        config.model_init_kwargs = {**given, **short}
 
 
 def settle_splits(script: ScriptArguments) -> None:
@@ -234,6 +272,7 @@ def run(arguments: Sequence[str]) -> None:
     from ..training.config import RCGRPOConfig
 
     script, config = parse((ScriptArguments, RCGRPOConfig), arguments, recipe, "rcgrpo train")
+    fold_in(script, config)
     folder = Path(config.output_dir)
     check_folder("output_dir", folder)
     resume = settle_resume(config)
@@ -263,7 +302,7 @@ def run(arguments: Sequence[str]) -> None:
         args=config,
         train_dataset=train_rows,
         eval_dataset=eval_rows,
-        peft_config=None if loras else new_lora,
+        peft_config=None if loras or not script.use_peft else new_lora,
     )
     _announce(trainer, script)
     held_out = trainer.eval_dataset if isinstance(trainer.eval_dataset, EditRows) else None
@@ -285,16 +324,17 @@ def run(arguments: Sequence[str]) -> None:
         trainer.push_to_hub(dataset_name=script.dataset)
     elif main_process:
         report = ("metrics.json", "reward_curves.png", "samples/contact_sheet.png") if held_out else ()
-        written = ["LoRA", "model card", *(name for name in report if (folder / name).exists())]
-        print(f"Written to {folder}: {', '.join(written)}")
-        print(f'Use it: pipe = {stock_name(trainer.pipeline)}.from_pretrained(...); pipe.load_lora_weights("{folder}")')
+        trained = "LoRA" if script.use_peft else "transformer"
+        print(
+            f"Written to {folder}: {', '.join([trained, 'model card', *(f for f in report if (folder / f).exists())])}"
+        )
+        if script.use_peft:
+            name = stock_name(trainer.pipeline)
+            print(f'Use it: pipe = {name}.from_pretrained(...); pipe.load_lora_weights("{folder}")')
     trainer.close()
 
 
 def _announce(trainer: "RCGRPOTrainer", script: ScriptArguments) -> None:
-    from ..training.log import ReadableLog
-
-    ReadableLog.install(trainer)
     if not trainer.is_world_process_zero():
         return
     args = trainer.args

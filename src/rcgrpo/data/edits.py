@@ -114,8 +114,9 @@ class EditRows(Dataset):
     ) -> None:
         if not hasattr(rows, "__len__") or not hasattr(rows, "__getitem__"):
             raise TypeError(
-                f"{name}_dataset: got {type(rows).__name__}, expected rows that can be addressed by number; turn a "
-                "streaming dataset into a list or a `datasets.Dataset` first"
+                f"{name}_dataset: got {type(rows).__name__}, expected rows that can be addressed by number, as a "
+                "resumed run and other processes fetch the same ones again; turn a streaming dataset into a list or a "
+                "`datasets.Dataset` first, e.g. `list(stream.take(2000))`"
             )
         if not len(rows):
             raise ValueError(f"{name}_dataset: got no rows, expected at least one")

@@ -31,7 +31,7 @@ def region_decoupled_class(names: str | type) -> Any:
     """
     found = [names] if isinstance(names, str) else [base.__name__ for base in names.__mro__]
     for name in found:
-        stock = name.removeprefix("RegionDecoupled")
+        stock = name.removeprefix("RegionDecoupled").replace("InpaintPipeline", "Pipeline")  # which has the same parts
         if stock in _FILES:
             module = importlib.import_module(f".{_FILES[stock]}", __package__)
             return getattr(module, f"RegionDecoupled{stock}")

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
+from diffusers.pipelines import auto_pipeline
 from diffusers.utils import BaseOutput
 from PIL import Image
 from torch import Tensor
@@ -53,8 +54,9 @@ _DOC = """Edit pictures; everything that diffusers' `{stock}` accepts is accepte
                 a base noise, which is the one that stock diffusers would draw from `generator`, or `latents`, and
                 differ from it by `edit_strength` inside and `keep_strength` outside the region. Images, masks,
                 `latents` and generators then come one for each prompt, and each prompt's candidates are made from its
-                own, whatever the stock pipeline does with several. The mask steers the noise alone: the source is not
-                pasted back outside.
+                own, whatever the stock pipeline does with several; or generators come one for each candidate: a
+                prompt's first one draws the base, then each its difference. The mask steers the noise alone: the source
+                is not pasted back outside.
             edit_strength: in [0, 1]; 0 repeats the base noise, 1 draws independent noise.
             keep_strength: in [0, 1]; 0 keeps the background's noise bit by bit.
             output_attention: also measure how much of the instruction's attention falls on the region (needs
@@ -71,8 +73,8 @@ _DOC = """Edit pictures; everything that diffusers' `{stock}` accepts is accepte
 
         Raises:
             ValueError: a mask that is empty or of another size than its source, strengths outside [0, 1], images,
-                masks, generators or `latents` that are not one for each prompt, `output_attention` without a mask,
-                attention's options without it, that read no step or name a column, words that a prompt does not have.
+                masks, generators or `latents` of a wrong number, `output_attention` without a mask, attention's options
+                without it, that read no step or name a column, words that a prompt does not have.
         """
 
 
@@ -171,6 +173,13 @@ class RegionDecoupled:
     A class says how its model draws noise (`_draw`), how large its pictures will be (`_output_size`), whether a call is
     guided (`_is_guided`) and how `latents` come (`_to_tokens`, `_from_tokens`); its editor knows the rest.
     """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Where diffusers has no inpainting of its own for a model, its `AutoPipelineForInpainting` opens this one."""
+        super().__init_subclass__(**kwargs)
+        stock = next((c.__name__ for c in cls.__mro__ if c.__module__.startswith("diffusers.")), "")
+        if name := auto_pipeline._get_model(stock):
+            auto_pipeline.AUTO_INPAINT_PIPELINES_MAPPING.setdefault(name, cls)
 
     editor_class: ClassVar[type["FlowEditor"]]
     edited_reference: ClassVar[int] = 0
@@ -286,10 +295,13 @@ class RegionDecoupled:
             pictures = _repeat_each(pictures, count)
         given = split_masks(mask_image, "mask_image")
         given = given * count if len(given) == 1 else given
-        generators = call["generator"] if isinstance(call["generator"], list) else [None]
-        for name, values in (("image", pictures), ("mask_image", given), ("generator", generators)):
+        for name, values in (("image", pictures), ("mask_image", given)):
             if len(values) not in (1, count):
                 raise ValueError(f"{name}: got {len(values)}, expected one, or one for each of the {count} prompts")
+        generators, candidates = call["generator"], count * (call["num_images_per_prompt"] or 1)
+        if isinstance(generators, list) and len(generators) not in (1, count, candidates):
+            expected = f"one, or one for each of the {count} prompts or {candidates} candidates"
+            raise ValueError(f"generator: got {len(generators)}, expected {expected}")
         if self.editor_class.one_prompt_a_call:
             pictures = [each if isinstance(each, list) else [each] for each in pictures]
         masks = [mask_to_tensor(mask, f"mask_image[{i}]") for i, mask in enumerate(given)]
@@ -329,10 +341,12 @@ class RegionDecoupled:
         """Packed noise of `prompts · group` candidates; draws the base as diffusers would, then the differences."""
         generator, embeds, base = call["generator"], call["prompt_embeds"], call["latents"]
         dtype = None if embeds is None else embeds.dtype  # diffusers draws in the text's dtype
+        each = isinstance(generator, list) and len(generator) == prompts * group > prompts  # one for each candidate
 
         def draw(count: int) -> Tensor:
             alone = isinstance(generator, list) and len(generator) == 1  # serves all prompts
-            return self._draw(count, *size, dtype, generator[0] if alone else generator)
+            mine = generator[::group] if each and count == prompts else generator
+            return self._draw(count, *size, dtype, mine[0] if alone else mine)
 
         if base is None:
             base = draw(prompts)
@@ -345,7 +359,7 @@ class RegionDecoupled:
                     "with a mask the candidates of a prompt share it"
                 )
             base = self._to_tokens(base)
-        if isinstance(generator, list):
+        if isinstance(generator, list) and not each:
             delta = torch.cat([draw(prompts) for _ in range(group)]).unflatten(0, (group, prompts)).transpose(0, 1)
             delta = delta.flatten(0, 1)
         else:

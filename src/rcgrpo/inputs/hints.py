@@ -165,7 +165,7 @@ HINTS: dict[str, Here | str] = {
         _TEXT,
     ),
     **_all(
-        "num_completions_to_print log_unique_prompts log_multimodal log_completions_hub_repo",
+        "num_completions_to_print log_multimodal",
         Here(("log_completions",), "which writes a table and pictures"),
     ),
     # Drawing

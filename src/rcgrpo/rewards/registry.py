@@ -9,11 +9,11 @@ A reward is any callable, plain or `async def`, over lists with one entry per ca
     f(prompts, images, source_images, masks, **columns) -> list[float | None]
 
 `prompts` are strings, `images` (the candidates) and `source_images` PIL RGB, `masks` PIL "L" with 255 = edit. `columns`
-hold every other column of the data set as a list (`caption`, `task`, `edited_image`, …) and besides: `completions`
-(the same list as `images`), `trainer_state`, `log_extra(column, values)`, `log_metric(name, value)`,
-`log_failure(index, reason)`, and, when attention is recorded, the lists of floats `attention_mass`,
-`attention_density`, `attention_contrast`; columns of these names are refused. Pictures are the reward's own copies, on
-which it may draw. `None` means that the reward does not apply to that candidate; it is neither
+hold every other column of the data set as a list (`caption`, `task`, `edited_image`, …) and besides: `completions` (the
+same list as `images`), `completion_ids` (None: pictures have no tokens), `trainer_state`, `log_extra(column, values)`,
+`log_metric(name, value)`, `log_failure(index, reason)`, and, when attention is recorded, the lists of floats
+`attention_mass`, `attention_density`, `attention_contrast`; columns of these names are refused. Pictures are the
+reward's own copies, on which it may draw. `None` means that the reward does not apply to that candidate; it is neither
 a zero nor a failure, unless `log_failure` was called for it: then it is a failure with that reason.
 
 Gotchas: everything is passed by keyword, so a reward names what it needs and swallows the rest with `**columns`. Raise
@@ -25,11 +25,14 @@ import difflib
 import functools
 import importlib
 import inspect
+import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from ..inputs.ranges import naming
+
+logger = logging.getLogger(__name__)
 
 RewardFunction = Callable[..., Any]
 """`(prompts, images, source_images, masks, **columns) -> list[float | None]`, or a coroutine function of the same."""
@@ -37,7 +40,7 @@ RewardFunction = Callable[..., Any]
 Registrable = TypeVar("Registrable", bound=RewardFunction)
 
 RESERVED = (
-    *("prompts", "images", "completions", "source_images", "masks"),
+    *("prompts", "images", "completions", "completion_ids", "source_images", "masks"),
     *("trainer_state", "log_extra", "log_metric", "log_failure"),
     *("attention_mass", "attention_density", "attention_contrast"),
 )
@@ -241,6 +244,12 @@ def _check_signature(reward: Reward) -> None:
         parameters = inspect.signature(reward.function).parameters.values()
     except ValueError:  # some callables written in C do not tell
         return
+    if any(parameter.name == "completion_ids" for parameter in parameters):
+        logger.warning(
+            "reward %r reads `completion_ids`, which is None here: a candidate is a picture, in `images`, and has no "
+            "tokens",
+            reward.name,
+        )
     if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
         raise TypeError(
             f"reward_funcs: the reward {reward.name!r} does not accept `**columns`; rewards get every column of the "

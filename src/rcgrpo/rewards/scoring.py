@@ -151,7 +151,7 @@ class Scoring:
     ) -> None:
         per_candidate: dict[str, list[Any]] = {"prompts": prompts, "images": images, "completions": images}
         per_candidate |= {"source_images": source_images, "masks": masks}
-        shared: dict[str, Any] = {}
+        shared: dict[str, Any] = {"completion_ids": None}
         for name, value in (context or {}).items():
             (per_candidate if isinstance(value, list) else shared)[name] = value
         refuse_columns(columns, "score: columns", (*per_candidate, *shared, "log_failure"))

@@ -315,6 +315,12 @@ class RCGRPOConfig(_BaseConfig):
             "the same edits. push_to_hub sends the folder as well."
         },
     )
+    log_unique_prompts: bool = field(
+        default=False, metadata={"help": "With log_completions, draw each instruction once; the table has all."}
+    )
+    log_completions_hub_repo: str | None = field(
+        default=None, metadata={"help": "With log_completions, a data set on the Hub that gets the folder as it grows."}
+    )
 
     # Changed defaults of the base classes
     learning_rate: float = field(default=1e-4, metadata={"help": "Initial learning rate of AdamW."})

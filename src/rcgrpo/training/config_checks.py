@@ -170,6 +170,9 @@ def _saving(config: "RCGRPOConfig", refuse: Refuse) -> None:
         refuse("save_steps", f"a multiple of num_iterations ({updates}), so that a resume is exact")
     if updates > 1 and config.save_strategy == "best" and (config.eval_steps or 1) % updates:
         refuse("eval_steps", f"a multiple of num_iterations ({updates}) with save_strategy=best")
+    for name in ("log_unique_prompts", "log_completions_hub_repo"):
+        if getattr(config, name) and not config.log_completions:
+            refuse(name, "nothing without log_completions=True, which writes what it is about")
 
 
 def _conditions(config: "RCGRPOConfig", refuse: Refuse) -> None:

@@ -27,7 +27,7 @@ from ..groups.rollout import Exploration, Group, make_groups
 from ..groups.transitions import Where
 from ..groups.turns import best_candidate
 from ..rewards import PendingScores, ScoredBatch, failing_together
-from .rows import check_played, following_turn, make_rows
+from .rows import check_played, each_set, following_turn, make_rows
 from .run_log import LoggingTrainer
 
 
@@ -215,13 +215,21 @@ class GeneratingTrainer(LoggingTrainer):
             self._log_groups(groups)
         return None, None, None
 
+    def _rows(self, dataset: Any, name: str) -> EditRows | None:
+        """As far as they can be checked without an editor."""
+        return make_rows(dataset, name, self.args, self.rewards, self.exploration)
+
+    def _played_rows(self, dataset: Any, name: str) -> EditRows | None:
+        rows = dataset if isinstance(dataset, EditRows) else self._rows(dataset, name)
+        check_played(rows, self.args, self.exploration, self.editor)
+        return rows
+
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """As `Trainer.evaluate`, on rows like the trainer's."""
+        """As `Trainer.evaluate`, on rows like the trainer's, or a dictionary of several sets."""
         self._eval_prefix = f"{metric_key_prefix}_"
         if eval_dataset is not None and not isinstance(eval_dataset, EditRows | str):
-            eval_dataset = make_rows(eval_dataset, "eval", self.args, self.rewards, self.exploration)
-            check_played(eval_dataset, self.args, self.exploration, self.editor)
+            eval_dataset = each_set(eval_dataset, self._played_rows)
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         return {**metrics, **self._last_eval_metrics}

@@ -4,6 +4,7 @@ Between the pipeline and the trainer. Gotcha: a diffusers model has other names 
 transformers model, and `from_pretrained` wants objects where a YAML file has strings.
 """
 
+import inspect
 import json
 import logging
 import os
@@ -13,7 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
+import transformers
 from diffusers import DiffusionPipeline
 from diffusers.quantizers import PipelineQuantizationConfig
 from huggingface_hub import hf_hub_download
@@ -40,7 +43,8 @@ def load_pipeline(model: Any, init_kwargs: Mapping[str, Any] | None = None) -> A
         model: a pipeline of a class that has an editor (any subclass), a Hub id or a folder of one. Its transformer is
             taken out of what it is wrapped in (`adapters.unwrap`), whose names would stand in everything that is saved.
         init_kwargs: of `from_pretrained`, where `model` is a string; dtypes may be strings, also one for each part, and
-            `quantization_config` a mapping with `PipelineQuantizationConfig`'s arguments.
+            `quantization_config` a mapping with `PipelineQuantizationConfig`'s arguments, or the transformer's own
+            configuration, such as a `BitsAndBytesConfig`.
 
     Raises:
         TypeError: `model` is none of these.
@@ -50,8 +54,8 @@ def load_pipeline(model: Any, init_kwargs: Mapping[str, Any] | None = None) -> A
         kwargs = dict(init_kwargs or {})
         for key in {"dtype", "torch_dtype"} & kwargs.keys():
             kwargs[key] = _dtype(kwargs[key], f"model_init_kwargs[{key!r}]")
-        if isinstance(kwargs.get("quantization_config"), Mapping):  # from YAML
-            kwargs["quantization_config"] = PipelineQuantizationConfig(**kwargs["quantization_config"])
+        if kwargs.get("quantization_config") is not None:
+            kwargs["quantization_config"] = _quantization(kwargs["quantization_config"])
         with naming_model(str(model), **{key: kwargs[key] for key in HUB_OPTIONS & kwargs.keys()}):
             return RegionDecoupledPipeline.from_pretrained(model, **kwargs)
     if init_kwargs:
@@ -67,6 +71,21 @@ def load_pipeline(model: Any, init_kwargs: Mapping[str, Any] | None = None) -> A
     if transformer is not pipe.transformer:
         pipe.transformer = transformer
     return pipe
+
+
+def with_quantization(init_kwargs: Any, config: Any) -> dict[str, Any] | None:
+    """`model_init_kwargs` and the trainer's `quantization_config` in one.
+
+    Raises:
+        ValueError: both say how to quantize.
+    """
+    if config is None:
+        return init_kwargs
+    if "quantization_config" in (init_kwargs or {}):
+        raise ValueError(
+            "quantization_config: got one beside model_init_kwargs['quantization_config'], expected it in one place"
+        )
+    return {**(init_kwargs or {}), "quantization_config": config}
 
 
 @contextmanager
@@ -91,6 +110,18 @@ def naming_model(model: str, **hub: Any) -> Iterator[dict[str, Any]]:
         read = json.loads(index.read_text())
         region_decoupled_class(str(read.get("_class_name")))
         yield read
+
+
+def _quantization(config: Any) -> PipelineQuantizationConfig:
+    """How to quantize the pipeline's parts, of a mapping from YAML; of one part's configuration, its transformer."""
+    if isinstance(config, PipelineQuantizationConfig):
+        return config
+    if isinstance(config, Mapping):
+        return PipelineQuantizationConfig(**config)
+    if isinstance(config, transformers.BitsAndBytesConfig):  # which TRL's users have at hand
+        names = inspect.signature(diffusers.BitsAndBytesConfig).parameters
+        config = diffusers.BitsAndBytesConfig(**{key: v for key, v in config.to_dict().items() if key in names})
+    return PipelineQuantizationConfig(quant_mapping={"transformer": config})
 
 
 def _dtype(value: Any, where: str) -> Any:

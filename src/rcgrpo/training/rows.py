@@ -7,7 +7,7 @@ Gotcha: an edit has turns only while the trainer plays them; joined turns (`turn
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -31,7 +31,7 @@ def make_rows(
 
     Args:
         dataset: rows with a source, an instruction, a mask and the columns that the rewards read.
-        name: `"train"` or `"eval"`, for messages.
+        name: `"train"`, `"eval"` or `"eval_NAME"`, for messages.
 
     Raises:
         TypeError, ValueError: it has no such rows.
@@ -40,8 +40,8 @@ def make_rows(
         return None
     if isinstance(dataset, Mapping):
         raise TypeError(
-            f"{name}_dataset: got a dictionary of {sorted(map(str, dataset))}, expected one set of rows; pick one, "
-            "or call `trainer.evaluate(rows)` for each after training"
+            f"{name}_dataset: got a dictionary of {sorted(map(str, dataset))}, expected one set of rows; pick one, or "
+            "join them with `datasets.concatenate_datasets`; only eval_dataset may be several"
         )
     required = sorted({column for reward in rewards for column in reward.columns})
     columns = (args.image_column, args.prompt_column, args.mask_column)
@@ -82,6 +82,13 @@ def make_rows(
             full,
         )
     return rows
+
+
+def each_set(dataset: Any, make: Callable[[Any, str], EditRows | None]) -> Any:
+    """Held-out rows, made by `make(rows, name)`: of one set, or as a dictionary of those of several."""
+    if isinstance(dataset, Mapping):
+        return {str(key): make(rows, f"eval_{key}") for key, rows in dataset.items()}
+    return make(dataset, "eval")
 
 
 def check_edit(edit: Edit, args: RCGRPOConfig, exploration: Exploration, size: tuple[int, int]) -> int:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.utils import gather_object
+from huggingface_hub import CommitScheduler, create_repo
 from torch import Tensor
 
 from ..data.edits import EditRows
@@ -46,6 +47,8 @@ class LoggingTrainer(SavingTrainer):
         self._eval_prefix = "eval_"
         self._last_eval_metrics: dict[str, float] = {}
         self._warned_of_clipping = False
+        if self.args.log_completions_hub_repo and self.is_world_process_zero():
+            self._mirror = mirrored(Path(self.args.output_dir, "completions"), self.args)
 
     # ------------------------------------------------------------------------------------------ the rewards
 
@@ -122,7 +125,9 @@ class LoggingTrainer(SavingTrainer):
         kept, names = self._completions[self._mode()], [reward.name for reward in self.rewards]
         chosen = None if self.model.training else shown_rows(len(self._eval_rows()))
         for group in groups:
-            draw = len(kept) < SHOWN if chosen is None else group.edit.row in chosen
+            drawn = [each.columns["prompt"][0] for each in kept if each.pictures]
+            draw = len(drawn) < SHOWN if chosen is None else group.edit.row in chosen
+            draw &= not (self.args.log_unique_prompts and group.edit.prompt in drawn)
             kept.append(record(group, names, self.args.named_regions, draw))
 
     def _eval_rows(self) -> EditRows:
@@ -171,6 +176,20 @@ class LoggingTrainer(SavingTrainer):
                 100 * share,
                 CLIPPED_AGAIN,
             )
+
+
+def mirrored(folder: Path, args: RCGRPOConfig) -> CommitScheduler:
+    """Send a folder to the data set `args.log_completions_hub_repo`, made if it is missing, every two minutes and at
+    the end of the process."""
+    create_repo(args.log_completions_hub_repo, repo_type="dataset", private=args.hub_private_repo, exist_ok=True)  # type: ignore[arg-type]
+    folder.mkdir(parents=True, exist_ok=True)
+    return CommitScheduler(
+        repo_id=args.log_completions_hub_repo,  # type: ignore[arg-type]
+        repo_type="dataset",
+        folder_path=folder,
+        every=2,
+        allow_patterns=["*.parquet", "*.jpg"],
+    )
 
 
 def averages(metrics: dict[str, list[float]]) -> dict[str, float]:

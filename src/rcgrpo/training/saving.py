@@ -94,6 +94,7 @@ class SavingTrainer(ResumingTrainer):
         """The settings of this run that differ from a fresh `RCGRPOConfig`, for the model card."""
         left_out = {"output_dir", "hub_token", "hub_model_id", "run_name", "report_to", "disable_tqdm"}
         left_out |= {"cache_conditions", "conditions_cache_dir", "log_completions"}  # change no result
+        left_out |= {"log_unique_prompts", "log_completions_hub_repo"}
         changed = {}
         for field in dataclasses.fields(self.args):
             value = getattr(self.args, field.name)

@@ -44,9 +44,10 @@ from .checks import (
 from .config import RCGRPOConfig
 from .config_checks import check_trackers
 from .cycle import CycleSampler, GeneratingTrainer
-from .model import load_pipeline, trained_model
+from .log import make_readable
+from .model import load_pipeline, trained_model, with_quantization
 from .rooms import editor_of, exploration_of, scoring_of
-from .rows import check_played, make_rows
+from .rows import check_played, each_set
 
 __all__ = ["CycleSampler", "RCGRPOTrainer", "UntaughtUpdates"]
 
@@ -85,10 +86,14 @@ class RCGRPOTrainer(GeneratingTrainer):
         args: the configuration.
         train_dataset: rows with a source picture, an instruction, a mask (1 = edit; in pictures 255) and the columns
             that the rewards read; a `datasets.Dataset` or a sequence of dictionaries.
-        eval_dataset: held-out rows of the same kind.
+        eval_dataset: held-out rows of the same kind, or a dictionary of such sets, whose numbers are logged as
+            `eval_NAME_...`.
         peft_config: a new LoRA on the transformer. Without it the LoRA that is on the transformer already, loaded by
             diffusers or by PEFT, goes on being trained; if there is none, the whole transformer is trained.
-        callbacks, optimizers: as in `transformers.Trainer`.
+        callbacks, optimizers: as in `transformers.Trainer`. Callbacks get the pipeline's (first) tokenizer as
+            `processing_class`. A progress callback of your own takes the place of the readable log.
+        quantization_config: how to quantize the base where `model` is a name: diffusers' `PipelineQuantizationConfig`,
+            or the transformer's own configuration, such as a `BitsAndBytesConfig`.
 
     Raises:
         ValueError, TypeError: anything that cannot work, before the first step, naming field, value, what was expected
@@ -110,21 +115,21 @@ class RCGRPOTrainer(GeneratingTrainer):
         peft_config: PeftConfig | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
+        quantization_config: Any = None,
     ) -> None:
         args = args if args is not None else RCGRPOConfig("rcgrpo-output")
         check_trackers(args)
+        self.args = args  # which `_rows` reads before the Trainer's own start
         self.scoring = scoring_of(reward_funcs, args)
         check_gradient(args, self.rewards)
         self._records_attention = args.log_attention or any(r.name in ATTENTION_REWARDS for r in self.rewards)
         self.exploration = exploration_of(args)
-        train_rows, eval_rows = (
-            make_rows(dataset, name, args, self.rewards, self.exploration)
-            for dataset, name in ((train_dataset, "train"), (eval_dataset, "eval"))
-        )
+        train_rows = self._rows(train_dataset, "train")
+        eval_rows = each_set(eval_dataset, self._rows)
         if train_rows is None:
             raise ValueError("train_dataset: got None, expected rows with a source, an instruction and a mask")
         check_lora(peft_config)
-        self.pipeline = load_pipeline(model, args.model_init_kwargs)  # type: ignore[arg-type]
+        self.pipeline = load_pipeline(model, with_quantization(args.model_init_kwargs, quantization_config))
         goes_on = peft_config is None and bool(adapters_of(self.pipeline.transformer))
         check_reference(args, has_lora=peft_config is not None or goes_on)
         self.editor = editor_of(self.pipeline, args)
@@ -144,13 +149,15 @@ class RCGRPOTrainer(GeneratingTrainer):
         )
         check_engine(self.args.n_gpu, self.is_fsdp_enabled, self.is_deepspeed_enabled)
         check_enough(train_rows, self._cycle_size())
-        for rows in (train_rows, eval_rows):
+        for rows in (train_rows, *(eval_rows.values() if isinstance(eval_rows, dict) else [eval_rows])):
             check_played(rows, args, self.exploration, self.editor)
         self.editor.place(self.accelerator.device)
         self._eval_editor = self.editor.with_steps(args.num_inference_steps_eval or args.num_inference_steps)
         self.failures = FailureWatch(self.rewards, args.max_reward_failures)
         self._taught = False
         self.add_callback(UntaughtUpdates(self))
+        self.callback_handler.processing_class = getattr(self.pipeline, "tokenizer", None)
+        make_readable(self, callbacks or ())
         with failing_together(self.accelerator):
             probe_rewards(self.rewards, train_rows.edit(0), self.editor, self._records_attention, self._submit)
         self.forget_metrics()
