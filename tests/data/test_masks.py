@@ -172,6 +172,20 @@ def pack(counts):
     return out
 
 
+def test_counts_are_read_as_pycocotools_reads_them():
+    coco = pytest.importorskip("pycocotools.mask", reason="pycocotools comes with the extra dev")
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        height, width = map(int, rng.integers(1, 40, 2))
+        region = np.asfortranarray(rng.random((height, width)) < rng.choice([0.02, 0.5, 0.98]), dtype=np.uint8)
+        packed = coco.encode(region)
+        assert np.array_equal(on(decode_mask(packed, "rle", None)), coco.decode(packed) > 0)
+        edges = np.flatnonzero(np.diff(region.flatten(order="F"), prepend=0, append=2))
+        runs = {"size": [height, width], "counts": np.diff(edges, prepend=0).tolist()}
+        theirs = coco.decode(coco.frPyObjects(runs, height, width))
+        assert np.array_equal(on(decode_mask(runs, "rle", None)), theirs > 0) and np.array_equal(theirs, region)
+
+
 @given(regions)
 @settings(max_examples=60, deadline=None)
 def test_any_region_survives_coco_in_every_spelling(region):

@@ -3,6 +3,7 @@ import dataclasses
 import numpy as np
 import pytest
 from PIL import Image
+from scipy.stats import bootstrap
 
 from rcgrpo.reporting.curves import plot_curves
 from rcgrpo.reporting.files import write_atomically
@@ -28,6 +29,17 @@ def test_interval_of_a_large_sample_is_the_normal_one():
     assert (row.low, row.high) == pytest.approx((change.mean() - half, change.mean() + half), abs=0.05 * half)
     assert row.significant
     assert row.n == 2000
+
+
+@pytest.mark.parametrize("n", [2, 7, 48, 192])
+def test_the_interval_is_scipys(n):
+    """The very resamples, so that it could take the place of ours without changing a published number."""
+    rng = np.random.default_rng(n)
+    before, after = rng.normal(size=n), rng.exponential(size=n)
+    mine = paired_bootstrap(before, after, confidence=0.9, num_resamples=2000, seed=5)
+    given = {"n_resamples": 2000, "confidence_level": 0.9, "method": "percentile", "rng": np.random.default_rng(5)}
+    theirs = bootstrap((after - before,), np.mean, **given).confidence_interval
+    assert (mine.low, mine.high) == pytest.approx((theirs.low, theirs.high), abs=1e-12)
 
 
 def test_bootstrap_is_deterministic_by_seed():

@@ -39,7 +39,9 @@ class Trainer:
 
     def __init__(self, *callbacks, disable_tqdm=False):
         self.callbacks, self.args = list(callbacks), SimpleNamespace(disable_tqdm=disable_tqdm)
-        self.add_callback = self.callbacks.append
+
+    def add_callback(self, callback):
+        self.callbacks.append(callback)
 
     def remove_callback(self, kind):
         self.callbacks = [callback for callback in self.callbacks if callback is not kind]

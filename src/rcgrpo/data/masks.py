@@ -80,7 +80,8 @@ def _runs(runs: Sequence[int], border: bool) -> Image.Image:
 def _coco_counts(packed: bytes) -> list[int]:
     """COCO's packed run lengths: groups of five bits, lowest first; from the fourth on differences to the last but one.
 
-    Bit 5 of a character (less 48) says that more follows, bit 4 of the last one is the sign.
+    Bit 5 of a character (less 48) says that more follows, bit 4 of the last one is the sign. By hand, as pycocotools
+    (2.0.11) fills masks whose counts are too short with whatever lies in memory.
     """
     counts: list[int] = []
     number = shift = 0
@@ -256,7 +257,10 @@ D65 = (0.95047, 1.0, 1.08883)
 
 
 def srgb_to_lab(image: Image.Image) -> np.ndarray:
-    """CIE L*a*b* (D65, 2°) of an sRGB picture, float32 `[height, width, 3]`, L* in [0, 100]."""
+    """CIE L*a*b* (D65, 2°) of an sRGB picture, float32 `[height, width, 3]`, L* in [0, 100].
+
+    By hand, as is `otsu`: scikit-image would bring five packages for twenty lines; the tests hold both to it.
+    """
     rgb = np.asarray(to_rgb(image), dtype=np.float32) / 255
     linear = np.where(rgb > 0.04045, ((rgb + 0.055) / 1.055) ** 2.4, rgb / 12.92)
     ratio = linear @ np.asarray(RGB_TO_XYZ, dtype=np.float32).T / np.asarray(D65, dtype=np.float32)

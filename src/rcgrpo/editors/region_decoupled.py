@@ -298,7 +298,7 @@ class RegionDecoupled:
         for name, values in (("image", pictures), ("mask_image", given)):
             if len(values) not in (1, count):
                 raise ValueError(f"{name}: got {len(values)}, expected one, or one for each of the {count} prompts")
-        generators, candidates = call["generator"], count * (call["num_images_per_prompt"] or 1)
+        generators, candidates = call["generator"], count * (call.get("num_images_per_prompt") or 1)
         if isinstance(generators, list) and len(generators) not in (1, count, candidates):
             expected = f"one, or one for each of the {count} prompts or {candidates} candidates"
             raise ValueError(f"generator: got {len(generators)}, expected {expected}")

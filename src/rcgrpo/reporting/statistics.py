@@ -72,6 +72,8 @@ def paired_bootstrap(
 ) -> PairedDifference:
     """Percentile bootstrap of the mean paired difference, resampling the samples.
 
+    By hand, as `scipy.stats.bootstrap`, which draws the same numbers, would make every report need SciPy for ten lines.
+
     Args:
         before, after: One value per sample, in the same order. A pair with a `None` or NaN on either side is left out.
         metric: Name for the table and for error messages.
@@ -156,7 +158,8 @@ def macro_bootstrap(
 ) -> list[Estimate]:
     """The mean over strata of each stratum's mean, and a percentile bootstrap of it, for several columns at once.
 
-    All columns see the same resamples. A column of differences gives a paired interval.
+    All columns see the same resamples. A column of differences gives a paired interval. SciPy's bootstrap draws neither
+    clusters nor several strata at once.
 
     Args:
         values: `[samples, columns]`; NaN (or None) is left out of its column.
@@ -246,7 +249,10 @@ def markdown_table(rows: Sequence[PairedDifference]) -> str:
 
 
 def pad_table(lines: Sequence[Sequence[str]], left: Collection[int] = (0,)) -> str:
-    """A markdown table of cells, the first line its head; columns in `left` are set left, numbers to the right."""
+    """A markdown table of cells, the first line its head; columns in `left` are set left, numbers to the right.
+
+    By hand, as tabulate would be one more dependency for these ten lines.
+    """
     widths = [max(2, *(len(line[column]) for line in lines)) for column in range(len(lines[0]))]
     rule = ["-" * width if column in left else "-" * (width - 1) + ":" for column, width in enumerate(widths)]
     padded = [

@@ -1,7 +1,8 @@
 """Who judges: a vision-language model behind an OpenAI-compatible server, or in this process (`local_judge.py`).
 
 Where it fits: the rewards in `judge_rewards.py` put `Question`s to a `Judge`. Why it exists: one client and one failure
-policy for every judge (vLLM, SGLang, llama.cpp, a hosted model, …).
+policy for every judge (vLLM, SGLang, llama.cpp, a hosted model, …). By hand, as the `openai` package retries by itself,
+knows one server, and bounds neither a batch's time nor an answer's size; what it would spare is a dictionary.
 
 Gotchas: a question without a usable answer comes back as a `Fault`, never as an exception, unless the server refused it
 before any good answer: then the set-up is wrong and the run stops. Servers differ in what they know. One that ignores

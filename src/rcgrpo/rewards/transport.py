@@ -16,6 +16,9 @@ What happens to a request:
 - `breaker_failures` connection errors, timeouts or 5xx in a row open a server's circuit: it is left alone for
   `breaker_seconds`, then one request may try it. When every circuit is open, requests fail at once.
 
+By hand, as tenacity and stamina repeat one call by itself: here all requests share the servers' state, a batch's time
+and what a server asked for, and a retry means another server first.
+
 Gotchas: an answer that is no JSON, or longer than `MAX_ANSWER_BYTES` once it is unpacked, is not asked for again, it
 would come out the same. Redirects are not followed, so a token never travels to another host. Jitter comes from a
 generator of its own and touches no seed of the run.
