@@ -236,8 +236,8 @@ def model_card(
         for example in examples
         if all([exists(example["source"]), exists(example["edited"])])
     ]
-    nothing: dict[str, Any] = {"src": "input.png", "prompt": "Replace the red cup with a green apple"}
-    shown = widget[0] if widget else nothing
+    nothing = {"src": "input.png", "prompt": "Replace the red cup with a green apple"}
+    shown: dict[str, Any] = widget[0] if widget else nothing
     root = f"https://huggingface.co/{hub_model_id}/resolve/main/" if widget and hub_model_id else ""
     data = ModelCardData(
         library_name="diffusers",
