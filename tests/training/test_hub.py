@@ -340,6 +340,25 @@ def test_the_embedded_editors_snippet_runs_as_it_stands(tmp_path, monkeypatch):
     assert not np.array_equal(done["edited"], source.resize((64, 64)))
 
 
+def test_a_trained_transformers_card_opens_it(tmp_path, monkeypatch):
+    pipeline = FluxKontextPipeline.from_pretrained(WEIGHTS)
+    with torch.no_grad():
+        pipeline.transformer.proj_out.bias += 1
+    pipeline.transformer.save_pretrained(tmp_path / "transformer")
+    Image.new("RGB", (64, 64)).save(tmp_path / "input.png")
+    given = {"model_name": "m", "folder": tmp_path, "transformer": "FluxTransformer2DModel"}
+    card = model_card(base_model="kontext-tiny", **given)
+    assert "A fine-tune of `kontext-tiny`, trained by" in card.text and "lora" not in card.data.tags
+    monkeypatch.chdir(tmp_path)
+    done = {}
+    exec(snippet(card), done)
+    assert torch.equal(done["pipe"].transformer.proj_out.bias, pipeline.transformer.proj_out.bias)
+    card = model_card(base_model="x/y", hub_model_id="me/m", **given)
+    compile(snippet(card), "snippet", "exec")
+    assert 'from_pretrained("me/m", subfolder="transformer"' in card.text and "load_lora_weights" not in card.text
+    assert card.data.base_model_relation == "finetune"
+
+
 def test_the_snippet_names_what_a_reader_of_the_hub_can_reach(tmp_path):
     (tmp_path / "a b.png").touch()
     example = {"source": "a b.png", "edited": "a b.png", "prompt": 'write "é"'}

@@ -187,6 +187,7 @@ def model_card(
     picture: str = DEFAULT_PICTURE,
     examples: Sequence[Mapping[str, str]] = (),
     pipeline_class: str = "FluxKontextPipeline",
+    transformer: str | None = None,
     tags: Iterable[str] = (),
 ) -> ModelCard:
     """The README of a trained LoRA, ready to `save(folder / "README.md")`. Asks nothing of the network.
@@ -213,6 +214,7 @@ def model_card(
         examples: edits for the Hub's page of the model, each with `source` and `edited`, pictures as paths like
             `picture`, and `prompt`; those whose pictures do not exist are left out.
         pipeline_class: the stock diffusers pipeline that the LoRA is for.
+        transformer: the class of the transformer, where `folder` holds one that was trained itself instead of a LoRA.
         tags: more tags than `CARD_TAGS`.
 
     Raises:
@@ -242,11 +244,11 @@ def model_card(
     data = ModelCardData(
         library_name="diffusers",
         base_model=base_id,
-        base_model_relation="adapter" if base_id else None,
+        base_model_relation=("finetune" if transformer else "adapter") if base_id else None,
         pipeline_tag="image-to-image",
         **bound,
         datasets=dataset_ids or None,
-        tags=[*CARD_TAGS, *tags],
+        tags=[*(tag for tag in CARD_TAGS if tag != "lora" or not transformer), *tags],
         widget=widget or None,
         model_name=model_name,
         eval_results=[
@@ -270,6 +272,7 @@ def model_card(
         model_name=model_name,
         adapter=hub_model_id or ".",
         embedded=base_model == EMBEDDED,
+        transformer=transformer,
         source=root + quote(shown["src"]) if root else shown["src"],
         prompt=json.dumps(shown["prompt"], ensure_ascii=False),
         base_id=base_id,

@@ -63,6 +63,7 @@ class SavingTrainer(ResumingTrainer):
     def _write_card(
         self, folder: Path, model_name: str | None = None, dataset_name: str | None = None, tags: Sequence[str] = ()
     ) -> None:
+        model = self.accelerator.unwrap_model(self.model)
         table, report = folder / "metrics.md", folder / "metrics.json"
         saved = json.loads(report.read_text()) if report.exists() else {}  # written by `held_out.write_report`
         if saved:
@@ -86,6 +87,7 @@ class SavingTrainer(ResumingTrainer):
             settings={**self._lora_settings(), **self.card_settings()},
             folder=folder,
             pipeline_class=stock_name(self.pipeline),
+            transformer=None if isinstance(model, PeftModel) else type(model).__name__,
             tags=tags,
         )
         card.save(folder / "README.md")
