@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -104,6 +105,14 @@ def test_inspect_points_out_masks_that_miss_the_change(capsys, monkeypatch):
     said = counts(capsys.readouterr().out)
     assert said["change"].startswith("83% of it in the region on average; below half in 1 of 6 rows")
     assert [name.endswith("(0% of the change in the mask)") for name in captions] == [i == 2 for i in range(6)]
+
+
+def test_inspect_goes_on_without_what_compares_masks_with_the_change(capsys, monkeypatch):
+    folder = save(without=())
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    run(["inspect", folder, "--preset", "compbench", "--num_samples", "2"])
+    said = counts(capsys.readouterr().out)
+    assert said["masks shown"] == "own 2" and said["change"].endswith("pip install 'rcgrpo[masks]'")
 
 
 def test_inspect_counts_empty_masks_among_the_rows_shown(capsys):

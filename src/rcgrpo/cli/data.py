@@ -158,6 +158,7 @@ POOR = 0.5
 def inspect(args: InspectArguments) -> None:
     """Draw a contact sheet and print counts."""
     from ..data.masks import change_inside, mask_share
+    from ..inputs.extras import missing as lacking
     from ..reporting.sheets import contact_sheet
 
     check_picture("output", args.output)
@@ -175,7 +176,7 @@ def inspect(args: InspectArguments) -> None:
         sheet_columns["target"] = [row.get("edited_image") or _blank(row["input_image"]) for row in shown]
     covered = [
         change_inside(row["input_image"], row["edited_image"], row["mask"])
-        if row.get("edited_image") is not None and row["mask_source"] in GIVEN
+        if row.get("edited_image") is not None and row["mask_source"] in GIVEN and not lacking("masks")
         else None
         for row in shown
     ]
@@ -207,6 +208,8 @@ def inspect(args: InspectArguments) -> None:
         if poor:
             why = "their masks miss the edit, or their targets were drawn afresh everywhere"
             lines["change"] += f"; below half in {poor} of {len(known)} rows: {why}"
+    elif "target" in sheet_columns and lacking("masks"):
+        lines["change"] = "not compared with the region without the extra 'masks'; pip install 'rcgrpo[masks]'"
     print(f"{args.dataset}, {args.split}:")
     for key, value in lines.items():
         print(f"  {key:<12} {value}")
