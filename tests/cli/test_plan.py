@@ -70,11 +70,11 @@ def test_values_as_json_add_up():
 
 
 def test_advice_is_what_makes_it_fit():
-    planner, run = Planner(read_parts(str(WEIGHTS))), replace(tiny(), rollout_batch_size=12, train_micro_batch_size=1)
+    planner, run = Planner(read_parts(str(WEIGHTS))), replace(tiny(), rollout_batch_size=72, train_micro_batch_size=1)
     full = planner.plan(run)
-    assert full.fits and full.seconds is None and full.peak.name == "decode"
+    assert full.fits and full.seconds is None and full.peak.name == "rollout"
     ways, smaller = planner.advice(planner.plan(run, Card("a little too small", full.peak.bytes - 1, 1e12)))
-    assert ways == ["rollout_batch_size: 6"] and smaller.fits and smaller.run.rollout_batch_size == 6
+    assert ways == ["rollout_batch_size: 36"] and smaller.fits and smaller.run.rollout_batch_size == 36
     least = replace(smaller.run, rollout_batch_size=1, cache_conditions=True, judge=1e9)
     ways, still = planner.advice(planner.plan(least, Card("none", 1e6, 1e12)))
     assert "the judge on a server, at RCGRPO_JUDGE_URL" in ways and not still.fits and still.run.judge == 0

@@ -1,6 +1,7 @@
 """`checks.py`, `rows.py`: what cannot work is refused before the first step, naming what to do."""
 
 import time
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -10,9 +11,9 @@ from diffusers import FirstBlockCacheConfig
 from peft import LoraConfig
 from PIL import Image
 
-from rcgrpo import RCGRPOTrainer
 from rcgrpo.rewards import RewardError
 from rcgrpo.rewards.calling import TookTooLong
+from rcgrpo.training.checks import check_engine
 from tiny_kontext import build_tiny_kontext
 from tiny_training import LAYERS, brightness, last, make, rolled_out
 
@@ -224,15 +225,34 @@ def test_what_cannot_work_is_refused_before_the_first_step(tmp_path, data, case)
         make(tmp_path, change(data), **given)
 
 
-def test_refuses_engines_that_shard_the_model(tmp_path, data, monkeypatch):
-    create = RCGRPOTrainer.create_accelerator_and_postprocess
-    monkeypatch.setattr(
-        RCGRPOTrainer,
-        "create_accelerator_and_postprocess",
-        lambda trainer: [create(trainer), setattr(trainer, "is_fsdp_enabled", True)],
+def engine(processes=1, plugin=None):
+    return SimpleNamespace(
+        num_processes=processes, state=SimpleNamespace(**({f"{plugin}_plugin": 1} if plugin else {}))
     )
-    with pytest.raises(ValueError, match="FSDP: got a sharded engine, expected plain data parallelism"):
-        make(tmp_path, data)
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "options", "goes_on", "rows", "message"),
+    [
+        (engine(2, "fsdp"), {}, False, None, "fsdp: got an engine .* expected shard_model=True"),
+        (engine(2, "deepspeed"), {}, False, None, "deepspeed: got an engine .* as FSDP2 and ZeRO-3 do"),
+        (engine(1), {"shard_model": True}, False, None, "shard_model: got True on one process, expected several"),
+        (engine(2), {"shard_model": True, "beta": 0.1}, True, None, "shard_model: got True with beta=0.1 and a LoRA"),
+        (
+            engine(2),
+            {"shard_model": True},
+            False,
+            [0],
+            "shard_model: got 1 rows in eval_dataset, expected one for each",
+        ),
+    ],
+)
+def test_refuses_engines_that_split_the_work_otherwise(accelerator, options, goes_on, rows, message):
+    args = SimpleNamespace(**({"n_gpu": 0, "shard_model": False, "beta": 0.0} | options))
+    with pytest.raises(ValueError, match=message) as refused:
+        check_engine(accelerator, args, goes_on, [rows])
+    assert "\n" not in str(refused.value)
+    check_engine(engine(2), SimpleNamespace(n_gpu=0, shard_model=True, beta=0.1), False, [[0, 1], None])
 
 
 def test_refuses_a_step_cache(tmp_path, data):

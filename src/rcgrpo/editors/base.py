@@ -229,15 +229,16 @@ class FlowEditor(ABC):
         With a cache the text encoders stay on the CPU, come to the device when something new is to be encoded, and
         leave it again.
         """
-        pipe = self.pipeline
-        if self.cache is None:
+        pipe, self._device = self.pipeline, device
+        if self.cache is None and can_move(pipe.transformer):
             pipe.to(device)
             return
-        for part in (pipe.transformer, pipe.vae):
+        for part in (pipe.transformer, pipe.vae, *(self.text_encoders if self.cache is None else ())):
             if can_move(part):
                 part.to(device)
+        if self.cache is None:
+            return
         self._offloads = [cpu_offload_with_hook(part, device)[1] for part in self.text_encoders if can_move(part)]
-        self._device = device
 
     @property
     def device(self) -> torch.device:

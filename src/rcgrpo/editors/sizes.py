@@ -1,6 +1,7 @@
 """At which size a picture is edited, and whether a model may go where it is edited."""
 
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 
 def fit_size(height: int, width: int, max_area: int, multiple: int) -> tuple[int, int]:
@@ -12,5 +13,5 @@ def fit_size(height: int, width: int, max_area: int, multiple: int) -> tuple[int
 
 
 def can_move(part: nn.Module) -> bool:
-    """Whether a model may go to another device, which bitsandbytes' 8-bit weights may not."""
-    return not getattr(part, "is_loaded_in_8bit", False)
+    """Whether a model may go to another device, which bitsandbytes' 8-bit weights and sharded ones may not."""
+    return not (getattr(part, "is_loaded_in_8bit", False) or isinstance(part, FSDPModule))

@@ -28,7 +28,7 @@ from ..reporting.curves import plot_curves
 from ..reporting.files import write_atomically
 from ..reporting.sheets import contact_sheet, heatmap, outline
 from ..reporting.statistics import PairedDifference, compare, markdown_table
-from ..rewards import failing_together, get_region_scorer, get_second_scorer, region_edit
+from ..rewards import get_region_scorer, get_second_scorer, region_edit
 from ..rewards.builtin import ADDS, REMOVES
 from ..rewards.clip_model import CLIP_MODEL, Clip
 from .compbench import local_clip_scores
@@ -247,7 +247,7 @@ def judge_held_out(
     judged: list[HeldOut] = []
     trainer.model.eval()  # what is logged here belongs to no training step
     with (
-        failing_together(accelerator),
+        trainer.rolling_out(),
         tqdm(total=len(share), desc=description, unit="edit", disable=not accelerator.is_main_process) as progress,
     ):
         for start in range(0, len(share), batch_size):

@@ -359,7 +359,10 @@ def make_groups(
             options,
         )
         schedule = editor.schedule(*size)
-        parts = trajectory[-1].split(batch_size or trajectory.shape[1])
+        # Decoding takes more memory than anything else, and one picture fills a GPU. A CPU has the memory, and rounds
+        # another batch otherwise.
+        together = batch_size or trajectory.shape[1] if trajectory.device.type == "cpu" else 1
+        parts = trajectory[-1].split(together)
         images = [image for part in parts for image in editor.decode(part, *size)]
         for j, i in enumerate(chosen):
             part = slice(j * num_generations, (j + 1) * num_generations)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..groups.transitions import Transitions
+from ..training.precision import computes_in_bf16
 from .counting import Counter, storages, without_contents
 from .known import Parts
 from .model import BLOCKS, Shape, add_lora, block_counts, make_conditions, make_editor, size_of, without_meta
@@ -96,6 +97,7 @@ def measure_velocity(parts: Parts, shape: Shape, update: Update, train: bool, bl
     matrices = [layer.weight.numel() for layer in base.modules() if isinstance(layer, nn.Linear)]
     model = add_lora(editor, update.lora_r, update.lora_target_modules)
     model.train(train)
+    autocast = shape.autocast and not computes_in_bf16(model)
     if train and update.gradient_checkpointing:
         base.enable_gradient_checkpointing()
     with without_contents():
@@ -114,7 +116,7 @@ def measure_velocity(parts: Parts, shape: Shape, update: Update, train: bool, bl
                 block.register_forward_pre_hook(partial(_enter, counter, name))
 
         def asked(**arguments: Any) -> Any:  # as accelerate wraps a model
-            with torch.autocast("cpu", torch.bfloat16) if shape.autocast else nullcontext():
+            with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
                 return model(**arguments)
 
         with counter, torch.set_grad_enabled(train):

@@ -24,6 +24,7 @@ from ..editors import Conditions
 from ..editors.base import FlowEditor
 from ..editors.opening import open_editor, region_decoupled_class
 from ..training.model import naming_model
+from ..training.precision import computes_in_bf16, round_lora
 from .known import KNOWN, Parts
 
 BLOCKS = {"num_layers": "transformer_blocks", "num_single_layers": "single_transformer_blocks"}
@@ -77,7 +78,7 @@ class Shape:
     Args:
         resolution, batch, guidance_scale, true_cfg_scale, batch_guidance, max_sequence_length: as in the configuration.
         dtype, text_dtype, vae_dtype: of the transformer, of the text (and so of what the model is asked in), the VAE.
-        autocast: whether the model runs under autocast, as with `bf16`.
+        autocast: whether a model that is not in bf16 itself runs under autocast, as with `bf16`.
     """
 
     resolution: int
@@ -163,6 +164,8 @@ def add_lora(editor: FlowEditor, rank: int, targets: Sequence[str] | None) -> Pe
     """As `rcgrpo train` puts it on."""
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets or editor.lora_targets))
     model: Any = get_peft_model(editor.pipeline.transformer, config)
+    if computes_in_bf16(model):
+        round_lora(model)
     return model
 
 

@@ -133,7 +133,7 @@ class Planner:
         rows = [
             ("encode", encode.peak + (encoders if run.cache_conditions else 0), prompts * (text * (1 + guided)), 1),
             ("rollout", rollout.peak + unpacked, sampled, 1),
-            ("decode", decode.peak, images * decode.flop / run.rollout_batch_size, halves),
+            ("decode", decode.peak, images * decode.flop, halves),
             ("update", train.peak + unpacked, learned, 1),
         ]
         phases = []
@@ -170,7 +170,7 @@ class Planner:
         return self._remember((shape, update, train), lambda: whole(self.parts, measure))
 
     def _vae(self, run: Run, decode: bool) -> Costs:
-        shape = replace(run.shape, batch=run.rollout_batch_size if decode else 1)
+        shape = replace(run.shape, batch=1)  # one picture at a time
         return self._remember((shape, decode), lambda: measure_vae(self.parts, shape, decode))
 
     def _guided(self, run: Run) -> bool:
@@ -210,7 +210,7 @@ def _smaller(plan: Plan) -> Iterator[tuple[str, str, Run]]:
     if phase == "update" and run.train_micro_batch_size > 1:
         size = run.train_micro_batch_size // 2
         yield "train", f"train_micro_batch_size: {size}", replace(run, train_micro_batch_size=size)
-    if phase in ("rollout", "decode") and run.rollout_batch_size > 1:
+    if phase == "rollout" and run.rollout_batch_size > 1:
         size = run.rollout_batch_size // 2
         yield "rollout", f"rollout_batch_size: {size}", replace(run, rollout_batch_size=size)
     if run.judge:

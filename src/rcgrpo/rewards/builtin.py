@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from .pictures import image_tensor, outside
+from .pictures import image_tensor, outside, place
 from .region_scorer import get_region_scorer
 from .registry import RewardError, register_reward
 
@@ -99,7 +99,8 @@ def background_ssim(
 
     scores: list[float | None] = []
     for image, source, mask in zip(images, source_images, masks, strict=True):
-        shown, kept, keep = image_tensor(image), image_tensor(source), outside(image, source, mask)
+        pixels = image_tensor(image), image_tensor(source), outside(image, source, mask)
+        shown, kept, keep = (tensor.to(place()) for tensor in pixels)
         if not keep.any():
             scores.append(None)
             continue

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ..processes.lockstep import FailedElsewhereError
 from ..processes.stopping import Interrupted, Stopped, interruptible
 from .registry import Reward, RewardError
 from .scoring import RewardFailure, ScoredBatch
@@ -61,7 +62,7 @@ def agree_on_failure(accelerator: Any, error: BaseException | None) -> None:
         return
     from accelerate.utils import gather_object
 
-    told = gather_object([None if error is None else (type(error).__name__, str(error))])
+    told = gather_object([None if _of_another(error) else (type(error).__name__, str(error))])
     rank, (kind, text) = next((rank, report) for rank, report in enumerate(told) if report is not None)
     stops: dict[str, type[Stopped]] = {c.__name__: c for c in (Stopped, Interrupted)}
     known: dict[str, type[Exception]] = {c.__name__: c for c in (RewardError, RequiredRewardError, FloatingPointError)}
@@ -70,6 +71,10 @@ def agree_on_failure(accelerator: Any, error: BaseException | None) -> None:
     if kind not in known:
         text = f"{kind}: {text}"
     raise agreed(known.get(kind, RuntimeError)(f"process {rank}: {text}")) from error
+
+
+def _of_another(error: BaseException | None) -> bool:
+    return error is None or isinstance(error, FailedElsewhereError)
 
 
 def agreed(error: BaseException) -> BaseException:

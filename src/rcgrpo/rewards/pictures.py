@@ -30,6 +30,11 @@ def image_tensor(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1).to(torch.float32) / 255
 
 
+def place() -> str:
+    """Where rewards that follow from pixels compute: the current GPU if there is one."""
+    return f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
+
+
 def outside(image: Image.Image, source: Image.Image, mask: Image.Image) -> Tensor:
     """Boolean `[height, width]`, true where the source is to be kept.
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import adaptive_max_pool2d, cosine_similarity
 
 from ..maths.metrics import load_lpips
-from .pictures import image_tensor, outside
+from .pictures import image_tensor, outside, place
 from .registry import register_reward
 
 
@@ -45,7 +45,7 @@ class _NetworkReward:
         self.device = device
 
     def _place(self) -> str:
-        return self.device or (f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu")
+        return self.device or place()
 
     def __call__(
         self, images: list[Image.Image], source_images: list[Image.Image], masks: list[Image.Image], **columns: Any

@@ -64,15 +64,37 @@ def check_optimizer(trained: nn.Module, optimizer: Any) -> None:
             )
 
 
-def check_engine(gpus: int, fsdp: bool, deepspeed: bool) -> None:
-    """Refuse what splits the model or its work otherwise than process by process."""
-    if gpus > 1:
+def check_engine(accelerator: Any, args: RCGRPOConfig, goes_on: bool, held_out: Sequence[EditRows | None]) -> None:
+    """Refuse engines that split the model or its work otherwise than process by process, or than `shard_model` does.
+
+    Args:
+        goes_on: a LoRA that was there before is trained on.
+        held_out: sets of rows for evaluations.
+    """
+    if args.n_gpu > 1:
         raise ValueError("Several GPUs in one process: got DataParallel, expected one GPU; use `accelerate launch`")
-    if fsdp or deepspeed:
+    for name in ("fsdp", "deepspeed"):
+        if getattr(accelerator.state, f"{name}_plugin", None) is not None:
+            raise ValueError(
+                f"{name}: got an engine that knows nothing of rollouts, expected shard_model=True, which spreads "
+                "weights, gradients and optimizer state as FSDP2 and ZeRO-3 do; start with `accelerate launch "
+                "--multi_gpu`"
+            )
+    if not args.shard_model:
+        return
+    processes = accelerator.num_processes
+    if processes == 1:
+        raise ValueError("shard_model: got True on one process, expected several; use `accelerate launch --multi_gpu`")
+    if args.beta and goes_on:
         raise ValueError(
-            f"{'FSDP' if fsdp else 'DeepSpeed'}: got a sharded engine, expected plain data parallelism, as processes "
-            "run unequal numbers of forwards (picture sizes, dropped groups, turns); use `accelerate launch "
-            "--multi_gpu`, and a quantized base, cache_conditions or rollout_batch_size where memory is short"
+            f"shard_model: got True with beta={args.beta} and a LoRA that goes on being trained, expected one or the "
+            "other, as its start would have to be kept whole; fuse it into the base, or set beta to 0"
+        )
+    fewest = min((len(rows) for rows in held_out if rows is not None), default=processes)
+    if fewest < processes:
+        raise ValueError(
+            f"shard_model: got {fewest} rows in eval_dataset, expected one for each of {processes} processes, "
+            "as every forward takes all of them"
         )
 
 

@@ -140,6 +140,14 @@ class RCGRPOConfig(_BaseConfig):
         metadata={"help": "Anchor steps at a time in the update. Bounds memory; the default is all of them."},
     )
 
+    shard_model: bool = field(
+        default=False,
+        metadata={
+            "help": "Spread the transformer, its gradients and the optimizer's state over all processes, block by "
+            "block (FSDP2), where one GPU does not hold them; each block is gathered when it is at work."
+        },
+    )
+
     # Parameters that control exploration
     num_generations: int = field(default=12, metadata={"help": "Candidates of a group (G), at least 2."})
     num_generations_eval: int = field(default=1, metadata={"help": "Candidates of each edit in evaluation."})
@@ -355,6 +363,11 @@ class RCGRPOConfig(_BaseConfig):
                 f"WORLD_SIZE: got {launched} processes from the launcher, expected the {self.world_size} of a process "
                 f"group, as accelerate finds none for {self.device.type}; pass use_cpu=True, or launch one process"
             )
+
+    @property
+    def place_model_on_device(self) -> bool:
+        """Whether the Trainer moves the whole model; what is sharded goes block by block."""
+        return super().place_model_on_device and not self.shard_model
 
     @property
     def named_regions(self) -> list[str]:

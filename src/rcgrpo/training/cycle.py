@@ -6,14 +6,15 @@ an update does with them is the trainer's business.
 Gotchas: a cycle is one gradient-accumulation window, all of which is rolled out while the judges work on its beginning,
 and it is repeated `num_iterations` times. What is kept between repetitions is not in checkpoints, hence `save_steps`
 must be a multiple of it, and a signal stops a run at the end of a cycle. Several processes only wait for each other
-outside `failing_together`.
+outside `failing_together`; for a sharded model's forwards they do inside, in `rolling_out`.
 """
 
 import dataclasses
 import itertools
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from ..editors.base import FlowEditor
 from ..groups.rollout import Exploration, Group, make_groups
 from ..groups.transitions import Where
 from ..groups.turns import best_candidate
+from ..processes.lockstep import Lockstep
 from ..rewards import PendingScores, ScoredBatch, failing_together
 from .rows import check_played, each_set, following_turn, make_rows
 from .run_log import LoggingTrainer
@@ -46,6 +48,7 @@ class GeneratingTrainer(LoggingTrainer):
     exploration: Exploration
     _eval_editor: FlowEditor
     _records_attention: bool
+    _lockstep: Lockstep | None = None
 
     def __init__(self, *given: Any, **named: Any) -> None:
         super().__init__(*given, **named)
@@ -88,6 +91,16 @@ class GeneratingTrainer(LoggingTrainer):
 
     # ------------------------------------------------------------------------------------------ groups
 
+    @contextmanager
+    def rolling_out(self) -> Iterator[None]:
+        """For whatever makes groups: as `failing_together`, and of a sharded model in step with the other processes."""
+        lockstep = self._lockstep
+        with (
+            failing_together(self.accelerator, can_stop=lockstep is None),  # half-way a pass would leave the others
+            nullcontext() if lockstep is None else lockstep.stretch(),
+        ):
+            yield
+
     def make_groups(
         self,
         edits: Sequence[Edit],
@@ -105,7 +118,7 @@ class GeneratingTrainer(LoggingTrainer):
         self.model.eval()
         groups = make_groups(
             editor,
-            self.model_wrapped,
+            self.model_wrapped if self._lockstep is None else self._lockstep.calling(self.model_wrapped),
             edits,
             num_generations,
             exploration,
@@ -179,7 +192,7 @@ class GeneratingTrainer(LoggingTrainer):
             size, key = args.num_generations, (args.seed, cycle)
             # Where the batch's spread counts, all of it is scored first; else an update runs beside the judges' work.
             whole = self.scoring.spans_the_batch
-            with failing_together(self.accelerator):
+            with self.rolling_out():
                 if not self._ahead:  # the whole window is rolled out while the judges work; weights stay as they are
                     for batch in self._window[position:] or [inputs]:
                         edits = [self.train_dataset.edit(index, row) for index, row in batch]
@@ -208,7 +221,7 @@ class GeneratingTrainer(LoggingTrainer):
     ) -> tuple[None, None, None]:
         """Roll out and score held-out edits, always from the same noise."""
         size, key = self.args.num_generations_eval, (self.args.seed, "eval")
-        with failing_together(self.accelerator):
+        with self.rolling_out():
             edits = [self._eval_rows().edit(index, row) for index, row in inputs]
             groups = self._finish(*self._begin(edits, size, key), size, key)
             self.scoring.compare(groups)

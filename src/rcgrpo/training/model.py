@@ -17,6 +17,7 @@ from typing import Any
 import diffusers
 import torch
 import transformers
+from accelerate.utils import TorchDynamoPlugin
 from diffusers import DiffusionPipeline
 from diffusers.quantizers import PipelineQuantizationConfig
 from huggingface_hub import hf_hub_download
@@ -203,6 +204,17 @@ def trained_model(pipeline: Any, peft_config: PeftConfig | None, seed: int) -> n
     wrapped.config = PreTrainedConfig(**public)
     wrapped.config._name_or_path = base_model_name(pipeline)
     return wrapped
+
+
+def compile_blocks(transformer: Any, accelerator: Any, args: Any) -> None:
+    """Compile each kind of block once, with the LoRA in it, in place of accelerate's compilation of the whole model.
+
+    Args:
+        accelerator: the Trainer's, which is kept from compiling.
+        args: with `torch_compile_backend` and `torch_compile_mode`.
+    """
+    accelerator.state.dynamo_plugin = TorchDynamoPlugin(backend="no")
+    transformer.compile_repeated_blocks(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
 
 
 def _with_new_lora(transformer: nn.Module, peft_config: PeftConfig, seed: int) -> PeftModel:

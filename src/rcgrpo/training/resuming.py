@@ -15,7 +15,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from ..processes.stopping import Interrupted, Stopped, StopSignals, leave_in_tim
 from ..rewards import agreed, failing_together, is_agreed
 from . import checkpoints
 from .checkpoints import UNFINISHED, CheckpointError
+from .sharding import local, spread_optimizer_state, whole_state, whole_weights
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +47,7 @@ SHAPING = (
 class ResumingTrainer(_BaseTrainer):
     """TRL's base trainer whose checkpoints are whole or not there, which saves before it stops, and goes on."""
 
-    _writing = False
+    _writing = _gathered = False
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
         """As `Trainer.train`, for job scripts that are stopped and started again.
@@ -244,6 +245,8 @@ class ResumingTrainer(_BaseTrainer):
         )
         if theirs not in (ours, "its own optimizer"):
             raise other
+        if self.args.shard_model:
+            self._bare_optimizer().register_load_state_dict_pre_hook(spread_optimizer_state)
         try:
             super()._load_optimizer_and_scheduler(checkpoint)
         except (ValueError, KeyError) as error:
@@ -251,8 +254,7 @@ class ResumingTrainer(_BaseTrainer):
 
     def _optimizer_name(self) -> str:
         """Its class, as several values of `optim` give the same one."""
-        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate wraps it
-        kind = type(optimizer)
+        kind = type(self._bare_optimizer())
         return f"{kind.__module__.removesuffix('.' + kind.__name__.lower())}.{kind.__qualname__}"
 
     def _warn_in_mid_cycle(self, checkpoint: Path, step: int) -> None:
@@ -296,7 +298,11 @@ class ResumingTrainer(_BaseTrainer):
         # With a best step the Trainer would look for it in the unfinished folder, and wait for the other processes.
         self._writing, state.best_global_step = True, None
         try:
-            with failing_together(self.accelerator, can_stop=False), _writing_to(folder, name):
+            with (
+                self._whole(with_optimizer=not self.args.save_only_model),
+                failing_together(self.accelerator, can_stop=False),
+                _writing_to(folder, name),
+            ):
                 super()._save_checkpoint(model, trial)
         finally:
             self._writing, state.best_global_step = False, best
@@ -315,10 +321,26 @@ class ResumingTrainer(_BaseTrainer):
             self._push_from_checkpoint(str(folder / name))
         self._warn_in_mid_cycle(folder / name, step)
 
+    @contextmanager
+    def _whole(self, with_optimizer: bool = False) -> Iterator[None]:
+        """For saving, on every process: what is sharded is gathered beforehand, and writing waits for nobody."""
+        if not self.args.shard_model or self._gathered:
+            yield
+            return
+        self._gathered = True
+        try:
+            with whole_weights(self.model), whole_state(self._bare_optimizer()) if with_optimizer else nullcontext():
+                yield
+        finally:
+            self._gathered = False
+
+    def _bare_optimizer(self) -> Any:
+        return getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate wraps it
+
     def _refuse_non_finite_weights(self) -> None:
         """Before a checkpoint is written, as a newer one takes the place of a good one."""
         for name, weight in self.accelerator.unwrap_model(self.model).named_parameters():
-            if weight.requires_grad and not bool(weight.isfinite().all()):
+            if weight.requires_grad and not bool(local(weight.detach()).isfinite().all()):
                 raise FloatingPointError(
                     f"{name}: got NaN or infinity in this weight after step {self.state.global_step}, expected finite "
                     "numbers, so no checkpoint is written; lower learning_rate, or train in bf16 instead of fp16, and "

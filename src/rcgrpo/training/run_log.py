@@ -7,12 +7,16 @@ Gotchas: training and evaluation gather their numbers apart. Processes may have 
 one, so a mean is taken over all values and not over processes.
 """
 
+import copy
 import logging
 from collections import defaultdict
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.utils import gather_object
 from huggingface_hub import CommitScheduler, create_repo
 from torch import Tensor
@@ -43,6 +47,8 @@ class LoggingTrainer(SavingTrainer):
     def __init__(self, *given: Any, **named: Any) -> None:
         super().__init__(*given, **named)
         self._metrics: dict[str, dict[str, list[float]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
+        self._diagnoses: dict[str, list[Future[list[dict[str, Any]]]]] = defaultdict(list)
+        self._beside = ThreadPoolExecutor(1, thread_name_prefix="rcgrpo-diagnoses")
         self._completions: dict[str, list[Completions]] = {"train": [], "eval": []}
         self._eval_prefix = "eval_"
         self._last_eval_metrics: dict[str, float] = {}
@@ -96,6 +102,7 @@ class LoggingTrainer(SavingTrainer):
     def forget_metrics(self) -> None:
         """Drop what was measured since the last log, for scores that belong to no step of the run."""
         self.scoring.extra_columns = {}
+        self._diagnoses.clear()
         for metrics in self._metrics.values():
             metrics.clear()
 
@@ -113,12 +120,23 @@ class LoggingTrainer(SavingTrainer):
                 metrics[f"rewards/{name}/silent_batches"].append(float(self.failures.silent[name]))
 
     def _log_groups(self, groups: Sequence[Group]) -> None:
-        metrics = self._metrics[self._mode()]
-        for group in groups:
-            for name, value in group_log(group, self.scoring).items():
-                metrics[name] += value if isinstance(value, list) else [value]
+        """Numbers of the groups: made beside the update, which they would hold up, and taken by the next log."""
+        scoring, device = copy.copy(self.scoring), self.accelerator.device
+
+        def told() -> list[dict[str, float | list[float]]]:
+            with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+                return [group_log(group, scoring) for group in groups]
+
+        self._diagnoses[self._mode()].append(self._beside.submit(told))
         if self.args.log_completions:
             self._record_completions(groups)
+
+    def _take_diagnoses(self, mode: str) -> None:
+        with failing_together(self.accelerator, can_stop=False):
+            for diagnosis in self._diagnoses.pop(mode, ()):
+                for numbers in diagnosis.result():
+                    for name, value in numbers.items():
+                        self._metrics[mode][name] += value if isinstance(value, list) else [value]
 
     def _record_completions(self, groups: Sequence[Group]) -> None:
         """Keep what the next log shows: of an update the first edits, of an evaluation always the same ones."""
@@ -139,6 +157,7 @@ class LoggingTrainer(SavingTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "eval" if any(key.startswith(self._eval_prefix) for key in logs) else "train"
         prefix = self._eval_prefix if mode == "eval" else ""
+        self._take_diagnoses(mode)
         averaged = {prefix + name: value for name, value in averages(self._metrics[mode]).items()}
         if mode == "eval":
             self._last_eval_metrics = averaged

@@ -21,6 +21,7 @@ from ..rewards import Reward
 from .hub import model_card, save_lora
 from .model import base_model_name
 from .resuming import ResumingTrainer
+from .sharding import plain_copy
 
 
 class SavingTrainer(ResumingTrainer):
@@ -50,14 +51,21 @@ class SavingTrainer(ResumingTrainer):
         else:
             self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As the Trainer's."""
+        with self._whole():
+            super().save_model(output_dir, _internal_call)
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if not self.args.should_save:  # some versions of transformers ask every process
+            return
         folder = Path(output_dir or self.args.output_dir)
         model = self.accelerator.unwrap_model(self.model)
         if isinstance(model, PeftModel):
             super()._save(str(folder), state_dict)
             save_lora(self.pipeline, model, folder)
         else:
-            model.save_pretrained(folder / "transformer")
+            (plain_copy(model) if self.args.shard_model else model).save_pretrained(folder / "transformer")
         self._write_card(folder)
 
     def _write_card(

@@ -28,6 +28,7 @@ from ..groups.transitions import Transitions, choose, gather, micro_batches
 from ..inputs.hints import hinted
 from ..maths.objective import keep_hinge, predict_clean, velocity_kl
 from ..maths.regions import region_weights
+from ..processes.lockstep import Lockstep
 from ..processes.stopping import interruptible
 from ..rewards import ATTENTION_REWARDS, FailureWatch, failing_together
 from .adapters import StartingPoint, adapters_of
@@ -45,9 +46,11 @@ from .config import RCGRPOConfig
 from .config_checks import check_trackers
 from .cycle import CycleSampler, GeneratingTrainer
 from .log import make_readable
-from .model import load_pipeline, trained_model, with_quantization
+from .model import compile_blocks, load_pipeline, trained_model, with_quantization
+from .precision import computes_in_bf16, round_lora
 from .rooms import editor_of, exploration_of, scoring_of
 from .rows import check_played, each_set
+from .sharding import shard
 
 __all__ = ["CycleSampler", "RCGRPOTrainer", "UntaughtUpdates"]
 
@@ -138,6 +141,9 @@ class RCGRPOTrainer(GeneratingTrainer):
         trained = trained_model(self.pipeline, peft_config, args.seed)
         self._start = StartingPoint(trained) if args.beta and goes_on else None
         check_optimizer(trained, optimizers[0])
+        natively = computes_in_bf16(trained)
+        if natively:
+            round_lora(trained)
         super().__init__(
             model=trained,
             args=args,
@@ -147,9 +153,17 @@ class RCGRPOTrainer(GeneratingTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        check_engine(self.args.n_gpu, self.is_fsdp_enabled, self.is_deepspeed_enabled)
+        held_out = list(eval_rows.values()) if isinstance(eval_rows, dict) else [eval_rows]
+        check_engine(self.accelerator, args, goes_on, held_out)
+        if natively:
+            self.accelerator.native_amp = False  # no autocast around a model that is in bf16 itself
+        if args.torch_compile:
+            compile_blocks(self.pipeline.transformer, self.accelerator, args)
+        if args.shard_model:
+            shard(trained, self.accelerator)
+            self._lockstep = Lockstep()
         check_enough(train_rows, self._cycle_size())
-        for rows in (train_rows, *(eval_rows.values() if isinstance(eval_rows, dict) else [eval_rows])):
+        for rows in (train_rows, *held_out):
             check_played(rows, args, self.exploration, self.editor)
         self.editor.place(self.accelerator.device)
         self._eval_editor = self.editor.with_steps(args.num_inference_steps_eval or args.num_inference_steps)
@@ -240,6 +254,8 @@ class RCGRPOTrainer(GeneratingTrainer):
         # edits are spread over micro-steps and ranks.
         size = len(inputs) * args.num_anchors * args.num_policy_steps
         total = torch.zeros((), device=self.accelerator.device)
+        for _ in range(self._passes_of_others(len(batches))):
+            self._pass_along(model, gather(groups, batches[0][:1], self.policy, {}))
         for i, where in enumerate(batches, start=1):
             transitions = gather(groups, where, self.policy, known)
             self._taught |= bool(transitions.taught.any())
@@ -256,6 +272,22 @@ class RCGRPOTrainer(GeneratingTrainer):
         self._step += 1
         self._metrics["train"]["step_time"].append(time.perf_counter() - began)
         return total / self.current_gradient_accumulation_steps
+
+    def _passes_of_others(self, own: int) -> int:
+        """How many more micro-batches another process has, of a model whose every pass takes all of them."""
+        if self._lockstep is None:
+            return 0
+        numbers = self.accelerator.gather(torch.tensor([own], device=self.accelerator.device))
+        return int(numbers.max()) - own
+
+    def _pass_along(self, model: nn.Module, inputs: Transitions) -> None:
+        """The passes of a micro-batch, from which nothing is learned."""
+        asked = (inputs.latents, inputs.timestep, inputs.conditions)
+        velocity = self.editor.velocity(model, *asked)
+        if self.args.beta:
+            with torch.no_grad(), self._reference(model) as still:
+                self.editor.velocity(still, *asked)
+        self.accelerator.backward(velocity.sum() * 0.0)
 
     def _refuse_non_finite(self, loss: Tensor, groups: Sequence[Group]) -> None:
         if not bool(torch.isfinite(loss)):
