@@ -72,6 +72,6 @@ def test_two_processes_learn_what_they_do_without_and_fail_together(tmp_path):
                 norms = [[row["grad_norm"] for row in rows if "grad_norm" in row] for rows in (log, other_log)]
                 assert norms[1] == pytest.approx(norms[0], rel=1e-4) and len(norms[0]) == ADAM["max_steps"]
         counts = [[torch.load(tmp_path / f"{kind}{name}.{rank}.count") for rank in (0, 1)] for name in ("", " sharded")]
-        assert counts[0][0] > counts[0][1] and counts[1] == [counts[0][0]] * 2
+        assert counts[0][0] > counts[0][1] and counts[1][0] == counts[1][1] >= counts[0][0]
     told = [(tmp_path / f"told{rank}").read_text() for rank in (0, 1)]
     assert told[0] == told[1] == "process 1: OSError: the disk is gone"

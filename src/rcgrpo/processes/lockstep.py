@@ -17,6 +17,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from .stopping import interruptible
+
 THROUGH, CALLING, FAILED = 0, 1, 2
 
 
@@ -35,6 +37,8 @@ class Lockstep:
         """The model, to be called within a `stretch`."""
 
         def call(*args: Any, **kwargs: Any) -> Any:
+            with interruptible():  # between two forwards a run may be stopped, and never within one
+                pass
             self._meet(CALLING)
             self._last = lambda: model(*args, **kwargs)
             return self._last()

@@ -96,7 +96,7 @@ class GeneratingTrainer(LoggingTrainer):
         """For whatever makes groups: as `failing_together`, and of a sharded model in step with the other processes."""
         lockstep = self._lockstep
         with (
-            failing_together(self.accelerator, can_stop=lockstep is None),  # half-way a pass would leave the others
+            failing_together(self.accelerator, can_stop=lockstep is None),  # else only between two forwards
             nullcontext() if lockstep is None else lockstep.stretch(),
         ):
             yield
