@@ -44,7 +44,7 @@ def test_kontext_is_what_was_measured_elsewhere():
     parts = KNOWN[KONTEXT]
     update = whole(parts, partial(measure, KONTEXT, Update(loss), True))
     assert update.frozen == pytest.approx(11.90e9, rel=1e-3)
-    assert update.peak == pytest.approx(1.7e9, rel=0.05)
+    assert update.peak == pytest.approx(1.37e9, rel=0.01)  # 1.7e9 elsewhere, with what autocast adds
     forward = whole(parts, partial(measure, KONTEXT, Update(loss), False))
     assert forward.flop == pytest.approx(37.7e12 * 1.012, rel=0.005)
     assert measure_vae(parts, Shape(1024, 4), True).peak == pytest.approx(12.9e9, rel=0.01)
