@@ -10,6 +10,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
 from rcgrpo.planning.known import KNOWN, Parts
@@ -42,6 +43,7 @@ def random_pipeline(parts: Parts, device: torch.device, blocks: Mapping[str, int
             nn.init.normal_(weight.data, std=0.02) if weight.ndim > 1 else weight.data.fill_("bias" not in name)
         for name, kept in part.named_buffers():
             kept.fill_("var" in name)
+    pipeline.register_modules(scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0))
     return pipeline
 
 
