@@ -115,7 +115,7 @@ def write_study(
         "(../benchmarks/study/README.md) on Kontext-tiny and CompBench-mini's held-out edits. "
         f"Machine: {machine}. Every trained row spends the same compute; a *unit* is one sample through the "
         "transformer, a backward counts as two. The numbers of every seed are in [`study/`](study), those of single "
-        f"edits in [`study/record/`](study/record). {total}\n\n"
+        f"edits in `docs/study/record/` of the repository. {total}\n\n"
         "Edit score: the reward `region_edit`, the region against the wanted object and the ground truth; LP-T and "
         "LP-I are its two parts; reward: `compbench_mini`, the root of edit times background ([definitions](data.md)). "
         "PSNR and SSIM as CompBench has them: the region black in both pictures, over the whole frame. Held-out "
