@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -42,6 +43,7 @@ from rcgrpo import RCGRPOConfig
 
 test_against.__test__ = False  # its name is not pytest's
 
+ARMS = ("region", "global", "global, matched")
 SIZES = Sizes(steps=3, edits_per_update=2)
 TABLE = Table(
     "A table",
@@ -484,17 +486,19 @@ def test_the_study_is_published_from_what_was_run(tmp_path, monkeypatch):
     ran([0], settings)
     ran([1, 2], settings)
     assert command.main(["publish", "--work", str(work), "--docs", str(docs)]) == 0
-    page = (docs / "study.md").read_text()
-    assert "## x. A table" in page and "## y" not in page and "two shared cores" in page
+    first, page = ((docs / name).read_text() for name in ("study.md", "study/x.md"))
+    assert "## x. A table" in first and "## y" not in first and "two shared cores" in first
+    assert "![A table](study/x.png)" in first and "(study/x.md)" in first
+    assert page.startswith("# x. A table") and "![A table](x.png)" in page and not (docs / "study" / "y.md").exists()
     assert "benchmarks.study x --seeds 0 1 2 --steps" in page and "--only" not in page
-    assert "**1 of 9 cells have not finished.**" in page and "study/x.png" in page
+    assert "**1 of 9 cells have not finished.**" in page
     assert [row["seeds"] for row in json.loads((docs / "study" / "x.json").read_text())["rows"]] == [
         [0, 1, 2],
         [0, 1, 2],
         [0, 2],
     ]
     # what is published is enough to write every page again, and to go on from
-    whole = {path: path.read_bytes() for path in docs.rglob("*.json")} | {docs / "study.md": page.encode()}
+    whole = {path: path.read_bytes() for kind in ("*.json", "*.md") for path in docs.rglob(kind)}
     shutil.rmtree(work)
     assert command.main(["publish", "--work", str(work), "--docs", str(docs)]) == 0
     assert all(path.read_bytes() == content for path, content in whole.items())
@@ -504,7 +508,7 @@ def test_the_study_is_published_from_what_was_run(tmp_path, monkeypatch):
     # another recipe or editor is another study
     ran([0], {**settings, "overrides": {"solver": "heun"}})
     command.main(["publish", "--work", str(work), "--docs", str(docs)])
-    page = (docs / "study.md").read_text()
+    page = (docs / "study" / "x.md").read_text()
     assert "--seeds 0 --steps" in page and """--set solver='"heun"'`""" in page and "Seeds: 0." in page
 
 
@@ -577,11 +581,34 @@ def test_conclusions_belong_to_their_table(tmp_path):
     assert read_conclusions(tmp_path / "conclusions.md") == {"a": "One.\n\nTwo.", "b": "Three."}
 
 
+def test_the_first_page_has_the_answer_and_few_rows(tmp_path):
+    rows = [f"row {i}" for i in range(12)]
+    table = replace(TABLE, variants=[TABLE.variants[0], *(Variant(name) for name in rows)], baseline=None)
+    results = {(name, s): result([0.5 + s / 10, 0.6]) for name in ("base", *rows) for s in (0, 1)}
+    section = Section("x", table, summarise(table, results), "the command")
+    text = section.brief("x.png", "**Yes.**\n\nBecause of this.")
+    assert "**Yes.**" in text and "Because" not in text and "base" not in re.findall(r"^\| (\S+)", text, re.MULTILINE)
+    assert re.findall(r"^\| (row \d+)", text, re.MULTILINE) == rows[:8] and "Changes from the base:" in text
+    chosen = Section("x", replace(table, brief=("row 9", "row 2")), section.summary, "the command").brief(None)
+    assert re.findall(r"^\| (row \d+)", chosen, re.MULTILINE) == ["row 9", "row 2"] and "!" not in chosen
+
+
+@pytest.mark.parametrize("key", TABLES)
+def test_what_the_first_page_shows_is_in_the_table(key):
+    table = TABLES[key]
+    labels = {
+        name for variant in table.variants for name in (variant.name, *(f"{variant.name}: {arm}" for arm in ARMS))
+    }
+    assert set(table.brief) <= labels and set(table.brief_metrics) <= {*table.metrics} and len(table.brief) <= 8
+
+
 def test_a_summary_stands_before_the_tables(tmp_path):
     sections = [Section("x", TABLE, summarise(TABLE, made()), "the command")]
-    write_study(tmp_path, sections, "a laptop", {"summary": "What was found.", "x": "Why."}, "It took a day.")
+    said = {"summary": "What was found.", "x": "Why.", "variants": "Who is who."}
+    write_study(tmp_path, sections, "a laptop", said, "It took a day.")
     text = (tmp_path / "study.md").read_text()
-    order = ["# The study", "## In short", "What was found.", "## How to read it", "It took a day.", "## x. ", "Why."]
+    order = ["# The study", "## In short", "What was found.", "## x. ", "Why.", "## How to read it", "It took a day."]
+    order += ["## The variants", "Who is who."]
     assert [text.count(part) for part in order] == [1] * len(order)
     assert [text.index(part) for part in order] == sorted(text.index(part) for part in order)
     write_study(tmp_path, sections, "a laptop", {})

@@ -7,7 +7,7 @@ import json
 import math
 import re
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,10 @@ LEGEND = (
 )
 
 
+BRIEF = 8
+"""Rows of a table on the study's first page."""
+
+
 @dataclass(frozen=True)
 class Section:
     """A table with what was found.
@@ -49,13 +53,42 @@ class Section:
     command: str
     notes: Sequence[str] = ()
 
+    def brief(self, picture: str | None, conclusions: str = "") -> str:
+        """Markdown of the study's first page: the answer, at most eight rows, and where the rest is."""
+        table = self.table
+        named = {label(row): row for row in self.summary["rows"]}
+        rows = [named[name] for name in table.brief or named if name in named and named[name]["variant"] != BASE.name]
+        columns = [name for name in table.brief_metrics or table.plotted or table.metrics if name in table.metrics]
+        changes = any(row["gains"] for row in rows)
+        lines = [
+            [
+                label(row),
+                *(difference(row["gains"].get(m)) if changes else shown(row["means"][m]) for m in columns),
+            ]
+            for row in rows[:BRIEF]
+        ]
+        parts = [f"## {self.key}. {table.title}", f"**{table.question}**", conclusions.partition("\n\n")[0]]
+        if lines:
+            parts.append("Changes from the base:" if changes else "Means:")
+            parts.append(pad_table([["", *self.titles(columns)], *lines]))
+        if picture:
+            parts.append(f"![{table.title}]({picture})")
+        parts.append(f"All rows, all columns, and what they say: [{self.key}](study/{self.key}.md).")
+        return "\n\n".join(part for part in parts if part) + "\n"
+
+    def titles(self, metrics: Iterable[str]) -> list[str]:
+        """Heads of columns; an arrow where lower is better."""
+        table = self.table
+        return [
+            f"{table.metrics[name]} ↓" if name in table.lower_is_better else table.metrics[name] for name in metrics
+        ]
+
     def text(self, picture: str | None, conclusions: str = "") -> str:
-        """Markdown from the heading to the command."""
+        """Markdown of all of it, from the heading to the command."""
         table, rows = self.table, self.summary["rows"]
-        titles = [f"{title} ↓" if name in table.lower_is_better else title for name, title in table.metrics.items()]
         lines = [[label(row), str(len(row["seeds"])), *(shown(row["means"][m]) for m in table.metrics)] for row in rows]
-        parts = [f"## {self.key}. {table.title}", f"**{table.question}**", conclusions]
-        parts.append(pad_table([["", "seeds", *titles], *lines]))
+        parts = [f"# {self.key}. {table.title}", f"**{table.question}**", conclusions]
+        parts.append(pad_table([["", "seeds", *self.titles(table.metrics)], *lines]))
         if picture:
             parts.append(f"![{table.title}]({picture})")
         compared = {name: title for name, title in table.metrics.items() if name not in COSTS}
@@ -99,17 +132,22 @@ def write_page(folder: Path, section: Section) -> str:
 def write_study(
     docs: Path, sections: Sequence[Section], machine: str, conclusions: Mapping[str, str], total: str = ""
 ) -> Path:
-    """Write `study.md` with every table, and `study/KEY.json` and `.png`, into the documentation's folder.
+    """Write `study.md` with the answers, and all of each table in `study/KEY.md`, `.json` and `.png`.
 
     Args:
+        docs: the documentation's folder.
         machine: what it ran on, in words.
-        conclusions: markdown by the table's letter; `summary` stands before all tables.
+        conclusions: markdown by the table's letter, the answer in its first paragraph; `summary` stands before all
+            tables, `variants` after them.
         total: what all of it took, a sentence.
     """
     texts = []
     for section in sections:
-        plotted = section.save(docs / "study" / f"{section.key}.json", docs / "study" / f"{section.key}.png")
-        texts.append(section.text(f"study/{section.key}.png" if plotted else None, conclusions.get(section.key, "")))
+        key, said = section.key, conclusions.get(section.key, "")
+        plotted = section.save(docs / "study" / f"{key}.json", docs / "study" / f"{key}.png")
+        texts.append(section.brief(f"study/{key}.png" if plotted else None, said))
+        with write_atomically(docs / "study" / f"{key}.md") as part:
+            part.write_text(f"{section.text(f'{key}.png' if plotted else None, said)}\n{wrap(LEGEND)}\n")
     intro = (
         "What a reviewer of RC-GRPO-Editing would ask, measured with [the study's harness]"
         "(../benchmarks/study/README.md) on Kontext-tiny and CompBench-mini's held-out edits. "
@@ -121,12 +159,13 @@ def write_study(
         "PSNR and SSIM as CompBench has them: the region black in both pictures, over the whole frame. Held-out "
         "reward: how near the region is to the ground truth, which no training sees."
     )
+    opening = ["## In short", "", conclusions["summary"], ""] if "summary" in conclusions else []
+    closing = ["## How to read it", "", *map(wrap, intro.splitlines()), "", wrap(LEGEND)]
+    if "variants" in conclusions:
+        closing += ["", "## The variants", "", conclusions["variants"]]
     path = docs / "study.md"
     with write_atomically(path) as part:
-        opening = [*map(wrap, intro.splitlines()), "", wrap(LEGEND), ""]
-        if "summary" in conclusions:
-            opening = ["## In short", "", conclusions["summary"], "", "## How to read it", "", *opening]
-        part.write_text("\n".join(["# The study", "", *opening, *texts]))
+        part.write_text("\n".join(["# The study", "", *opening, *texts, *closing, ""]))
     return path
 
 

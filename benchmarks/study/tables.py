@@ -71,6 +71,9 @@ class Table:
         arms: of cells with several, those that are shown; all by default.
         survey: trained cells also look at whole groups, for diversity and leakage.
         seeds: default number of seeds.
+        brief: at most eight of its rows, by `variant: arm` or the variant alone, for the study's first page; the first
+            eight by default.
+        brief_metrics: their columns; those in the plot by default.
     """
 
     title: str
@@ -87,6 +90,8 @@ class Table:
     arms: Sequence[str] | None = None
     survey: bool = False
     seeds: int = 5
+    brief: Sequence[str] = ()
+    brief_metrics: Sequence[str] = ()
 
 
 SHARED: dict[str, Any] = {
@@ -112,6 +117,8 @@ EDITING = {
     "ssim": "SSIM",
     "reward": "reward",
 }
+FIRST = ("edit_score", "lp_t", "psnr")
+"""What the study's first page shows of an edit."""
 ARTEFACTS = {
     "held_out": "held-out reward",
     "edge_density": "edge density",
@@ -221,6 +228,11 @@ MAIN = Table(
     },
     baseline=NEIGHBOR.name,
     plane=("psnr", "edit_score"),
+    brief=(
+        *(NEIGHBOR.name, RC_GRPO.name, "Flow-GRPO", "DiffusionNFT", NEIGHBOR_FEW_STEPS.name, GLOBAL_FEW_STEPS.name),
+        *(RC_FEW_STEPS.name, RC_FEW_STEPS_FOR_BACKGROUND.name),
+    ),
+    brief_metrics=FIRST,
 )
 
 STRENGTHS = (0.3, 0.5, 0.7, 1.0)
@@ -244,6 +256,7 @@ VARIANCE = Table(
     lower_is_better=frozenset({"latent_var_outside", "keep_spearman", "split_keep"}),
     baseline_arm="global, matched",
     plotted=("split_keep", "edit_spearman", "keep_spearman", "gradient_snr"),
+    brief=tuple(f"strength {s:g}: {arm}" for s in STRENGTHS for arm in ("region", "global, matched")),
 )
 
 LEAKAGE = Table(
@@ -285,6 +298,11 @@ MASKS = Table(
     EDITING,
     baseline=RC_FEW_STEPS.name,
     plotted=("edit_score", "psnr"),
+    brief=(
+        *(RC_FEW_STEPS.name, "box 1", "holes 1", "shrink 0.5", "missing 0.5", "grow 1", "blob_noise 1"),
+        "wrong_object 1",
+    ),
+    brief_metrics=FIRST,
 )
 
 ATTENTION_SWEEP = Table(
@@ -307,6 +325,7 @@ ATTENTION_SWEEP = Table(
     baseline=REGION_ADVANTAGES.name,
     survey=True,
     plotted=("attention_density", "diversity_inside", "held_out", "psnr"),
+    brief_metrics=(*FIRST, "attention_density", "held_out"),
 )
 
 SWEEPS: dict[str, Sequence[Any]] = {
@@ -346,6 +365,11 @@ SETTINGS = Table(
     {**EDITING, "updates": "updates"},
     baseline=REGION_ADVANTAGES.name,
     plotted=("edit_score", "psnr"),
+    brief=(
+        *(REGION_ADVANTAGES.name, "num_inference_steps 3", "num_inference_steps 4", "num_generations 6"),
+        *("keep_strength 0.3", "edit_strength 0.3", "scale_rewards batch", "solver heun"),
+    ),
+    brief_metrics=FIRST,
 )
 
 TABLES: dict[str, Table] = {
