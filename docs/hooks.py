@@ -146,7 +146,7 @@ def outward(markdown: str, name: str, repository: str) -> str:
 
     def lead(found: re.Match[str]) -> str:
         target = (ROOT / "docs" / name).parent.joinpath(found[2].partition("#")[0]).resolve()
-        if target.is_relative_to(ROOT / "docs") and target.suffix in (".md", ".png"):
+        if target.is_relative_to(ROOT / "docs") and target.suffix in (".md", ".png", ".svg", ".jpg"):
             return found[0]
         inside = target.relative_to(ROOT).as_posix() if target.is_relative_to(ROOT) else ""
         return f"[{found[1]}]({repository}/blob/HEAD/{inside})" if repository and inside else found[1]
@@ -159,6 +159,7 @@ def generated() -> dict[str, Callable[[], str]]:
     pages: dict[str, Callable[[], str]] = {name: lambda path=path: copied(path) for name, path in COPIED.items()}
     pages["reference/cli.md"] = command_line
     pages["reference/config.md"] = configuration
+    pages["reference/names.md"] = other_names
     for key in API:
         pages[f"reference/api/{key}.md"] = lambda key=key: python_page(key)
     return pages
@@ -274,6 +275,25 @@ def configuration() -> str:
     for title, names in groups_of(source):
         rows = [config_row(own[name]) for name in names if name in own]
         parts += [f"## {title}", "\n".join(["| field | default | may be | |", "|---|---|---|---|", *rows])]
+    return "\n\n".join(parts) + "\n"
+
+
+def other_names() -> str:
+    """What names of other libraries are called here, as error messages say it."""
+    from rcgrpo.inputs.hints import HINTS, Here
+
+    rows = []
+    for name, said in sorted(HINTS.items()):
+        names = ", ".join(f"`{other}`" for other in said.names) if isinstance(said, Here) else ""
+        note = (said.note or said.otherwise) if isinstance(said, Here) else said
+        rows.append(f"| `{name}` | {names or '–'} | {cell(note)} |")
+    parts = [
+        "# Names of other libraries",
+        "Written from what error messages say: names of TRL, transformers, PEFT, diffusers and its training scripts, "
+        "and what they are called here. Where several names stand, the command has the first that it knows. The same "
+        "by library: [coming from](../coming-from.md).",
+        "\n".join(["| you type | here | |", "|---|---|---|", *rows]),
+    ]
     return "\n\n".join(parts) + "\n"
 
 

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(not DOCS.is_dir(), reason="the documentation is 
 PAGES = [*sorted(DOCS.rglob("*.md")), *sorted(ROOT.glob("*.md")), *sorted((ROOT / "examples").rglob("*.md"))]
 PAGES += sorted((ROOT / "benchmarks").rglob("README.md"))
 FENCE = re.compile(r"^( *)```(\w*)[^\n]*\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
-RUN = {"diagnostics.md", "masks.md"}
+RUN = {"add-a-reward.md", "diagnostics.md", "get-started.md", "masks.md"}
 """Pages whose code blocks run one after another; the others' need weights, a GPU, a server or your data."""
 
 
@@ -68,6 +68,11 @@ def test_every_page_has_one_place_in_the_navigation() -> None:
     listed = nav(yaml.load((ROOT / "mkdocs.yml").read_text(), Loader)["nav"])
     written = {path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md")}
     assert sorted(listed) == sorted({*written, *hooks()["generated"]()})
+
+
+def test_the_reference_says_what_names_of_others_are_called() -> None:
+    page = hooks()["other_names"]()
+    assert "| `clip_range` | `epsilon` |" in page and "| `top_p` | – | there are no generated tokens here" in page
 
 
 @pytest.mark.parametrize("path", PAGES, ids=name_of)
