@@ -90,6 +90,13 @@ def test_links_lead_somewhere(path: Path) -> None:
     assert lost == []
 
 
+def test_the_contributors_tree_has_every_wing() -> None:
+    tree = FENCE.search((ROOT / "CONTRIBUTING.md").read_text().partition("## The tree")[2])[3]
+    wings = [path.parent.name for path in (ROOT / "src" / "rcgrpo").glob("*/__init__.py")]
+    shown = re.findall(r"^[├└]── (\w+)/", tree, flags=re.MULTILINE)
+    assert set(wings) <= set(shown)
+
+
 def test_the_code_names_pages_that_exist() -> None:
     sources = [path for wing in ("src", "benchmarks", "examples") for path in (ROOT / wing).rglob("*.*")]
     texts = {name_of(path): path.read_text() for path in sources if path.suffix in (".py", ".yaml", ".md")}

@@ -1,0 +1,14 @@
+# rcgrpo with a GPU: docker build -t rcgrpo . && docker run --gpus all -v "$PWD/runs:/runs" rcgrpo train --output_dir /runs/first ...
+# Without one: docker build --build-arg TORCH="torch torchvision --index-url URL" with the CPU index that pytorch.org names.
+FROM python:3.12-slim
+ARG TORCH="torch torchvision"
+RUN useradd --create-home rcgrpo && mkdir /runs && chown rcgrpo /runs
+WORKDIR /home/rcgrpo/source
+RUN pip install --no-cache-dir ${TORCH}
+COPY . .
+RUN pip install --no-cache-dir '.[app,serve,tiny]'
+USER rcgrpo
+WORKDIR /runs
+ENV HF_HOME=/runs/.cache/huggingface
+ENTRYPOINT ["rcgrpo"]
+CMD ["train", "--output_dir", "/runs/rcgrpo-output"]
