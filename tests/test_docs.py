@@ -5,14 +5,18 @@ Nothing here needs MkDocs; `bash quickstart.sh docs` builds the site with it.
 
 import ast
 import importlib
+import json
 import re
 import runpy
+import shlex
 import unicodedata
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import yaml
+
+from rcgrpo.cli import main
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -114,12 +118,45 @@ def test_code_blocks_are_code_and_import_what_there_is(path: Path) -> None:
                 assert missing == [], f"{node.module} has no {missing}"
 
 
+def follow(text: str) -> None:
+    """Do what a page says: its Python, and the lines that begin with `rcgrpo`, one after another, here."""
+    names: dict = {"__name__": "page"}
+    for _, language, code in FENCE.findall(text):
+        if language == "python":
+            exec(compile(code, "page", "exec"), names)
+        for line in code.splitlines() if language == "bash" else []:
+            if line.startswith("rcgrpo "):
+                main(shlex.split(line, comments=True)[1:])
+
+
 @pytest.mark.parametrize("name", sorted(RUN))
 def test_code_blocks_run_one_after_another(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    names: dict = {"__name__": "page"}
-    for code in blocks(DOCS / name, "python"):
-        exec(compile(code, name, "exec"), names)
+    follow("\n".join(f"```python\n{code}```" for code in blocks(DOCS / name, "python")))
+
+
+SMALLER = {
+    'compbench_mini("train", 96)': 'compbench_mini("train", 8)',
+    "per_device_train_batch_size=4": "per_device_train_batch_size=1",
+    "num_generations=12": "num_generations=4",
+    "logging_steps=5": "logging_steps=1",
+    'compbench_mini("test", 6)': 'compbench_mini("test", 2)',
+    "--num_samples 24": "--num_samples 2",
+    "--num_samples 4 ": "--num_samples 2 ",
+}
+
+
+def test_the_tutorial_works_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = re.sub(r"max_steps=\d+", "max_steps=1", (DOCS / "tutorial.md").read_text())
+    for large, small in SMALLER.items():
+        assert text.count(large) == 1
+        text = text.replace(large, small)
+    monkeypatch.chdir(tmp_path)
+    follow(text)
+    assert len(list(Path("my-edits").iterdir())) == 3 * 8 + 1 and Path("sheet.png").exists()
+    assert list(Path("runs/warm/completions").glob("*.jpg")) and Path("before_after.png").exists()
+    results = json.loads(Path("runs/warm-evaluation/results.json").read_text())
+    assert results["contenders"] == ["base", "warm"]
 
 
 def test_the_reference_has_every_field_of_the_configuration() -> None:
