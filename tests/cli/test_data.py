@@ -247,7 +247,7 @@ def test_rows_that_get_none_are_listed(capsys):
         (["inspect", "set", "--columns", "input_image"], "--columns: got 'input_image', expected canonical=own"),
         (
             ["masks", "set", "--method", "magic"],
-            "--method: got 'magic', expected one of difference, velocity, grounding-sam, sam3",
+            "--method: got 'magic', expected one of difference, judge, velocity, grounding-sam, sam3",
         ),
     ],
 )

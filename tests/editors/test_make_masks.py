@@ -14,6 +14,7 @@ from rcgrpo.editors import FluxKontextEditor
 from rcgrpo.editors.make_masks import (
     SKIPPED,
     FromConcept,
+    FromJudge,
     FromText,
     FromVelocity,
     MaskFolder,
@@ -21,6 +22,8 @@ from rcgrpo.editors.make_masks import (
     from_difference,
     object_phrase,
 )
+from rcgrpo.rewards import RewardError
+from rcgrpo.rewards.transport import Fault
 from tiny_kontext import build_tiny_kontext
 
 
@@ -45,6 +48,39 @@ def test_the_difference_needs_a_ground_truth_that_differs():
         from_difference(row(edited_image=None))
     with pytest.raises(NoMask, match="hardly differ"):
         from_difference(row(edited_image=photo()))
+
+
+# A judge
+
+
+class Says:
+    """A judge with one answer to everything; `asked` are the questions."""
+
+    def __init__(self, answer):
+        self.answer, self.asked = answer, []
+
+    async def answers(self, questions, passes):
+        self.asked += questions
+        return [self.answer if isinstance(self.answer, Fault) else [self.answer] * passes for _ in questions]
+
+
+def test_a_judges_boxes_are_a_mask():
+    region = '{"edit_region": [{"bbox_2d": [100, 250, 490, 500]}, {"bbox_2d": [900, 0, 1000, 1000]}], "score": [9, 9]}'
+    judge = Says(region)
+    mask = np.asarray(FromJudge(judge)(row())) == 255
+    expected = np.zeros((24, 40), dtype=bool)
+    expected[6:12, 4:20] = expected[:, 36:] = True  # a pixel that a box touches belongs to it
+    assert np.array_equal(mask, expected)
+    (question,) = judge.asked
+    assert question.images == (row()["input_image"], row()["edited_image"]) and "remove the apple" in question.text
+    with pytest.raises(NoMask, match="no ground truth"):
+        FromJudge(judge)(row(edited_image=None))
+    with pytest.raises(NoMask, match="sees no edit"):
+        FromJudge(Says('{"edit_region": []}'))(row())
+    with pytest.raises(NoMask, match="named no regions: 'I see'"):
+        FromJudge(Says("I see"))(row())
+    with pytest.raises(RewardError, match=r"no answer for the row 'train/0' \(connect: gone\)"):
+        FromJudge(Says(Fault("connect", "gone")))(row())
 
 
 # Velocity

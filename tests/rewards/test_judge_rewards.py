@@ -2,6 +2,8 @@ import asyncio
 import json
 import math
 from collections import Counter
+from hashlib import sha256
+from importlib.resources import files
 
 import pytest
 from PIL import Image
@@ -9,6 +11,8 @@ from PIL import Image
 from fault_server import FaultServer
 from rcgrpo.rewards import (
     EDIT_PROMPTS,
+    EDITSCORE_PROMPTS,
+    SPATIAL_PROMPTS,
     EditPrompts,
     EditScoreReward,
     LocalJudge,
@@ -16,12 +20,13 @@ from rcgrpo.rewards import (
     RemoteReward,
     RewardError,
     ServerJudge,
+    SpatialRewardReward,
     UnifiedRewardEditReward,
     fault_counts,
     resolve_rewards,
     score,
 )
-from rcgrpo.rewards.judge_rewards import DIGITS, edit_score, expected_score, parse_scores
+from rcgrpo.rewards.judge_rewards import DIGITS
 from rcgrpo.rewards.pictures import from_png
 
 FAST = {"timeout": 4.0, "attempt_timeout": 1.0, "retries": 1, "backoff": 0.01}
@@ -70,85 +75,6 @@ def text(request):
     return request["body"]["messages"][0]["content"][-1]["text"]
 
 
-# ------------------------------------------------------------------------------------------ the numbers
-
-
-def test_edit_score_by_hand():
-    assert edit_score([25, 16], [9, 25]) == pytest.approx(math.sqrt(6.4 * 3.6) / 10)
-    assert edit_score([25, 25], [25, 25]) == 1 and edit_score([0, 25], [25, 25]) == 0
-
-
-@pytest.mark.parametrize(
-    ("answer", "scores"),
-    [
-        (said(3, 25), [3, 25]),
-        ('```json\n{"reasoning": "a\nb", "score": [0, 12.5]}\n```', [0, 12.5]),
-        ('Let me see {not json} {"score": [1, 1]} ... finally {"score": [20, 21], "reasoning": "{"}', [20, 21]),
-        ('{"a": {"score": [1, 2]}}', None),
-        ("", None),
-        ("25, 25", None),
-        ('{"reasoning": "cut off", "score": [2', None),
-        ('{"score": [20]}', [20]),
-        ('{"score": []}', None),
-        ('{"score": [20, 20, 20]}', None),
-        ('{"score": 20}', [20]),
-        ('{"score": ["20", 20.5]}', [20, 20.5]),
-        ('{"score": "7"}', [7]),
-        ('{"score": ["good", 20]}', None),
-        ('{"score": ["20/25", 20]}', None),
-        ('{"score": ["nan", 20]}', None),
-        ('{"score": [[20], 20]}', None),
-        ('{"score": [%s, 20]}' % ("9" * 400), None),
-        ("[20, 21]", [20, 21]),
-        ("```json\n[20, 21.5]\n```", [20, 21.5]),
-        ("Scores: [3, 4].", [3, 4]),
-        ('["3", 4]', [3, 4]),
-        ("[3, 4] or [5, 6]", None),
-        ("[26, 4]", None),
-        ("[" * 3000, None),
-        (" 17\n", [17]),
-        ("26", None),
-        ("I'm sorry, but I can't assist with that request.", None),
-        ("the score: 5", None),
-        ('{"reasoning": "a sign that says "OPEN" now", "score": [20, 21]}', [20, 21]),
-        ('{"reasoning": "it is "odd", "score": 3 at most", "score": [20, 21]}', [20, 21]),
-        ('{"score": [20, 21], "reasoning": "a "quoted" word"}', [20, 21]),
-        ('{"reasoning": "braces {} and "quotes"", "score": [2, 3]}', [2, 3]),
-        ('{"reasoning": "a "b" c", "score": ["2", "3"]}', [2, 3]),
-        ('{"reasoning": "a "b" c", "score": 12}', [12]),
-        ('{"reasoning": "a "b" c", "score": [2, 3, 4]}', None),
-        ('{"reasoning": "a "b" c", "score": [26, 3]}', None),
-        ('{"reasoning": "a "b" c", "score": [-1, 3]}', None),
-        ('{"reasoning": "a "b" c", "score": [2,', None),
-        ('{"reasoning": "a "b" c"}', None),
-        ("{reasoning: because, score: [2, 3]}", [2, 3]),
-        ("{'reasoning': 'because', 'score': [2, 3]}", [2, 3]),
-        ("{“reasoning”: “because”, “score”: [2, 3]}", [2, 3]),
-        ('||V^=^V||\n{"reasoning": "x", "score": [2, 3]}\n||V^=^V||', [2, 3]),
-        ('{"score": [true, 20]}', None),
-        ('{"score": [null, 20]}', None),
-        ('{"score": [26, 20]}', None),
-        ('{"score": [-1, 20]}', None),
-        ('{"score": [NaN, 20]}', None),
-        ('{"score": [Infinity, 20]}', None),
-        ("{" * 3000, None),
-    ],
-)
-def test_parse_scores(answer, scores):
-    assert parse_scores(answer) == scores
-
-
-def test_expected_score_by_hand():
-    assert expected_score([0.0] * 6) == pytest.approx(0.5)
-    assert expected_score([-math.inf] * 5 + [-3.0]) == 1 and expected_score([7.0] + [-math.inf] * 5) == 0
-    # weights 1, e, e^2, … : the softmax does not care for a shift
-    weights = [math.exp(k) for k in range(6)]
-    by_hand = sum(k * w for k, w in enumerate(weights)) / sum(weights) / 5
-    assert expected_score([0, 1, 2, 3, 4, 5]) == pytest.approx(by_hand)
-    assert expected_score([1000, 1001, 1002, 1003, 1004, 1005]) == pytest.approx(by_hand)
-    assert expected_score([-math.inf] * 6) is None and expected_score([math.nan] + [0.0] * 5) is None
-
-
 # ------------------------------------------------------------------------------------------ behind a server
 
 
@@ -158,14 +84,15 @@ def test_edit_score_asks_both_pictures_and_the_edited_one(server, judge):
     assert len(requests) == 4 and {request["path"] for request in requests} == {"/v1/chat/completions"}
     for request in requests:
         sent, shown = request["body"], pictures(request)
-        assert (sent["model"], sent["n"], sent["seed"], sent["temperature"]) == ("judge-7b", 3, 42, 0.7)
+        assert (sent["model"], sent["n"], sent["seed"]) == ("judge-7b", 3, 42)
+        assert (sent["temperature"], sent["top_p"], sent["top_k"]) == (0.7, 0.9, 20), "EditScore's own"
         schema = sent["response_format"]["json_schema"]
         assert schema["strict"] and schema["schema"]["properties"]["score"]["items"]["maximum"] == 25
         assert shown[-1].getpixel((0, 0))[1:] == (9, 9), "the edited picture comes last"
         if len(shown) == 2:
             assert shown[0].getpixel((0, 0)) == (255, 255, 255) and "make it red" in text(request)
         else:
-            assert text(request) == EDIT_PROMPTS.quality
+            assert text(request) == EDITSCORE_PROMPTS.quality
     assert sorted(len(pictures(request)) for request in requests) == [1, 1, 2, 2]
 
 
@@ -245,6 +172,52 @@ def test_own_prompts_key_and_fields(server, monkeypatch):
         assert not {"response_format", "max_tokens"} & request["body"].keys()
 
 
+def test_prompts_that_were_trained_on_are_word_for_word():
+    """The digests of what `EditScore` of the package editscore 0.2 asks, put together by its own code."""
+    said = [sha256(text.encode()).hexdigest()[:16] for text in (EDITSCORE_PROMPTS.semantics, EDITSCORE_PROMPTS.quality)]
+    assert said == ["2fbb018b0e448b2d", "8249deba103d112d"]
+    assert "<instruction>" in EDITSCORE_PROMPTS.semantics and "<instruction>" not in EDITSCORE_PROMPTS.quality
+    folder = files("rcgrpo") / "rewards" / "editscore"
+    assert "Apache License" in (folder / "LICENSE").read_text() and EDIT_PROMPTS != EDITSCORE_PROMPTS
+
+
+def test_spatial_reward_asks_for_regions_first_and_weighs_as_its_authors_do(server, monkeypatch):
+    monkeypatch.setenv("RCGRPO_JUDGE_URL", f"{server.url}/v1")
+    region = {"id": 0, "label": "roof", "bbox_2d": [0, 0, 500, 250]}
+    answer = json.dumps({"edit_region": [region], "reasoning": "<|bbox_0|> fine", "score": [25, 10]})
+    server.behave({"do": "chat", "two": answer, "one": said(20, 15)})
+    (named,) = resolve_rewards("spatial_reward")
+    reward = named.function
+    assert isinstance(reward, SpatialRewardReward)
+    # SC = 10 * (0.6 * 25 + 0.4 * 10) / 25 = 7.6, PQ = 10 * 17.5 / 25 = 7
+    assert column(run(reward, 1)) == [round(7.6**0.8 * 7**0.2 / 10, 4)]
+    asked = {len(pictures(request)): request["body"] for request in server.log()}
+    assert {(body["model"], body["n"], body["temperature"]) for body in asked.values()} == {
+        ("SpatialReward/SpatialReward-8B", 1, 0.0)
+    }
+    schema = asked[2]["response_format"]["json_schema"]["schema"]
+    assert list(schema["properties"]) == ["edit_region", "reasoning", "score"], "in this order"
+    assert "make it red" in text({"body": asked[2]}) and '"bbox_2d": [x1, y1, x2, y2]' in SPATIAL_PROMPTS.semantics
+    assert "edit_region" not in asked[1]["response_format"]["json_schema"]["schema"]["properties"]
+
+
+def test_servers_of_the_environment_share_the_work_and_one_that_fails_leaves_it_to_the_other(server, monkeypatch):
+    with FaultServer() as second:
+        monkeypatch.setenv("RCGRPO_JUDGE_URL", f"{server.url}/v1,{second.url}/v1")
+        both = {"do": "chat", "two": said(25, 25), "one": said(16, 25)}
+        for fault in (None, {"do": "status", "status": 503}, {"do": "reset"}):
+            server.behave(both)
+            second.behave(fault or both)
+            reward = EditScoreReward(passes=1)
+            reward.judge.transport.backoff = 0.01
+            assert column(run(reward, 6)) == [0.8] * 6
+            asked = [len(server.log()), len(second.log())]
+            if fault is None:
+                assert asked == [6, 6], "taking turns"
+            else:
+                assert asked[0] == 12 and asked[1] >= 1 and reward.faults.total() == asked[1]
+
+
 def test_crop_shows_the_region_of_both_pictures(server, judge):
     mask = Image.new("L", (80, 64), 0)
     mask.paste(255, (0, 4, 60, 64))
@@ -273,7 +246,7 @@ def test_logit_reward_reads_the_first_tokens_log_probabilities(server, judge):
 
 
 def test_names_columns_ranges_and_the_server_of_the_environment(server, monkeypatch):
-    names = ["editscore", "unified_reward_edit", "edit_r1"]
+    names = ["editscore", "unified_reward_edit", "spatial_reward", "edit_r1"]
     monkeypatch.delenv("RCGRPO_JUDGE_URL", raising=False)
     for reward in resolve_rewards(names):
         assert reward.name in names and reward.columns == () and reward.value_range == (0, 1) and reward.is_async
@@ -294,7 +267,14 @@ def test_names_columns_ranges_and_the_server_of_the_environment(server, monkeypa
 
 
 def test_judges_and_remote_rewards_are_required_unless_told_otherwise():
-    named = ["editscore", "unified_reward_edit", "edit_r1", RemoteReward("http://127.0.0.1:9"), "background_ssim"]
-    assert [reward.required for reward in resolve_rewards(named)] == [True, True, True, True, False]
+    named = [
+        "editscore",
+        "unified_reward_edit",
+        "spatial_reward",
+        "edit_r1",
+        RemoteReward("http://127.0.0.1:9"),
+        "background_ssim",
+    ]
+    assert [reward.required for reward in resolve_rewards(named)] == [True] * 5 + [False]
     optional = [RemoteReward("http://127.0.0.1:9", required=False), LogitScoreReward(required=False)]
     assert not any(reward.required for reward in resolve_rewards(optional))

@@ -10,7 +10,6 @@ from safetensors.torch import load_file, save_file
 from rcgrpo.rewards import EditScoreReward, LocalJudge, LogitScoreReward, RewardError
 from rcgrpo.rewards.judge_rewards import DIGITS, expected_score
 from rcgrpo.rewards.judges import Question
-from rcgrpo.rewards.local_judge import GumbelNoise
 from rcgrpo.rewards.transport import Fault
 from tiny_judge import build_tiny_judge
 
@@ -61,23 +60,14 @@ def test_answers_depend_on_question_pass_and_seed_alone(judge, tiny):
     assert torch.equal(torch.get_rng_state(), state), "the global generator belongs to the run"
 
 
-def test_gumbel_noise_samples_the_softmax():
-    logits = torch.log(torch.tensor([[0.6, 0.3, 0.1, 0.0]]))
-    noise = GumbelNoise([torch.Generator().manual_seed(0)])
-    counts = torch.zeros(4)
-    for _ in range(4000):
-        counts[noise(torch.empty(1, 0), logits).argmax()] += 1
-    assert (counts / 4000 - torch.tensor([0.6, 0.3, 0.1, 0.0])).abs().max() < 0.03 and counts[3] == 0
-
-
 def test_temperature_and_top_p_narrow_what_is_sampled(tiny):
     def said(**options):
         judge = LocalJudge(tiny[0], processor=tiny[1], device="cpu", max_new_tokens=4, **options)
         (answers,) = asyncio.run(judge.answers([Question((RED,), "?")], 6))
         return len(set(answers))
 
-    assert said(temperature=5.0, top_p=1.0) == 6, "all over the vocabulary"
-    assert said(temperature=1e-4, top_p=1.0) == said(temperature=5.0, top_p=1e-6) == 1, "the likeliest token alone"
+    assert said(temperature=5.0, top_p=1.0, top_k=None) == 6, "all over the vocabulary"
+    assert said(temperature=0) == said(top_p=1e-6) == said(temperature=5.0, top_k=1) == 1, "the likeliest token alone"
 
 
 def test_folder_with_adapter(tiny, tmp_path):
@@ -115,27 +105,72 @@ def test_random_babble_is_a_failure_not_a_number(judge):
     assert asyncio.run(call) == [None] and failures[0].startswith("unparsable: the judge said ")
 
 
-def test_judge_works_off_the_event_loop_and_out_of_memory_is_one_questions_fault(judge, monkeypatch):
-    threads = []
+def test_older_names_of_a_loras_layers_are_read(tiny, tmp_path):
+    model, processor = build_tiny_judge()
+    targets = ["q_proj", "qkv"]  # of the language model and the vision tower
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
+    adapted.save_pretrained(tmp_path)
+    question = [Question((RED, BLUE), "?")]
+    expected = asyncio.run(LocalJudge(adapted, processor=processor, device="cpu").log_probs(question, DIGITS))
+    path = tmp_path / "adapter_model.safetensors"
+    older = {
+        name.replace("model.language_model.", "model.").replace("model.model.visual.", "model.visual."): weight
+        for name, weight in load_file(path).items()
+    }
+    assert older.keys().isdisjoint(load_file(path)) and len(older) == 4
+    save_file(older, path)
+    judge = LocalJudge(build_tiny_judge()[0], str(tmp_path), processor=processor, device="cpu")
+    assert asyncio.run(judge.log_probs(question, DIGITS))[0] == pytest.approx(expected[0], abs=1e-5)
+    assert not any("lora" in name for name, _ in judge._loaded.named_parameters()), "merged"
 
-    def sample(question, passes):
+
+def test_a_batch_is_halved_until_it_fits_and_one_question_too_large_is_a_fault(judge, monkeypatch):
+    threads, sizes = [], []
+
+    def sample(questions, passes):
         threads.append(threading.current_thread())
-        if question.text == "huge":
+        sizes.append(len(questions))
+        if len(questions) > 2 or any(question.text == "huge" for question in questions):
             raise torch.OutOfMemoryError("CUDA out of memory\ndetails")
-        return [question.text] * passes
+        return [[question.text] * passes for question in questions]
 
     monkeypatch.setattr(judge, "_sample", sample)
-    questions = [Question((RED,), "a"), Question((RED,), "huge"), Question((RED,), "b")]
-    answers = asyncio.run(judge.answers(questions, 1))
-    assert answers[0] == ["a"] and answers[2] == ["b"]
-    assert isinstance(answers[1], Fault) and judge.faults == {"out_of_memory": 1}
+    texts = ["a", "huge", "b", "c", "d"]
+    answers = asyncio.run(judge.answers([Question((RED,), text) for text in texts], 1))
+    assert [answer for answer in answers if not isinstance(answer, Fault)] == [["a"], ["b"], ["c"], ["d"]]
+    assert isinstance(answers[1], Fault) and judge.faults == {"out_of_memory": 1} and sizes[:2] == [5, 2]
     assert threading.current_thread() not in threads
+
+
+def test_batch_size_bounds_the_answers_under_way(tiny, monkeypatch):
+    judge = LocalJudge(tiny[0], processor=tiny[1], device="cpu", batch_size=6)
+    sizes = []
+    monkeypatch.setattr(judge, "_sample", lambda some, passes: sizes.append(len(some)) or [["x"]] * len(some))
+    asyncio.run(judge.answers([Question((RED,), "a")] * 5, 3))
+    asyncio.run(judge.answers([Question((RED,), "a")] * 2, 7))
+    assert sizes == [2, 2, 1, 1, 1]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_sleeping_judge_leaves_the_gpu_and_says_the_same():
+    question = [Question((RED, BLUE), "?")]
+    awake, asleep = (
+        LocalJudge(build_tiny_judge()[0], processor=build_tiny_judge()[1], device="cuda", sleep=sleep)
+        for sleep in (False, True)
+    )
+    expected = asyncio.run(awake.log_probs(question, DIGITS))
+    for _ in range(2):
+        assert asyncio.run(asleep.log_probs(question, DIGITS)) == expected
+        assert {weight.device.type for weight in asleep._loaded.parameters()} == {"cpu"}
 
 
 def test_set_up_mistakes(tiny):
     with pytest.raises(ValueError, match="processor: got None"):
         LocalJudge(tiny[0])
-    with pytest.raises(ValueError, match="temperature: got 0"):
-        LocalJudge("x", temperature=0)
+    with pytest.raises(ValueError, match="temperature: got -1"):
+        LocalJudge("x", temperature=-1)
+    for name in ("top_k", "batch_size", "max_new_tokens"):
+        with pytest.raises(ValueError, match=f"{name}: got -1"):
+            LocalJudge("x", **{name: -1})
     with pytest.raises(ValueError, match="top_p: got 2"):
         LocalJudge("x", top_p=2)

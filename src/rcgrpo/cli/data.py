@@ -15,7 +15,7 @@ VERBS = {
     "build-tux": "build a set of edits from photographic cut-outs",
 }
 SEGMENTERS = {"grounding-sam": "facebook/sam2.1-hiera-small", "sam3": "facebook/sam3"}
-METHODS = ("difference", "velocity", *SEGMENTERS)
+METHODS = ("difference", "judge", "velocity", *SEGMENTERS)
 
 
 @dataclass
@@ -305,10 +305,12 @@ def _todo(rows: Any, folder: Any, args: MaskArguments) -> Iterator[Mapping[str, 
 
 
 def _maker(args: MaskArguments) -> Any:
-    from ..editors.make_masks import FromConcept, FromText, FromVelocity, from_difference
+    from ..editors.make_masks import FromConcept, FromJudge, FromText, FromVelocity, from_difference
 
     if args.method == "difference":
         return from_difference
+    if args.method == "judge":
+        return FromJudge()
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"

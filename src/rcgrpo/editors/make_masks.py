@@ -1,16 +1,18 @@
 """Masks for rows that have none, made once and kept in a folder that `load_edit_dataset(masks=...)` reads.
 
-A maker is a callable from a canonical row to a mask; it raises `NoMask` where its method does not apply. Four are
-here: the difference with the ground truth; the editor's own velocity, with the instruction and without (DiffEdit's
-idea, works for *add*); text-prompted segmentation with GroundingDINO and SAM 2, or with SAM 3 alone (both work where
-the object is in the picture).
+A maker is a callable from a canonical row to a mask; it raises `NoMask` where its method does not apply. Here are:
+the difference with the ground truth, or what a judge sees in it; the editor's own velocity, with the instruction and
+without (DiffEdit's idea, works for *add*); text-prompted segmentation with GroundingDINO and SAM 2, or with SAM 3 alone
+(both work where the object is in the picture).
 
 Gotchas: masks are found again by the row's `id`, so make and use them with the same preset and split. Models run in
 inference mode and are loaded by the maker, not on import.
 """
 
+import asyncio
 import hashlib
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +26,11 @@ from ..data.loading import METADATA
 from ..data.masks import difference_mask, mask_share, velocity_map, velocity_mask
 from ..maths.noise import keyed_noise
 from ..reporting.files import write_atomically
+from ..rewards.judge_answers import parse_boxes
+from ..rewards.judge_rewards import BOX_SCHEMA, SPATIAL_PROMPTS, SpatialRewardReward
+from ..rewards.judges import Judge, Question
+from ..rewards.registry import RewardError
+from ..rewards.transport import Fault
 from . import Editor
 
 Maker = Callable[[Mapping[str, Any]], Image.Image]
@@ -46,6 +53,35 @@ def from_difference(row: Mapping[str, Any], **settings: float) -> Image.Image:
     if mask is None:
         raise NoMask("source and ground truth hardly differ")
     return mask
+
+
+class FromJudge:
+    """The boxes that a judge of SpatialReward's kind draws around what differs from source to ground truth.
+
+    Args:
+        judge: who is asked; `SpatialRewardReward`'s own by default.
+    """
+
+    def __init__(self, judge: Judge | None = None) -> None:
+        self.judge = judge or SpatialRewardReward().judge
+
+    def __call__(self, row: Mapping[str, Any]) -> Image.Image:
+        if row.get("edited_image") is None:
+            raise NoMask("there is no ground truth to compare with")
+        source = row["input_image"]
+        text = SPATIAL_PROMPTS.semantics.replace("<instruction>", row["instruction"])
+        (answer,) = asyncio.run(self.judge.answers([Question((source, row["edited_image"]), text, BOX_SCHEMA)], 1))
+        if isinstance(answer, Fault):
+            raise RewardError(f"the judge has no answer for the row {row['id']!r} ({answer}); try again, or check it")
+        boxes = parse_boxes(answer[0])
+        if not boxes:
+            said = "the judge sees no edit" if boxes == [] else f"the judge named no regions: {answer[0][:100]!r}"
+            raise NoMask(said)
+        mask = Image.new("L", source.size, 0)
+        for left, top, right, bottom in boxes:
+            corner = math.floor(left * source.width), math.floor(top * source.height)
+            mask.paste(255, (*corner, math.ceil(right * source.width), math.ceil(bottom * source.height)))
+        return mask
 
 
 class FromVelocity:

@@ -28,9 +28,12 @@ from .failures import (
 )
 from .judge_rewards import (
     EDIT_PROMPTS,
+    EDITSCORE_PROMPTS,
+    SPATIAL_PROMPTS,
     EditPrompts,
     EditScoreReward,
     LogitScoreReward,
+    SpatialRewardReward,
     UnifiedRewardEditReward,
 )
 from .judges import ServerJudge
@@ -53,7 +56,9 @@ from .scoring_queue import PendingScores, ScoringQueue
 
 __all__ = [
     "ATTENTION_REWARDS",
+    "EDITSCORE_PROMPTS",
     "EDIT_PROMPTS",
+    "SPATIAL_PROMPTS",
     "BackgroundDINO",
     "BackgroundLPIPS",
     "ClipDirectionReward",
@@ -75,6 +80,7 @@ __all__ = [
     "ScoredBatch",
     "ScoringQueue",
     "ServerJudge",
+    "SpatialRewardReward",
     "UnifiedRewardEditReward",
     "agree_on_failure",
     "agreed",

@@ -1,35 +1,34 @@
 """Rewards by a vision-language judge: questions about an edit, and how answers become scores.
 
-Where it fits: `EditScoreReward`, `UnifiedRewardEditReward` and `LogitScoreReward` ask a `Judge`: `ServerJudge` or
-`LocalJudge`. Why it exists: one set of questions and one parser for every judge.
+Where it fits: `EditScoreReward`, `UnifiedRewardEditReward`, `SpatialRewardReward` and `LogitScoreReward` ask a `Judge`:
+`ServerJudge` or `LocalJudge`. Why it exists: one way to ask and one parser for every judge.
 
 The questions have VIEScore's structure (arXiv 2312.14867) on EditScore's scale (arXiv 2509.23909): *semantics*, from
 both pictures, `[success, no over-editing]`; *quality*, from the edited picture alone, `[naturalness, no artefacts]`;
-each 0..25. The wording is ours; a judge that was trained on other words should get those: see `EditPrompts`.
+each 0..25. A judge that was trained on certain words should get those: see `EditPrompts`.
 
 Gotchas: an answer that cannot be parsed is `None`, reported as a failure and counted as `faults["unparsable"]`; it is
 never a number. The rewards are asynchronous; a local judge works in a thread and does not block the others. Judging a
 crop (`crop_margin`) shows the judge the region and hides the background: pair it with a preservation reward.
 """
 
-import json
 import math
 import os
-import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.resources import files
 from typing import Any
 
 from PIL import Image
 
+from .judge_answers import BOX_SCALE, SCALE, edit_score, expected_score, parse_scores, spatial_score
 from .judges import Judge, Question, ServerJudge
 from .local_judge import LocalJudge
 from .pictures import crop_to_region
 from .registry import RewardError, register_reward
 from .transport import Fault
 
-SCALE = 25
 DIGITS = ("0", "1", "2", "3", "4", "5")
 SMALLEST_CROP = 56  # pixels; below two of Qwen-VL's merged patches a crop is mostly padding
 
@@ -44,13 +43,21 @@ class EditPrompts:
         semantics: asked with the source and the edited picture, in this order.
         quality: asked with the edited picture alone.
 
-    Both must ask for JSON with a list `score` of two numbers from 0 to 25. To use the words that a judge was trained
-    on, such as those in EditScore's `vie_prompts.py`, pass them here.
+    Both must ask for JSON with a list `score` of two numbers from 0 to 25. There are `EDITSCORE_PROMPTS`, EditScore's
+    own, `SPATIAL_PROMPTS`, which ask for the edited regions first, and `EDIT_PROMPTS` for judges that were trained on
+    neither.
     """
 
     semantics: str
     quality: str
 
+
+def _editscore(name: str) -> str:
+    """EditScore's own words, Apache-2.0; see `editscore/SOURCE.md`."""
+    return (files(__package__) / "editscore" / f"{name}.txt").read_text(encoding="utf-8")
+
+
+EDITSCORE_PROMPTS = EditPrompts(_editscore("semantics"), _editscore("quality"))
 
 _FORMAT = """Answer with one JSON object and nothing else, the reasoning first and in at most three sentences:
 {"reasoning": "...", "score": [a, b]}"""
@@ -71,6 +78,24 @@ a, naturalness: do light, shadows, perspective and proportions fit together? 0: 
 b, cleanliness: is it free of smears, seams, noise, deformed bodies, faces or objects, and garbled letters? 0: full \
 of them; 25: none to be found.
 {_FORMAT}""",
+)
+
+SPATIAL_PROMPTS = EditPrompts(
+    semantics=f"""You review the work of an automatic photo editor. The first picture is the original, the second one \
+is the editor's result for this instruction:
+
+<instruction>
+
+First say where the second picture was edited, each region as {{"id": 0, "label": "what it is", "bbox_2d": [x1, y1, \
+x2, y2]}} with coordinates from 0 (left, top) to {BOX_SCALE} (right, bottom), none if nothing was. Look at these \
+regions in both pictures; in the reasoning put <|bbox_0|> before what you say of region 0, and <|global|> before the \
+whole. Then give two whole numbers from 0 to 25.
+a, success: how far the result does what was asked. 0: nothing of it; 25: all of it, exactly as asked.
+b, restraint: how far everything that was not asked about is left as it was. 0: it could be another scene; 25: not one \
+thing changed that need not have.
+Answer with one JSON object and nothing else, short in its reasoning:
+{{"edit_region": [...], "reasoning": "...", "score": [a, b]}}""",
+    quality=EDIT_PROMPTS.quality,
 )
 
 LOGIT_PROMPT = """The first picture is the original, the second one is an automatic photo editor's result for this \
@@ -95,98 +120,27 @@ SCORE_SCHEMA = {
     "required": ["reasoning", "score"],
     "additionalProperties": False,
 }
+_COORDINATES = {"type": "array", "items": {"type": "integer"}, "minItems": 4, "maxItems": 4}
+_REGION = {
+    "type": "object",
+    "properties": {"id": {"type": "integer"}, "label": {"type": "string"}, "bbox_2d": _COORDINATES},
+    "required": ["id", "label", "bbox_2d"],
+    "additionalProperties": False,
+}
+BOX_SCHEMA = {
+    "type": "object",
+    "properties": {"edit_region": {"type": "array", "items": _REGION}, **SCORE_SCHEMA["properties"]},  # type: ignore[dict-item]
+    "required": ["edit_region", "reasoning", "score"],
+    "additionalProperties": False,
+}
 
 
-def parse_scores(text: str, count: int = 2, maximum: float = SCALE) -> list[float] | None:
-    """The scores in a judge's answer, in any of the forms that EditScore's own parser takes.
-
-    The last JSON object with a `score` counts, so that reasoning or a code fence around it does no harm. Where none can
-    be read, because of quotes within the reasoning perhaps, what follows the last `score:` outside of other objects
-    counts. An answer without any object may be a bare list, whatever stands around it, or one bare number. A number may
-    be text, and one score may stand for all. Nothing is made up: EditScore fills a missing score with 0 or a guess.
-
-    Returns:
-        `None` unless there are 1 to `count` finite numbers from 0 to `maximum`.
-    """
-    text = text.translate(PLAIN_QUOTES)
-    decoder = json.JSONDecoder(strict=False)  # judges put line breaks into strings
-    found, rest, start, end = None, "", text.find("{"), 0
-    while start >= 0:
-        rest += text[end:start]
-        try:
-            decoded, end = decoder.raw_decode(text, start)
-        except (ValueError, RecursionError):
-            rest, end = rest + "{", start + 1
-        else:
-            if isinstance(decoded, dict) and "score" in decoded:
-                found = decoded["score"]
-        start = text.find("{", end)
-    rest += text[end:]
-    if found is None:
-        found = _unquoted_score(rest) if "{" in text else _bare_score(text)
-    scores = [_number(value) for value in found] if isinstance(found, list) else [_number(found)]
-    if not 1 <= len(scores) <= count:
-        return None
-    return [float(score) for score in scores] if all(0 <= score <= maximum for score in scores) else None
-
-
-PLAIN_QUOTES = str.maketrans("“”‘’", "\"\"''")
-
-
-def _unquoted_score(text: str) -> Any:
-    """What an object that is no JSON says after its last `score:`."""
-    number = r"""["']?\d+(?:\.\d+)?["']?"""
-    pattern = rf"""\bscore["']?\s*[:：]\s*(\[\s*{number}(?:\s*,\s*{number})*\s*\]|{number}(?!\s*[\d.]))"""
-    values = re.findall(pattern, text, re.IGNORECASE)
-    return re.findall(r"\d+(?:\.\d+)?", values[-1]) if values else None
-
-
-def _bare_score(text: str) -> Any:
-    """An answer that is a list, or a number, and no object."""
-    try:
-        return json.loads(text[text.index("[") : text.rindex("]") + 1] if "[" in text else text)
-    except (ValueError, RecursionError):
-        return None
-
-
-def _number(value: Any) -> float:
-    """NaN for what is none."""
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        return math.nan
-    try:
-        return float(value)
-    except (ValueError, OverflowError):
-        return math.nan
-
-
-def edit_score(semantics: Sequence[float], quality: Sequence[float]) -> float:
-    """One pass's score, `sqrt(SC · PQ) / 10`, in [0, 1]; SC and PQ are the lowest of each's scores, put on 0..10."""
-    sc, pq = (10 * min(pair) / SCALE for pair in (semantics, quality))
-    return math.sqrt(sc * pq) / 10
-
-
-def expected_score(log_probs: Sequence[float]) -> float | None:
-    """Edit-R1's reward, `Σ s · softmax(logits)_s / 5` over the digits 0..5, in [0, 1] (arXiv 2510.16888).
-
-    Args:
-        log_probs: of "0".."5"; logits do as well. -inf counts as probability 0.
-
-    Returns:
-        `None` if no digit has a probability, or one is NaN.
-    """
-    highest = max(log_probs)
-    if not math.isfinite(highest) or any(value != value for value in log_probs):
-        return None
-    weights = [math.exp(value - highest) for value in log_probs]
-    return sum(digit * weight for digit, weight in enumerate(weights)) / sum(weights) / (len(weights) - 1)
-
-
-def default_judge(model: str, adapter: str | None = None) -> Judge:
+def default_judge(model: str, adapter: str | None = None, temperature: float = 0.7) -> Judge:
     """The judge at `RCGRPO_JUDGE_URL` (several with commas; model name in `RCGRPO_JUDGE_MODEL`), else a local one."""
     if url := os.environ.get(URL_VARIABLE):
         urls = [part.strip() for part in url.split(",")]
-        return ServerJudge(urls, os.environ.get(MODEL_VARIABLE) or adapter or model)
-    return LocalJudge(model, adapter)
+        return ServerJudge(urls, os.environ.get(MODEL_VARIABLE) or adapter or model, temperature=temperature)
+    return LocalJudge(model, adapter, temperature=temperature)
 
 
 class _EditJudgement:
@@ -240,8 +194,8 @@ class EditScoreReward(_EditJudgement):
     Args:
         judge: who is asked. By default the server at `RCGRPO_JUDGE_URL`, else EditScore's LoRA on Qwen3-VL-8B in this
             process, loaded on first use (17 GB of weights; a server on another GPU is the faster choice).
-        prompts: what is asked. EditScore's models were trained on EditScore's own words: pass those for its numbers.
-        passes: sampled answers per question to average over.
+        prompts: what is asked; EditScore's own words, on which its models were trained.
+        passes: sampled answers per question to average over. EditScore's own default is 1; more are less noisy.
         crop_margin: judge only the mask's bounding box, grown by this share of its longer side; `None`: whole pictures.
         required: whether the run must stop when the judge fails persistently, as it does by default: what a dead judge
             leaves to train with, a preservation reward perhaps, is not what was asked for.
@@ -252,7 +206,7 @@ class EditScoreReward(_EditJudgement):
         self,
         judge: Judge | None = None,
         *,
-        prompts: EditPrompts = EDIT_PROMPTS,
+        prompts: EditPrompts = EDITSCORE_PROMPTS,
         passes: int = 4,
         crop_margin: float | None = None,
         required: bool = True,
@@ -263,8 +217,14 @@ class EditScoreReward(_EditJudgement):
         super().__init__(judge or self._default_judge(), crop_margin, required, name)
         self.prompts, self.passes = prompts, passes
 
+    schema: Mapping[str, Any] = SCORE_SCHEMA
+    """Of the answer about semantics."""
+
     def _default_judge(self) -> Judge:
         return default_judge("Qwen/Qwen3-VL-8B-Instruct", "EditScore/EditScore-Qwen3-VL-8B-Instruct")
+
+    def _pass_score(self, semantics: list[float], quality: list[float]) -> float:
+        return edit_score(semantics, quality)
 
     async def __call__(
         self,
@@ -282,7 +242,7 @@ class EditScoreReward(_EditJudgement):
             if pair is not None:
                 semantics = self.prompts.semantics.replace("<instruction>", prompt)
                 quality = self.prompts.quality.replace("<instruction>", prompt)
-                questions += [Question(pair, semantics, SCORE_SCHEMA), Question(pair[1:], quality, SCORE_SCHEMA)]
+                questions += [Question(pair, semantics, self.schema), Question(pair[1:], quality, SCORE_SCHEMA)]
         answers = iter(await self.judge.answers(questions, self.passes))
         scores: list[float | None] = []
         for index, pair in enumerate(shown):
@@ -303,7 +263,7 @@ class EditScoreReward(_EditJudgement):
             self._fail(index, quality, log_failure)
             return None
         parsed = [(parse_scores(s), parse_scores(q)) for s, q in zip(semantics, quality, strict=False)]
-        scores = [edit_score(s, q) for s, q in parsed if s is not None and q is not None]
+        scores = [self._pass_score(s, q) for s, q in parsed if s is not None and q is not None]
         if not scores:
             broken = next((text for text in (*semantics, *quality) if parse_scores(text) is None), "nothing")
             self._fail(index, f"the judge said {broken[:200]!r}", log_failure)
@@ -321,6 +281,39 @@ class UnifiedRewardEditReward(EditScoreReward):
 
     def _default_judge(self) -> Judge:
         return default_judge("CodeGoat24/UnifiedReward-Edit-qwen3vl-8b")
+
+
+@register_reward("spatial_reward", required=True, value_range=(0.0, 1.0))
+class SpatialRewardReward(EditScoreReward):
+    """SpatialReward (arXiv 2602.07458): the judge says where the edit is before it scores it, in [0, 1].
+
+    Each pass gives `SC^0.8 · PQ^0.2 / 10`, see `spatial_score`. By default one pass at temperature 0, as its authors'
+    reward server asks, of the server at `RCGRPO_JUDGE_URL`, else of SpatialReward-8B in this process. The words of the
+    questions are ours, their form is the one that it was trained on; its authors' words come without a licence.
+
+    Args:
+        judge, prompts, passes, crop_margin, required, name: as in `EditScoreReward`.
+    """
+
+    schema = BOX_SCHEMA
+
+    def __init__(
+        self,
+        judge: Judge | None = None,
+        *,
+        prompts: EditPrompts = SPATIAL_PROMPTS,
+        passes: int = 1,
+        crop_margin: float | None = None,
+        required: bool = True,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(judge, prompts=prompts, passes=passes, crop_margin=crop_margin, required=required, name=name)
+
+    def _default_judge(self) -> Judge:
+        return default_judge("SpatialReward/SpatialReward-8B", temperature=0.0)
+
+    def _pass_score(self, semantics: list[float], quality: list[float]) -> float:
+        return spatial_score(semantics, quality)
 
 
 @register_reward("edit_r1", required=True, value_range=(0.0, 1.0))

@@ -14,7 +14,7 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -36,7 +36,7 @@ class Question:
 
     images: tuple[Image.Image, ...]
     text: str
-    schema: dict[str, Any] | None = None
+    schema: Mapping[str, Any] | None = None
 
 
 class Judge(Protocol):
@@ -64,7 +64,8 @@ class ServerJudge:
         model: the name that the server knows it by (`GET /v1/models`).
         structured: send the JSON schema along (`response_format`), so that answers always parse; off for servers that
             do not know it.
-        temperature, top_p, max_tokens: of sampled answers.
+        temperature, top_p, top_k, max_tokens: of sampled answers, by default EditScore's own. vLLM, SGLang and
+            llama.cpp know `top_k`, which they would otherwise take from the model; `None` does not send it.
         seed: sent with each request, so that a server that honours it repeats itself.
         key_variable: the environment variable that holds the API key, if one is needed.
         extra_body: further fields of the request; `None` leaves a field out that is sent otherwise.
@@ -82,6 +83,7 @@ class ServerJudge:
         structured: bool = True,
         temperature: float = 0.7,
         top_p: float = 0.9,
+        top_k: int | None = 20,
         max_tokens: int = 512,
         seed: int = 42,
         key_variable: str = KEY_VARIABLE,
@@ -90,7 +92,8 @@ class ServerJudge:
     ) -> None:
         self.transport = Transport(url, token=os.environ.get(key_variable), **options)
         self.model, self.structured = model, structured
-        self.temperature, self.top_p, self.max_tokens, self.seed = temperature, top_p, max_tokens, seed
+        self.sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "max_tokens": max_tokens}
+        self.seed = seed
         self.extra_body = extra_body or {}
 
     @property
@@ -98,13 +101,11 @@ class ServerJudge:
         return self.transport.faults
 
     async def answers(self, questions: Sequence[Question], passes: int) -> list[list[str] | Fault]:
-        sampling = {"temperature": self.temperature, "top_p": self.top_p, "max_tokens": self.max_tokens}
-
         async def sample(ask: Ask) -> list[str]:
             texts: list[str] = []
             while len(texts) < passes:  # once, unless the server does not know `n`
                 try:
-                    choices = await ask({"n": passes - len(texts), "seed": self.seed + len(texts), **sampling})
+                    choices = await ask({"n": passes - len(texts), "seed": self.seed + len(texts), **self.sampling})
                 except Fault:
                     if not texts:
                         raise
@@ -178,7 +179,7 @@ class ServerJudge:
 
 
 HINTS = {
-    "http_400": "; if it does not know `response_format`, set structured=False, and leave out any other field that it "
-    'refuses with extra_body={"name": None}',
+    "http_400": "; if it does not know `response_format`, set structured=False, or top_k=None if it does not know "
+    '`top_k`, and leave out any other field that it refuses with extra_body={"name": None}',
     "http_404": "; the URL must be the API's base, mostly ending in /v1, and the model one of GET <URL>/models",
 }
