@@ -70,7 +70,7 @@ def main() -> None:
     parser.add_argument("--edits", type=int, default=2)
     parser.add_argument("--generations", type=int, default=6)
     parser.add_argument("--passes", type=int, default=4)
-    parser.add_argument("--length", type=int, default=48, help="tokens of an answer")
+    parser.add_argument("--length", type=int, default=64, help="tokens of an answer")
     parser.add_argument("--size", type=int, default=112, help="side of a picture")
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--layers", type=int, default=2)

@@ -70,11 +70,11 @@ def test_a_batch_reads_as_its_prompts_alone_and_what_they_share_once(tiny):
 @torch.inference_mode()
 def test_greedy_answers_are_those_of_generate(tiny):
     model, processor = tiny
-    asked, length = prompts(), 2 * CHECK + 3
+    asked, length = prompts()[1:5], CHECK + 3
     stop = model.generation_config.eos_token_id
     read = read_prompts(model, batch_of(processor, asked), digests(asked))
-    tokens, ended = write_answers(model, read, torch.zeros(len(asked), length), Sampling(0.0), [stop])
-    for row, one in zip(tokens, asked, strict=True):
+    tokens, ended = write_answers(model, read, torch.zeros(len(asked), 1, length), Sampling(0.0), [stop])
+    for row, one in zip(tokens[:, 0], asked, strict=True):
         inputs = batch_of(processor, [one])
         whole = model.generate(**inputs, do_sample=False, max_new_tokens=length)
         assert row.tolist() == whole[0, inputs["input_ids"].shape[1] :].tolist()
@@ -82,10 +82,30 @@ def test_greedy_answers_are_those_of_generate(tiny):
 
 
 @torch.inference_mode()
-def test_answers_that_have_ended_leave_and_the_others_do_not_notice(tiny):
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_answers_beside_each_other_are_those_written_alone(tiny, attention):
+    model, processor = tiny
+    asked, length = prompts()[3:5], CHECK + 3
+    uniform = torch.rand(len(asked), 3, length, generator=torch.Generator().manual_seed(0))
+    model.set_attn_implementation(attention)
+
+    def written(some, numbers):
+        read = read_prompts(model, batch_of(processor, some), digests(some))
+        return write_answers(model, read, numbers, Sampling(5.0, 1.0, None), [10**6])[0]
+
+    together = written(asked, uniform)
+    for i, one in enumerate(asked):
+        for j in range(3):
+            assert written([one], uniform[i : i + 1, j : j + 1])[0, 0].tolist() == together[i, j].tolist()
+    assert len({tuple(answer) for answers in together.tolist() for answer in answers}) == 6
+    model.set_attn_implementation("sdpa")
+
+
+@torch.inference_mode()
+def test_prompts_whose_answers_have_ended_leave_and_the_others_do_not_notice(tiny):
     model, processor = tiny
     asked, length = prompts(), 4 * CHECK
-    uniform = torch.rand(2 * len(asked), length, generator=torch.Generator().manual_seed(0))
+    uniform = torch.rand(len(asked), 2, length, generator=torch.Generator().manual_seed(0))
     sampling = Sampling(5.0, 1.0, None)
 
     def written(ends):
@@ -99,16 +119,16 @@ def test_answers_that_have_ended_leave_and_the_others_do_not_notice(tiny):
         return tokens, ended, sizes[2:]
 
     free, _, sizes = written([10**6])
-    assert set(sizes) == {12} and len(sizes) == length - 1 and free.shape == (12, length)
+    assert set(sizes) == {6} and len(sizes) == length - 1 and free.shape == (6, 2, length)
     ends = list(range(40))  # of 264 tokens, so that answers end soon
     tokens, ended, sizes = written(ends)
-    assert sizes[: CHECK - 1] == [12] * (CHECK - 1) and sizes[-1] < 6
-    for row, (full, cut) in enumerate(zip(free.tolist(), tokens.tolist(), strict=True)):
+    assert sizes[: CHECK - 1] == [6] * (CHECK - 1) and sizes[-1] < 6
+    for row, (full, cut) in enumerate(zip(free.view(12, -1).tolist(), tokens.view(12, -1).tolist(), strict=True)):
         stop = next((i for i, token in enumerate(full) if token in ends), None)
-        assert bool(ended[row]) == (stop is not None)
+        assert bool(ended.flatten()[row]) == (stop is not None)
         kept = len(cut) if stop is None else stop + 1
         assert cut[:kept] == full[:kept] and set(cut[kept:]) <= {0}
-    assert written(range(264))[0].shape == (12, CHECK), "all of them have ended"
+    assert written(range(264))[0].shape == (6, 2, CHECK), "all of them have ended"
 
 
 def test_a_token_is_drawn_from_what_transformers_leaves():

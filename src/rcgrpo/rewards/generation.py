@@ -3,9 +3,9 @@
 Where it fits: below `local_judge`; it knows transformers' models and nothing of rewards. Why it exists: `generate`
 reads a prompt again for each of its samples, keeps rows that have ended, and draws from torch's global generator.
 
-What is computed once here: a prompt for all of its sampled answers, and all that stands before a prompt's last picture
-for all prompts that share it, such as the system's turn and the source of a group of candidates. Attention is causal,
-so this is exact but for rounding. Answers that have ended leave the batch.
+What is computed, and kept, once here: a prompt for all of its sampled answers, and all that stands before a prompt's
+last picture for all prompts that share it, such as the system's turn and the source of a group of candidates. Attention
+is causal, so this is exact but for rounding. Prompts whose answers have ended leave the batch.
 
 Gotchas: sharing takes a model of Qwen-VL's kind, whose processor says which pixels belong to which picture; prompts of
 others are read whole. A token is drawn with one number of its answer's own generator, so a question's answers depend on
@@ -20,9 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+from transformers.cache_utils import DynamicLayer
 
 CHECK = 8
 """Tokens after which answers that have ended leave the batch; to look at each one's end would hold up a GPU."""
+
+
+ROOM = 64
+"""Tokens that keys and values have room for when they are copied to a larger place."""
 
 
 @dataclass(frozen=True)
@@ -65,23 +70,23 @@ def read_prompts(model: Any, batch: Any, pictures: Sequence[Sequence[bytes]]) ->
     if rope is None or "mm_token_type_ids" not in batch or not all(pictures):
         position = mask.cumsum(-1) - 1
         inputs = {name: value.to(device) for name, value in batch.items()}
-        return Prefill(_ask(model, cache, **inputs), cache, mask.to(device), position[:, -1].to(device) + 1)
+        return Prefill(_ask(model, cache, 1, **inputs)[:, 0], cache, mask.to(device), position[:, -1].to(device) + 1)
     positions = rope(**{name: batch[name] for name in inspect.signature(rope).parameters if name in batch})[0]
     stages, owner = _split(batch, positions, pictures)
     first, second = ({name: value.to(device) for name, value in stage.items()} for stage in stages)
-    _ask(model, cache, **first)
+    _ask(model, cache, 1, **first)
     owner = owner.to(device)
     cache.batch_select_indices(owner)
     second["attention_mask"] = torch.cat([first["attention_mask"][owner], second["attention_mask"]], dim=1)
-    logits = _ask(model, cache, **second)
+    logits = _ask(model, cache, 1, **second)[:, 0]
     return Prefill(logits, cache, second["attention_mask"], positions.amax((0, 2)).to(device) + 1)
 
 
-def _ask(model: Any, cache: Any, **inputs: Any) -> Tensor:
-    """Logits of the next token, `[batch, vocabulary]`; `cache` grows by the tokens that were read."""
+def _ask(model: Any, cache: Any, count: int, **inputs: Any) -> Tensor:
+    """Logits behind the last `count` tokens, `[batch, count, vocabulary]`; `cache` grows by all that were read."""
     known = inspect.signature(type(model).forward).parameters
     inputs["cache" if "cache" in known else "past_key_values"] = cache  # its name changed within transformers 5
-    return model(**inputs, use_cache=True, logits_to_keep=1).logits[:, -1].float()
+    return model(**inputs, use_cache=True, logits_to_keep=count).logits.float()
 
 
 Inputs = dict[str, Tensor]
@@ -151,46 +156,81 @@ def draw(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
     return ids.gather(-1, index.clamp(max=count - 1)).squeeze(-1)
 
 
+class RoomyLayer(DynamicLayer):
+    """One layer's keys and values with room ahead: new tokens are written to their place, and nothing else is moved."""
+
+    def __init__(self, layer: DynamicLayer) -> None:
+        super().__init__()
+        self.lazy_initialization(layer.keys, layer.values)
+        self._fill(layer.keys, layer.values)
+
+    def _fill(self, keys: Tensor, values: Tensor) -> None:
+        self._places = [pad(tensor, (0, 0, 0, ROOM)) for tensor in (keys, values)]
+        self.keys, self.values = (place[..., : keys.shape[-2], :] for place in self._places)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """As `DynamicLayer.update`."""
+        start, end = self.keys.shape[-2], self.keys.shape[-2] + key_states.shape[-2]
+        while end > self._places[0].shape[-2]:
+            self._places = [pad(place, (0, 0, 0, ROOM)) for place in self._places]
+        for place, states in zip(self._places, (key_states, value_states), strict=True):
+            place[..., start:end, :] = states
+        self.keys, self.values = (place[..., :end, :] for place in self._places)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """As `DynamicLayer.batch_select_indices`."""
+        self._fill(self.keys[indices], self.values[indices])
+
+
 def write_answers(
     model: Any, prompts: Prefill, uniform: Tensor, sampling: Sampling, ends: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
     """Sampled answers to prompts that have been read, as many to each.
 
+    All answers to a prompt are written beside each other behind it: a step reads a token of each, and a mask lets it
+    see the prompt and its own answer alone. So a prompt's keys and values are there, and are read, once.
+
     Args:
         prompts: used up.
-        uniform: `[answers, max_new_tokens]` in [0, 1), the answers to each prompt in a row.
+        uniform: `[prompts, answers, max_new_tokens]` in [0, 1).
         ends: tokens that end an answer.
 
     Returns:
-        Tokens `[answers, length]`, filled up with the first of `ends`; and `[answers]`, whether each has ended.
+        Tokens `[prompts, answers, length]`, filled up with the first of `ends`; and `[prompts, answers]`, whether each
+        has ended.
     """
-    rows, length = uniform.shape
-    passes = rows // len(prompts.logits)
+    rows, passes, length = uniform.shape
     cache, device = prompts.cache, prompts.logits.device
-    cache.batch_repeat_interleave(passes)
-    logits, mask, position = (
-        value.repeat_interleave(passes, dim=0) for value in (prompts.logits, prompts.mask, prompts.position)
-    )
+    cache.layers = [RoomyLayer(layer) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     uniform, stops = uniform.to(device), torch.tensor(ends, device=device)
-    written = torch.full((rows, length), ends[0], device=device)
-    ended = torch.zeros(rows, dtype=torch.bool, device=device)
-    alive = torch.arange(rows, device=device)  # the row of `written` that each row of the batch writes
+    sees = prompts.mask[:, None, None].bool().expand(-1, 1, passes, -1)
+    own = torch.eye(passes, dtype=torch.bool, device=device).repeat(1, length)
+    sees = torch.cat([sees, own.expand(rows, 1, -1, -1)], dim=-1)
+    hidden = torch.zeros_like(sees, dtype=model.dtype).masked_fill(~sees, torch.finfo(model.dtype).min)
+    start = prompts.mask.shape[1]
+    logits = prompts.logits[:, None].expand(-1, passes, -1)
+    position = prompts.position[:, None].expand(-1, passes)
+    written = torch.full((rows, passes, length), ends[0], device=device)
+    ended = torch.zeros(rows, passes, dtype=torch.bool, device=device)
+    alive = torch.arange(rows, device=device)  # whose prompts are still in the batch
     for step in range(length):
-        token = torch.where(ended[alive], stops[0], draw(logits, uniform[alive, step], sampling))
-        written[alive, step] = token
+        token = draw(logits.flatten(0, 1), uniform[alive, :, step].flatten(), sampling).view(-1, passes)
+        token = torch.where(ended[alive], stops[0], token)
+        written[alive, :, step] = token
         ended[alive] |= torch.isin(token, stops)
         if step + 1 == length:
             break
         if step % CHECK == CHECK - 1:
-            on = (~ended[alive]).nonzero().squeeze(-1)
+            on = (~ended[alive].all(-1)).nonzero().squeeze(-1)
             if len(on) == 0:
-                return written[:, : step + 1], ended
+                return written[..., : step + 1], ended
             if len(on) <= 0.75 * len(alive):  # copying keys and values costs about a token
                 cache.batch_select_indices(on)
-                alive, token, mask, position = alive[on], token[on], mask[on], position[on]
-        mask = pad(mask, (0, 1), value=1)
-        places = (position + step)[:, None]
+                alive, token, position, hidden = alive[on], token[on], position[on], hidden[on]
+        places = position + step
         if hasattr(model.model, "get_rope_index"):
             places = places.expand(3, -1, -1)
-        logits = _ask(model, cache, input_ids=token[:, None], attention_mask=mask, position_ids=places)
+        mask = hidden[..., : start + (step + 1) * passes]
+        logits = _ask(model, cache, passes, input_ids=token, attention_mask=mask, position_ids=places)
     return written, ended

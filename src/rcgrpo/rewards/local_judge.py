@@ -70,7 +70,7 @@ class LocalJudge:
         top_p: float = 0.9,
         top_k: int | None = 20,
         max_new_tokens: int = 512,
-        batch_size: int = 64,
+        batch_size: int = 128,
         sleep: bool = False,
         seed: int = 42,
         trust_remote_code: bool = False,
@@ -152,6 +152,9 @@ class LocalJudge:
             return
         try:
             loaded = self._read().eval()
+            kind = loaded.config._attn_implementation
+            if kind not in ("sdpa", "eager"):
+                raise ValueError(f"attn_implementation: got {kind!r}, expected 'sdpa' or 'eager', which take any mask")
         except Exception as error:  # no other candidate would cure it, and each would try to load it again
             name = self.model if isinstance(self.model, str) else type(self.model).__name__
             text = f"the judge {name!r} cannot be loaded ({type(error).__name__}: {error})"
@@ -201,20 +204,17 @@ class LocalJudge:
 
     def _sample(self, questions: Sequence[Question], passes: int) -> list[list[str]]:
         prompts, digests = self._prompts(questions)
-        uniform = torch.stack(
-            [
-                torch.rand(self.sampling.max_new_tokens, generator=torch.Generator().manual_seed(seed))
-                for question, shown in zip(questions, digests, strict=True)
-                for seed in (_seed(question.text, shown, self.seed, number) for number in range(passes))
-            ]
-        )
+        uniform = torch.empty(len(questions), passes, self.sampling.max_new_tokens)
+        for question, shown, numbers in zip(questions, digests, uniform, strict=True):
+            for number in range(passes):
+                seed = _seed(question.text, shown, self.seed, number)
+                torch.rand(numbers.shape[1:], generator=torch.Generator().manual_seed(seed), out=numbers[number])
         ends = self._loaded.generation_config.eos_token_id
         ends = [ends] if isinstance(ends, int) else ends
         tokens, ended = write_answers(self._loaded, prompts, uniform, self.sampling, ends)
-        if cut_off := len(ended) - int(ended.sum()):
+        if cut_off := ended.numel() - int(ended.sum()):
             self.faults["cut_off"] += cut_off
-        texts = self.processor.batch_decode(tokens, skip_special_tokens=True)
-        return [texts[start : start + passes] for start in range(0, len(texts), passes)]
+        return [self.processor.batch_decode(some, skip_special_tokens=True) for some in tokens]
 
     def _first_token(self, questions: Sequence[Question], tokens: Sequence[str]) -> list[list[float]]:
         tokenizer = self.processor.tokenizer
