@@ -233,7 +233,7 @@ def model_card(
     bound: dict[str, Any] = {"license": license or "other", "license_name": license_name, "license_link": license_link}
     if license is None and license_name is None and license_link is None:
         bound |= _editor_class(pipeline_class).licenses.get(base_model or "", {})
-    widget = [
+    widget: list[dict[str, Any]] = [
         {"src": example["source"], "prompt": example["prompt"], "output": {"url": example["edited"]}}
         for example in examples
         if all([exists(example["source"]), exists(example["edited"])])
