@@ -1,5 +1,6 @@
 """`rcgrpo diagnose`: what is refused before anything is loaded, and how the model is opened."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,9 @@ from rcgrpo.cli.parsing import UsageError
         ),
         (["--dataset", "some/where"], "--reward: got none"),
         (["--num_edit", "3"], "nearest known one is --num_edits"),
+        (["--gradient", "--num_draws", "1"], "--num_draws: got 1, expected at least 2, to tell noise apart"),
+        (["--num_samples", "1", "--gradient"], "--num_samples: got 1, expected at least 2"),
+        (["--gradient", "--learning_rat", "1"], "learning_rate"),
     ],
 )
 def test_mistakes_are_named_before_anything_is_loaded(flags, message, tmp_path, monkeypatch):
@@ -45,3 +49,23 @@ def test_the_model_is_opened_as_other_commands_do(monkeypatch, tmp_path):
     with pytest.raises(UsageError, match="far enough"):
         diagnose.run(["--model", "some/model", "--num_samples", "2"])
     assert opened == ["some/model"]
+
+
+def test_the_gradient_of_a_configuration(tmp_path, capsys):
+    """The main job's recipe, in small; nothing is trained, and no checkpoint is left."""
+    flags = ["--num_samples", "2", "--num_draws", "2", "--num_generations", "4", "--num_anchors", "2"]
+    flags += ["--per_device_train_batch_size", "1", "--disable_tqdm", "true", "--eval_strategy", "no"]
+    diagnose.run(["--gradient", *flags, "--output_dir", str(tmp_path / "found")])
+    report = json.loads((tmp_path / "found" / "gradient.json").read_text())
+    parts = {part["part"]: part for part in report["parts"]}
+    assert list(parts)[:3] == ["all", "edit tokens", "keep tokens"]
+    assert "transformer_blocks.attn.to_q" in parts and "single_transformer_blocks.proj_mlp" in parts
+    kinds = [part for name, part in parts.items() if name not in list(parts)[:3]]
+    for number in ("signal", "within", "between"):
+        assert sum(kind[number] for kind in kinds) == pytest.approx(parts["all"][number], rel=1e-3)
+    assert parts["all"]["within"] > 0 and report["seconds_per_group"] > 0
+    assert report["settings"]["num_draws"] == 2 and report["settings"]["num_generations"] == 4
+    assert sorted(path.name for path in (tmp_path / "found").iterdir()) == ["gradient.json", "gradient.md"]
+    out = capsys.readouterr().out
+    assert "kontext-tiny on 2 edits of compbench-mini × 2 groups of 4 candidates" in out
+    assert (tmp_path / "found" / "gradient.md").read_text() in out

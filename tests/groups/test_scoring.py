@@ -43,6 +43,16 @@ def held_out():
     return compbench_mini("test", 3, 32)
 
 
+def test_negative_advantages_are_clipped_in_each_region(tmp_path, data):
+    options = {"region_advantages": True, "reward_regions": ["edit", "keep"], "keep_strength": 0.5, "max_steps": 1}
+    pair = []
+    for clip in (0.2, None):
+        trainer = make(tmp_path, data, [by_number, brightness], negative_advantage_clip=clip, **options)
+        trainer.train()
+        pair.append(trainer._buffer[0][0].advantages)
+    assert (pair[1] < -0.2).any(-1).all() and torch.equal(pair[0], pair[1].clamp(min=-0.2)) and len(pair[0]) == 2
+
+
 def test_region_advantages_are_compared_within_their_rewards(tmp_path, data):
     def first(images, **columns):
         return [float(i % 4) for i in range(len(images))]

@@ -46,6 +46,28 @@ def test_advantages_by_hand():
     assert advantages.tolist() == pytest.approx([n / 3.5**0.5 for n in (-2, -1, 0, 3)])
 
 
+@pytest.mark.parametrize(("clip", "worst"), [(math.inf, -2), (1.0, -(3.5**0.5)), (0.1, None), (0.0, None)])
+def test_negative_advantages_are_bounded(clip, worst):
+    """mean 3, deviations -2 -1 0 3, biased variance 14 / 4; a candidate without a score stays out."""
+    rewards = torch.tensor([[1.0], [2.0], [3.0], [6.0], [NAN]])
+    (found,) = batch_advantages([rewards], torch.ones(1), power=2.0, negative_clip=clip)
+    expected = [max(n / 3.5**0.5, -clip) for n in (-2, -1, 0, 3)]
+    assert found.tolist() == pytest.approx([*expected, 0]) and (
+        worst is None or found[0] == pytest.approx(worst / 3.5**0.5)
+    )
+    (double,) = batch_advantages([rewards], torch.tensor([2.0]), "normalize_then_sum", power=2.0, negative_clip=clip)
+    assert double.tolist() == pytest.approx(found.tolist())
+
+
+@pytest.mark.parametrize(("worse", "slope"), [(-1.0, -4.0), (0.0, -2.0)])
+def test_without_the_push_half_of_the_gradient_is_left(worse, slope):
+    """Candidates at ±1 of an anchor at 0: towards the good one by 2, away from the bad one by as much."""
+    predicted = torch.zeros(1, 1, 1, requires_grad=True)
+    log_probs = surrogate_log_probs(torch.tensor([1.0, -1.0]).view(1, 2, 1, 1), predicted, torch.ones(1, 1), 1.0)
+    policy_loss(log_probs, log_probs, torch.tensor([[1.0, worse]]), 0.1).loss.sum().backward()
+    assert float(predicted.grad) == pytest.approx(slope)
+
+
 def test_std_floor_keeps_small_spreads_small():
     rewards = torch.tensor([[0.0, 0.02], [0.0, 2.0]])  # stds .01 and 1
     assert group_advantages(rewards, 0.1).flatten().tolist() == pytest.approx([-0.1, 0.1, -1, 1])

@@ -28,6 +28,13 @@ if TYPE_CHECKING:
 class DiagnoseArguments:
     """What to diagnose on what, for `rcgrpo diagnose`."""
 
+    gradient: bool = field(
+        default=False,
+        metadata={
+            "help": "Measure the noise of a training configuration's gradient instead; takes the flags of `rcgrpo "
+            "train`, --num_samples and --num_draws (see `rcgrpo diagnose --gradient --help`)."
+        },
+    )
     model: str = field(default=TINY, metadata={"help": f"{TINY} (embedded), or a Hub id or folder of an editor."})
     lora: str | None = field(
         default=None, metadata={"help": "A LoRA to diagnose and to compare with the model: folder, file or Hub id."}
@@ -88,6 +95,10 @@ class DiagnoseArguments:
 
 def run(arguments: Sequence[str]) -> None:
     """`rcgrpo diagnose`: region-decoupled noise beside global noise, at the same strength and at equal diversity."""
+    if "--gradient" in arguments:
+        from . import gradient
+
+        return gradient.run([argument for argument in arguments if argument != "--gradient"])
     (args,) = parse((DiagnoseArguments,), arguments, None, "rcgrpo diagnose")
     fill_in(args)
     require("tiny" if args.dataset == MINI else "report", "rcgrpo diagnose")

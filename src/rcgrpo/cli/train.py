@@ -263,6 +263,31 @@ def settle_resume(config: "RCGRPOConfig") -> str | bool | None:
     return None
 
 
+def make_trainer(script: ScriptArguments, config: "RCGRPOConfig", named: Collection[str]) -> "RCGRPOTrainer":
+    """The trainer of a job whose splits are settled.
+
+    Args:
+        named: the flags and keys that somebody set.
+    """
+    from peft import LoraConfig
+
+    from ..training.trainer import RCGRPOTrainer
+    from .opening import check_loras
+
+    check_loras(script.model, [] if script.init_lora is None else [script.init_lora], "--init_lora")
+    train_rows, eval_rows = load_rows(script, config)
+    model = load_model(script, config, named)
+    new_lora = LoraConfig(r=script.lora_r, lora_alpha=script.lora_alpha, target_modules=script.lora_target_modules)
+    return RCGRPOTrainer(
+        model=model,
+        reward_funcs=list(script.reward_funcs),
+        args=config,
+        train_dataset=train_rows,
+        eval_dataset=eval_rows,
+        peft_config=None if script.init_lora is not None or not script.use_peft else new_lora,
+    )
+
+
 def run(arguments: Sequence[str]) -> None:
     """`rcgrpo train`: train, then report before and after on held-out edits."""
     own_job = not any(a.split("=")[0] in ("--model", "--dataset", "--config") for a in arguments)
@@ -283,27 +308,12 @@ def run(arguments: Sequence[str]) -> None:
     if script.model == TINY:
         use_embedded_model(loras)
         fill_in(config, given(arguments, recipe))
-    from peft import LoraConfig
-
     from ..data.edits import EditRows
     from ..editors.opening import stock_name
     from ..evaluation.held_out import judge_held_out, write_report
     from ..reporting.statistics import markdown_table
-    from ..training.trainer import RCGRPOTrainer
-    from .opening import check_loras
 
-    check_loras(script.model, loras, "--init_lora")
-    train_rows, eval_rows = load_rows(script, config)
-    model = load_model(script, config, given(arguments))
-    new_lora = LoraConfig(r=script.lora_r, lora_alpha=script.lora_alpha, target_modules=script.lora_target_modules)
-    trainer = RCGRPOTrainer(
-        model=model,
-        reward_funcs=list(script.reward_funcs),
-        args=config,
-        train_dataset=train_rows,
-        eval_dataset=eval_rows,
-        peft_config=None if loras or not script.use_peft else new_lora,
-    )
+    trainer = make_trainer(script, config, given(arguments))
     _announce(trainer, script)
     held_out = trainer.eval_dataset if isinstance(trainer.eval_dataset, EditRows) else None
     main_process = trainer.is_world_process_zero()
@@ -323,7 +333,8 @@ def run(arguments: Sequence[str]) -> None:
     if config.push_to_hub:
         trainer.push_to_hub(dataset_name=script.dataset)
     elif main_process:
-        report = ("metrics.json", "reward_curves.png", "samples/contact_sheet.png") if held_out else ()
+        pictures = ("reward_curves.png", "learning_curve.png", "samples/contact_sheet.png")
+        report = ("metrics.json", *pictures) if held_out else ()
         trained = "LoRA" if script.use_peft else "transformer"
         print(
             f"Written to {folder}: {', '.join([trained, 'model card', *(f for f in report if (folder / f).exists())])}"

@@ -26,6 +26,7 @@ from ..inputs.pictures import to_rgb
 from ..maths.metrics import background_lpips, background_psnr, background_ssim, load_lpips
 from ..reporting.curves import plot_curves
 from ..reporting.files import write_atomically
+from ..reporting.learning_curve import Curve, plot_learning_curve
 from ..reporting.sheets import contact_sheet, heatmap, outline
 from ..reporting.statistics import PairedDifference, compare, markdown_table
 from ..rewards import get_region_scorer, get_second_scorer, region_edit
@@ -286,14 +287,16 @@ def write_report(
     folder: Path,
     before: Sequence[HeldOut],
     after: Sequence[HeldOut],
-    log_history: list[dict[str, float]],
+    log_history: list[dict[str, Any]],
     settings: Mapping[str, Any],
 ) -> list[PairedDifference]:
     """Write `metrics.json`, `metrics.md`, `reward_curves.png` and the pictures in `samples`, each whole or not at all.
 
-    These are `contact_sheet.png` and, for the model's page on the Hub, source and edited picture of a few edits, which
-    `metrics.json` lists as `examples`. A metric is left out where fewer than two edits have a value on either side,
-    such as the embedded ones where the objects are not CompBench-mini's.
+    A run that was evaluated on its way (`eval_strategy`) also gets `learning_curve.png`, and its `curve` in the JSON.
+
+    The pictures are `contact_sheet.png` and, for the model's page on the Hub, source and edited picture of a few edits,
+    which `metrics.json` lists as `examples`. A metric is left out where fewer than two edits have a value on either
+    side, such as the embedded ones where the objects are not CompBench-mini's.
 
     Args:
         before, after: of `judge_held_out`, of the same rows.
@@ -308,7 +311,7 @@ def write_report(
     with write_atomically(folder / "metrics.md") as path:
         tables = [markdown_table(rows), *(f"{task}\n\n{markdown_table(own)}" for task, own in tasks.items())]
         path.write_text("\n\n".join(tables) + "\n")
-    shown = _shown(len(after))
+    shown, curve = _shown(len(after)), Curve.of(log_history)
     with write_atomically(folder / "metrics.json") as path:
         summary = {
             "held_out": [asdict(row) for row in rows],
@@ -316,6 +319,7 @@ def write_report(
             "per_sample": {"before": old, "after": new},
             "examples": [_save_example(folder, after[i]) for i in shown[:NUM_EXAMPLES]],
             "settings": dict(settings),
+            "curve": asdict(curve),
         }
         path.write_text(json.dumps(summary, indent=1, default=str))
     sheet: dict[str, list[Image.Image]] = {
@@ -329,6 +333,8 @@ def write_report(
     contact_sheet(sheet, [after[i].prompt for i in shown], path=folder / "samples" / "contact_sheet.png")
     if any("reward" in row for row in log_history):
         plot_curves(log_history, folder / "reward_curves.png")
+    if len(curve.steps) > 1:
+        plot_learning_curve(curve, folder / "learning_curve.png")
     return rows
 
 

@@ -10,6 +10,7 @@ others said of them, but are compared with nobody (`objective.comparable`).
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any, Literal
 
 import torch
@@ -35,7 +36,7 @@ class GroupScoring:
         reward_regions: with region advantages, the region of each reward; else none.
         named_regions: these regions, each once, in the order of the rows of advantages.
         importance: of the named regions; all alike by default.
-        how, scale_rewards, std_floor, min_std, power: of `objective.batch_advantages`.
+        how, scale_rewards, std_floor, min_std, power, negative_clip: of `objective.batch_advantages`.
         queue: calls the rewards.
 
     Attributes:
@@ -53,6 +54,7 @@ class GroupScoring:
     min_std: float = 0.0
     power: float = 0.8
     queue: ScoringQueue = field(default_factory=ScoringQueue)
+    negative_clip: float = inf
     extra_columns: dict[str, list[Any]] = field(default_factory=dict, init=False)
 
     @property
@@ -141,6 +143,7 @@ class GroupScoring:
                 std_floor=self.std_floor,
                 min_std=self.min_std,
                 power=self.power,
+                negative_clip=self.negative_clip,
             )
             for chosen in self.rows or [[True] * len(self.rewards)]
         ]

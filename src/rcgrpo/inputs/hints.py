@@ -132,6 +132,8 @@ HINTS: dict[str, Here | str] = {
     "warmup_ratio": Here(("warmup_steps",), "below 1 it is a share of all updates"),
     "optimizer": Here(("optim",), "in Python also the trainer's `optimizers`"),
     "grad_clip": Here(("max_grad_norm",)),
+    **_all("ema use_ema ema_rate", Here(("ema_decay",))),
+    "early_stopping": Here(("stop_on_regression",)),
     "evaluation_strategy": Here(("eval_strategy",)),
     "no_cuda": Here(("use_cpu",)),
     "overwrite_output_dir": "an earlier run is never overwritten: name another output_dir, or resume_from_checkpoint",

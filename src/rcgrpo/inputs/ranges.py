@@ -81,8 +81,8 @@ RANGES: dict[str, Range] = {
     **_all(NATURAL, "dataloader_num_workers check_rows"),
     **_all(AMOUNT, "learning_rate weight_decay warmup_steps max_grad_norm eval_delay neftune_noise_alpha"),
     **_all(AMOUNT, "keep_weight beta beta_keep attention_reward_weight keep_hinge_weight keep_hinge_margin"),
-    **_all(AMOUNT, "min_reward_std reward_gradient_weight"),
-    **_all(FRACTION, "adam_beta1 adam_beta2"),
+    **_all(AMOUNT, "min_reward_std reward_gradient_weight negative_advantage_clip"),
+    **_all(FRACTION, "adam_beta1 adam_beta2 ema_decay"),
     **_all(POSITIVE, "adam_epsilon num_train_epochs temperature epsilon epsilon_high advantage_power"),
     **_all(POSITIVE, "advantage_std_floor sde_noise_level nft_beta nft_advantage_clip reward_timeout"),
     **_all(INTERVAL, "logging_steps eval_steps save_steps"),
@@ -91,7 +91,7 @@ RANGES: dict[str, Range] = {
     "local_rank": Range(-1, whole=True),
     **_all(SEED, "seed data_seed"),
     # Rows
-    **_all(COUNT, "num_train_samples num_eval_samples num_samples num_pictures num_train num_test"),
+    **_all(COUNT, "num_train_samples num_eval_samples num_eval_edits num_samples num_pictures num_train num_test"),
     **_all(NATURAL, "num_maps"),
     "held_out": FRACTION,
     # Edits

@@ -14,6 +14,7 @@ what came in.
 """
 
 from collections.abc import Sequence
+from math import inf
 from typing import Literal, NamedTuple
 
 import torch
@@ -158,6 +159,7 @@ def batch_advantages(
     std_floor: float = 0.0,
     min_std: float = 0.0,
     power: float = 0.8,
+    negative_clip: float = inf,
 ) -> list[Tensor]:
     """Final advantages A' of the groups of one batch (algorithm section 5), with TRL's names for the options.
 
@@ -172,9 +174,12 @@ def batch_advantages(
         min_std: groups whose scores spread less than this get advantages of 0; with `"normalize_then_sum"`, where units
             do not matter, groups in which no reward times its weight spreads so much.
         power: of the quasi-norm.
+        negative_clip: size of the largest negative advantage; with 0 only what is better than its group teaches. A
+            policy is pulled towards good candidates and comes to rest there, but nothing bounds how far it is pushed
+            away from bad ones over many updates.
 
     Returns:
-        `[group]` for each group, finite, 0 for candidates that are out.
+        `[group]` for each group, finite, 0 for candidates that are out. They add up to 0 unless the clip cut some.
     """
     dtypes, rewards = [values.dtype for values in rewards], [values.double() for values in rewards]
     scores = [total_scores(values, weights) for values in rewards]
@@ -193,7 +198,8 @@ def batch_advantages(
             continue
         scored = int((~own.isnan()).sum())
         size = advantage_size(values, scale_rewards, std_floor, batch_std)
-        results.append(quasi_norm(group_advantages(values, std_floor), power, scored) * size)
+        shaped = quasi_norm(group_advantages(values, std_floor), power, scored) * size
+        results.append(shaped.clamp(min=-negative_clip))
     return [_narrowed(result, dtype) for result, dtype in zip(results, dtypes, strict=True)]
 
 

@@ -1,10 +1,8 @@
 """Settings of a run: `GRPOConfig`'s names where the idea is the same, the paper's where it is not."""
 
-import os
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-import torch
 import transformers
 from packaging.version import Version
 from transformers.utils import is_torch_bf16_gpu_available
@@ -12,7 +10,7 @@ from trl.trainer.base_config import _BaseConfig
 
 from ..editors.attention import AttentionOptions
 from ..inputs.hints import hinted
-from .config_checks import check_config
+from .config_checks import check_config, check_launch, join_launch
 
 HAS_ACTIVATION_CHECKPOINTING = Version(transformers.__version__) >= Version("5.23.0")
 
@@ -70,9 +68,7 @@ class RCGRPOConfig(_BaseConfig):
     )
     mask_growth: float = field(
         default=0.02,
-        metadata={
-            "help": "Grow the region by this share of the picture's short side, as Kontext moves edges a little."
-        },
+        metadata={"help": "Grow the region by this share of the picture's short side, as edges move a little."},
     )
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Keep every column for the rewards; must stay false."}
@@ -189,9 +185,7 @@ class RCGRPOConfig(_BaseConfig):
     )
     attention_words_column: str | None = field(
         default=None,
-        metadata={
-            "help": "Column with the words of each instruction to record (a string or a list); all of it by default."
-        },
+        metadata={"help": "Column with the words of each instruction to record (a string or a list); all by default."},
     )
     attention_direction: str = field(
         default="text_to_image",
@@ -259,9 +253,7 @@ class RCGRPOConfig(_BaseConfig):
     )
     region_advantages: bool = field(
         default=False,
-        metadata={
-            "help": "Each reward acts on the latents of its own region only (reward_regions), without keep_weight."
-        },
+        metadata={"help": "Each reward acts on the latents of its own region alone (reward_regions), no keep_weight."},
     )
     reward_regions: list[str] | None = field(
         default=None,
@@ -300,6 +292,10 @@ class RCGRPOConfig(_BaseConfig):
             "update, on every process, which are scored before it begins), or by 'none'."
         },
     )
+    negative_advantage_clip: float | None = field(
+        default=None,
+        metadata={"help": "Size of the largest negative advantage; with 0 only better candidates teach."},
+    )
     advantage_std_floor: float = field(
         default=1e-6, metadata={"help": "Smallest reward spread to divide by, so that noise is not blown up."}
     )
@@ -314,7 +310,20 @@ class RCGRPOConfig(_BaseConfig):
         },
     )
 
+    ema_decay: float | None = field(
+        default=None,
+        metadata={"help": "Evaluate and hand out an average of the trained weights, over 1 / (1 - ema_decay) updates."},
+    )
+
     # Parameters that control the logging
+    num_eval_edits: int | None = field(
+        default=None,
+        metadata={"help": "Held-out edits that evaluations during training look at, always the same; all by default."},
+    )
+    stop_on_regression: bool = field(
+        default=False,
+        metadata={"help": "Stop when the held-out metric is clearly below its best, which is warned of anyway."},
+    )
     log_completions: bool = field(
         default=False,
         metadata={
@@ -343,6 +352,8 @@ class RCGRPOConfig(_BaseConfig):
         spelt = {"true": "group", "false": "none"}
         self.scale_rewards = spelt.get(str(self.scale_rewards).lower(), self.scale_rewards)
         self.solver = None if str(self.solver).lower() == "none" else self.solver
+        if self.load_best_model_at_end and self.metric_for_best_model is None:  # type: ignore[has-type]
+            self.metric_for_best_model = "reward"  # not a loss, which no evaluation has
         check_config(self)
         # transformers reads a newer alias of gradient checkpointing; a value given for either must win.
         if HAS_ACTIVATION_CHECKPOINTING:
@@ -354,15 +365,9 @@ class RCGRPOConfig(_BaseConfig):
         if getattr(self, "bf16", None) is None and not self.fp16:
             # TRL assumes bf16 everywhere; a laptop's CPU is slower with it and transformers refuses it there.
             self.bf16 = bool(is_torch_bf16_gpu_available()) and not self.use_cpu  # type: ignore[has-type]
-        launched = int(os.environ.get("WORLD_SIZE") or 1)
-        if launched > 1 and not torch.accelerator.is_available():
-            self.use_cpu = True  # or each would train by itself, as accelerate makes no process group
+        launched = join_launch(self)
         super().__post_init__()
-        if self.world_size != launched:
-            raise ValueError(
-                f"WORLD_SIZE: got {launched} processes from the launcher, expected the {self.world_size} of a process "
-                f"group, as accelerate finds none for {self.device.type}; pass use_cpu=True, or launch one process"
-            )
+        check_launch(self, launched)
 
     @property
     def place_model_on_device(self) -> bool:

@@ -5,6 +5,7 @@ check is a function over the configuration and `refuse(name, expected)`.
 """
 
 import json
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import fields
@@ -12,6 +13,8 @@ from enum import Enum
 from math import inf, isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, get_args, get_type_hints
+
+import torch
 
 from ..inputs.ranges import SHARE, check_ranges
 
@@ -46,6 +49,27 @@ def check_config(config: "RCGRPOConfig") -> None:
     check_ranges(config)
     for check in (_choices, _mappings, _group, _steps, _saving, _conditions, _regions, _policy, _rewards):
         check(config, refuse)
+
+
+def join_launch(config: "RCGRPOConfig") -> int:
+    """The processes of a launcher; without a GPU they are CPU processes, as else each would train by itself."""
+    launched = int(os.environ.get("WORLD_SIZE") or 1)
+    if launched > 1 and not torch.accelerator.is_available():
+        config.use_cpu = True
+    return launched
+
+
+def check_launch(config: "RCGRPOConfig", launched: int) -> None:
+    """Refuse processes that found no process group.
+
+    Raises:
+        ValueError: naming how many there are, and what to do.
+    """
+    if config.world_size != launched:
+        raise ValueError(
+            f"WORLD_SIZE: got {launched} processes from the launcher, expected the {config.world_size} of a process "
+            f"group, as accelerate finds none for {config.device.type}; pass use_cpu=True, or launch one process"
+        )
 
 
 def check_trackers(config: "RCGRPOConfig") -> None:
@@ -178,6 +202,7 @@ def _saving(config: "RCGRPOConfig", refuse: Refuse) -> None:
 def _conditions(config: "RCGRPOConfig", refuse: Refuse) -> None:
     """Fields that mean nothing unless something else is set: what that is, and whether it is."""
     neighbor, nft = (("policy=" + name, config.policy == name) for name in ("neighbor", "nft"))
+    evaluated = ("eval_strategy", str(getattr(config.eval_strategy, "value", config.eval_strategy)) != "no")
     conditions = {
         "distance_space": neighbor,
         "temperature": neighbor,
@@ -187,12 +212,16 @@ def _conditions(config: "RCGRPOConfig", refuse: Refuse) -> None:
         "negative_prompt": ("true_cfg_scale above 1", config.true_cfg_scale > 1),
         "beta_keep": ("beta", config.beta > 0),
         "keep_hinge_margin": ("keep_hinge_weight", config.keep_hinge_weight > 0),
+        "num_eval_edits": evaluated,
+        "stop_on_regression": evaluated,
         "turns_at_once": ("turns_column", config.turns_column is not None),
     }
     defaults = {field.name: field.default for field in fields(config)}
     for name, (condition, holds) in conditions.items():
         if not holds and getattr(config, name) != defaults[name]:
             refuse(name, f"its default, {defaults[name]!r}, without {condition}")
+    if config.ema_decay is not None and config.shard_model:
+        refuse("ema_decay", "none with shard_model, whose weights no process has as a whole")
     if config.conditions_cache_dir is not None and not config.cache_conditions:
         refuse("conditions_cache_dir", "none without cache_conditions=True, which fills it")
 

@@ -20,16 +20,18 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
+from torch.utils.data import Subset
 from trl.trainer.utils import RepeatSampler
 
 from ..data.edits import Edit, EditRows
 from ..editors.base import FlowEditor
+from ..groups.outcomes import outcomes
 from ..groups.rollout import Exploration, Group, make_groups
 from ..groups.transitions import Where
 from ..groups.turns import best_candidate
 from ..processes.lockstep import Lockstep
 from ..rewards import PendingScores, ScoredBatch, failing_together
-from .rows import check_played, each_set, following_turn, make_rows
+from .rows import check_played, each_set, following_turn, make_rows, some_rows
 from .run_log import LoggingTrainer
 
 
@@ -222,10 +224,11 @@ class GeneratingTrainer(LoggingTrainer):
         """Roll out and score held-out edits, always from the same noise."""
         size, key = self.args.num_generations_eval, (self.args.seed, "eval")
         with self.rolling_out():
-            edits = [self._eval_rows().edit(index, row) for index, row in inputs]
+            edits = [self._eval_rows()[0].edit(index, row) for index, row in inputs]
             groups = self._finish(*self._begin(edits, size, key), size, key)
             self.scoring.compare(groups)
             self._log_groups(groups)
+            self._outcomes += outcomes(groups[: len(edits)])  # of the first turn
         return None, None, None
 
     def _rows(self, dataset: Any, name: str) -> EditRows | None:
@@ -237,12 +240,21 @@ class GeneratingTrainer(LoggingTrainer):
         check_played(rows, self.args, self.exploration, self.editor)
         return rows
 
+    def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> dict[str, float]:
+        if skip_scheduler and self.state.global_step:  # eval_on_start, of a run that went on: its start lies behind it
+            return {}
+        return super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
+
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """As `Trainer.evaluate`, on rows like the trainer's, or a dictionary of several sets."""
+        """As `Trainer.evaluate`, on rows like the trainer's, or several sets of them; in training on some of them."""
         self._eval_prefix = f"{metric_key_prefix}_"
         if eval_dataset is not None and not isinstance(eval_dataset, EditRows | str):
             eval_dataset = each_set(eval_dataset, self._played_rows)
+        elif self.is_in_train:  # on the run's own, or one of its own by name
+            rows: Any = self.eval_dataset if eval_dataset is None else self.eval_dataset[eval_dataset]
+            if isinstance(rows, EditRows):
+                eval_dataset = Subset(rows, some_rows(len(rows), self.args.num_eval_edits))
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         return {**metrics, **self._last_eval_metrics}

@@ -10,6 +10,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 COLUMNS = {
     "reward": "reward {:.4f}",
     "reward_std": "± {:.4f}",
+    "correct": "correct {:.1f} %",
     "background/psnr": "background {:.2f} dB",
     "attention/density": "attention {:.3f}",
     "frac_reward_zero_std": "flat groups {:.0%}",

@@ -313,7 +313,7 @@ class ResumingTrainer(_BaseTrainer):
         with failing_together(self.accelerator, can_stop=False), _writing_to(folder, name):
             if self.args.should_save:
                 state.save_to_json(str(unfinished / TRAINER_STATE_NAME))
-                checkpoints.seal(unfinished, {"optimizer": self._optimizer_name()})
+                checkpoints.seal(unfinished, self._facts())
                 checkpoints.publish(unfinished)
                 checkpoints.rotate(folder, self.args.save_total_limit, keep)
         self._last_saved = step
@@ -336,6 +336,10 @@ class ResumingTrainer(_BaseTrainer):
 
     def _bare_optimizer(self) -> Any:
         return getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate wraps it
+
+    def _facts(self) -> dict[str, Any]:
+        """What a checkpoint's seal says besides its files."""
+        return {"optimizer": self._optimizer_name()}
 
     def _refuse_non_finite_weights(self) -> None:
         """Before a checkpoint is written, as a newer one takes the place of a good one."""

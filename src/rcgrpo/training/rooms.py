@@ -5,6 +5,7 @@ configuration. The policy has a door of its own, `policies.make_policy`.
 """
 
 from collections.abc import Callable, Sequence
+from math import inf
 from typing import Any
 
 import torch
@@ -79,6 +80,7 @@ def scoring_of(reward_funcs: Callable | str | Sequence[Callable | str], args: RC
         args.min_reward_std,
         args.advantage_power,
         ScoringQueue(timeout=args.reward_timeout),
+        inf if args.negative_advantage_clip is None else args.negative_advantage_clip,
     )
 
 

@@ -20,12 +20,15 @@ import torch
 from accelerate.utils import gather_object
 from huggingface_hub import CommitScheduler, create_repo
 from torch import Tensor
+from torch.utils.data import Subset
 
 from ..data.edits import EditRows
 from ..groups.group_log import group_log
+from ..groups.outcomes import Outcome, by_task, means
 from ..groups.policies import CLIPPED_AGAIN
 from ..groups.rollout import Group
 from ..groups.scoring import GroupScoring
+from ..reporting.learning_curve import EDITS
 from ..rewards import FailureWatch, Reward, ScoredBatch, failing_together, fault_counts
 from .completions import SHOWN, Completions, record, show, shown_rows, write_completions
 from .config import RCGRPOConfig
@@ -50,6 +53,7 @@ class LoggingTrainer(SavingTrainer):
         self._diagnoses: dict[str, list[Future[list[dict[str, Any]]]]] = defaultdict(list)
         self._beside = ThreadPoolExecutor(1, thread_name_prefix="rcgrpo-diagnoses")
         self._completions: dict[str, list[Completions]] = {"train": [], "eval": []}
+        self._outcomes: list[Outcome] = []
         self._eval_prefix = "eval_"
         self._last_eval_metrics: dict[str, float] = {}
         self._warned_of_clipping = False
@@ -103,6 +107,7 @@ class LoggingTrainer(SavingTrainer):
         """Drop what was measured since the last log, for scores that belong to no step of the run."""
         self.scoring.extra_columns = {}
         self._diagnoses.clear()
+        self._outcomes = []
         for metrics in self._metrics.values():
             metrics.clear()
 
@@ -141,16 +146,20 @@ class LoggingTrainer(SavingTrainer):
     def _record_completions(self, groups: Sequence[Group]) -> None:
         """Keep what the next log shows: of an update the first edits, of an evaluation always the same ones."""
         kept, names = self._completions[self._mode()], [reward.name for reward in self.rewards]
-        chosen = None if self.model.training else shown_rows(len(self._eval_rows()))
+        chosen = None
+        if not self.model.training:
+            seen = self._eval_rows()[1]
+            chosen = {seen[i] for i in shown_rows(len(seen))}
         for group in groups:
             drawn = [each.columns["prompt"][0] for each in kept if each.pictures]
             draw = len(drawn) < SHOWN if chosen is None else group.edit.row in chosen
             draw &= not (self.args.log_unique_prompts and group.edit.prompt in drawn)
             kept.append(record(group, names, self.args.named_regions, draw))
 
-    def _eval_rows(self) -> EditRows:
+    def _eval_rows(self) -> tuple[EditRows, Sequence[int]]:
+        """What is being evaluated, and which rows of it."""
         rows: Any = self.callback_handler.eval_dataloader.dataset
-        return rows
+        return (rows.dataset, rows.indices) if isinstance(rows, Subset) else (rows, range(len(rows)))
 
     # ------------------------------------------------------------------------------------------ what is logged
 
@@ -159,7 +168,10 @@ class LoggingTrainer(SavingTrainer):
         prefix = self._eval_prefix if mode == "eval" else ""
         self._take_diagnoses(mode)
         averaged = {prefix + name: value for name, value in averages(self._metrics[mode]).items()}
+        found = self._gathered_outcomes() if mode == "eval" else []
         if mode == "eval":
+            for task, some in {"": found, **by_task(found)}.items():
+                averaged = means(some, prefix + (f"{task}/" if task else "")) | averaged
             self._last_eval_metrics = averaged
         logs.update(averaged)
         for counts in gather_object([fault_counts(self.rewards)]):  # since the start, over all processes
@@ -169,8 +181,15 @@ class LoggingTrainer(SavingTrainer):
         if mode == "train":
             self._warn_of_clipping(averaged.get(CLIPPED_AGAIN, 0.0))
         super().log(logs, start_time)
+        if found and self.is_in_train:  # in the Trainer's state, hence in checkpoints; trackers got the means alone
+            self.state.log_history[-1][prefix + EDITS] = {name: [one[name] for one in found] for name in found[0]}
         if self.args.log_completions:
             self._log_completions(mode, prefix)
+
+    def _gathered_outcomes(self) -> list[Outcome]:
+        """Of all processes, by row; the last batch is filled up with rows from the beginning, which count once."""
+        found, self._outcomes = gather_object(self._outcomes), []
+        return sorted({one["row"]: one for one in found}.values(), key=lambda one: one["row"])
 
     def _log_completions(self, mode: str, prefix: str) -> None:
         """Write and show what was recorded on all processes since the last log."""

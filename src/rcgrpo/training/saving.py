@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from ..editors.lora import LORA_FILE
 from ..editors.opening import stock_name
 from ..rewards import Reward
+from .averaging import AVERAGE_FILE, AveragingTrainer
 from .hub import model_card, save_lora
 from .model import base_model_name
-from .resuming import ResumingTrainer
 from .sharding import plain_copy
 
 
-class SavingTrainer(ResumingTrainer):
+class SavingTrainer(AveragingTrainer):
     """Saves a diffusers LoRA (or transformer) and a card."""
 
     pipeline: Any
@@ -33,6 +33,7 @@ class SavingTrainer(ResumingTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if isinstance(self.accelerator.unwrap_model(self.model), PeftModel):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+            self._load_average(resume_from_checkpoint)
             return
         weights: dict[str, Tensor] = {}
         for file in sorted(Path(resume_from_checkpoint, "transformer").glob("*.safetensors")):
@@ -44,10 +45,12 @@ class SavingTrainer(ResumingTrainer):
                 f"resume_from_checkpoint: {resume_from_checkpoint} holds another model's weights, expected this one's "
                 f"({' '.join(str(error).split())[:200]}); set model back, or train from the start"
             ) from error
+        self._load_average(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         if isinstance(self.accelerator.unwrap_model(self.model), PeftModel):
             super()._load_best_model()
+            self._load_average(str(self.state.best_model_checkpoint))
         else:
             self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
@@ -63,9 +66,12 @@ class SavingTrainer(ResumingTrainer):
         model = self.accelerator.unwrap_model(self.model)
         if isinstance(model, PeftModel):
             super()._save(str(folder), state_dict)
-            save_lora(self.pipeline, model, folder)
+            with self.averaged():
+                save_lora(self.pipeline, model, folder)
         else:
             (plain_copy(model) if self.args.shard_model else model).save_pretrained(folder / "transformer")
+        if self._average is not None:
+            self._average.save(folder / AVERAGE_FILE)
         self._write_card(folder)
 
     def _write_card(

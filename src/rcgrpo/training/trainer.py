@@ -32,6 +32,7 @@ from ..processes.lockstep import Lockstep
 from ..processes.stopping import interruptible
 from ..rewards import ATTENTION_REWARDS, FailureWatch, failing_together
 from .adapters import StartingPoint, adapters_of
+from .checkpoints import read_seal
 from .checks import (
     check_attention,
     check_engine,
@@ -45,6 +46,8 @@ from .checks import (
 from .config import RCGRPOConfig
 from .config_checks import check_trackers
 from .cycle import CycleSampler, GeneratingTrainer
+from .gradient_meter import GradientMeter
+from .guard import RegressionGuard
 from .log import make_readable
 from .model import compile_blocks, load_pipeline, trained_model, with_quantization
 from .precision import computes_in_bf16, round_lora
@@ -170,6 +173,10 @@ class RCGRPOTrainer(GeneratingTrainer):
         self.failures = FailureWatch(self.rewards, args.max_reward_failures)
         self._taught = False
         self.add_callback(UntaughtUpdates(self))
+        self._meter = GradientMeter(self.accelerator.unwrap_model(self.model), self._log_metric)
+        if not args.shard_model:
+            self.add_callback(self._meter)
+        self.add_callback(RegressionGuard(args.stop_on_regression))
         self.callback_handler.processing_class = getattr(self.pipeline, "tokenizer", None)
         make_readable(self, callbacks or ())
         with failing_together(self.accelerator):
@@ -183,6 +190,13 @@ class RCGRPOTrainer(GeneratingTrainer):
         self._taught = False
         return super()._inner_training_loop(*args, **kwargs)
 
+    def _facts(self) -> dict[str, Any]:
+        return {**super()._facts(), "drift": self._meter.drift}
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._meter.drift = float(read_seal(resume_from_checkpoint).get("drift", "nan"))
+
     # ------------------------------------------------------------------------------------------ update
 
     def compute_loss(  # type: ignore[override]
@@ -190,6 +204,10 @@ class RCGRPOTrainer(GeneratingTrainer):
     ) -> Tensor:
         """The policy's loss, the mean over a micro-batch of transitions; fills in `old`."""
         velocity = self.editor.velocity(model, inputs.latents, inputs.timestep, inputs.conditions)
+        return self.loss_of(model, velocity, inputs)
+
+    def loss_of(self, model: nn.Module, velocity: Tensor, inputs: Transitions) -> Tensor:
+        """The loss of what the model answered, `[B, tokens, channels]`, which is all that a gradient comes through."""
         mismatch = self._rollout_mismatch(velocity, inputs)
         loss, numbers = self.policy.loss(velocity, inputs)
         numbers |= mismatch

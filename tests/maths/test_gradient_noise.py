@@ -1,16 +1,9 @@
-import sys
-from pathlib import Path
+"""`gradient_noise.py`: signal and noise of gradients, told apart."""
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks.snr import interval, noise_of
-
-
-def gram_of(gradients):
-    flat = gradients.flatten(0, 1)
-    return (flat @ flat.T).unflatten(0, gradients.shape[:2]).unflatten(-1, gradients.shape[:2])
+from rcgrpo.maths.gradient_noise import gram_of, interval, noise_of
 
 
 def test_signal_and_both_noises_are_told_apart():
@@ -45,3 +38,11 @@ def test_by_hand():
     found = torch.tensor([[[1.0, 1.0], [1.0, -1.0]], [[3.0, 1.0], [3.0, -1.0]]], dtype=torch.float64)
     noise = noise_of(gram_of(found))
     assert (noise.within, noise.between, noise.signal) == (2.0, 1.0, 3.0)
+
+
+def test_parts_add_up():
+    """Of the parameters: the last two against the first three."""
+    found = torch.randn(4, 2, 5, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    parts = [noise_of(gram_of(found[..., some])) for some in (slice(3), slice(3, 5))]
+    assert [sum(values) for values in zip(*parts, strict=True)] == pytest.approx(list(noise_of(gram_of(found))))
+    assert noise_of(gram_of(torch.zeros(2, 2, 3))).groups == float("inf")
