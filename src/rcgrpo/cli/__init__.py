@@ -11,6 +11,7 @@ from .failing import told_in_one_line
 
 COMMANDS = {
     "train": "train, then report before and after on held-out edits",
+    "cache": "encode what a run will ask for beforehand, so that training does without the text encoders",
     "plan": "say what a run will take: memory by phase, FLOP, time, and what to lower",
     "evaluate": "compare a model with and without LoRAs on a data set, with CompBench's metrics",
     "diagnose": "say where candidates differ, where their rewards come from, and whether a LoRA cheats",

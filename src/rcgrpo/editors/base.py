@@ -8,12 +8,10 @@ bits.
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
-from accelerate import cpu_offload_with_hook
 from accelerate.hooks import UserCpuOffloadHook
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux.pipeline_flux_kontext import calculate_shift, retrieve_timesteps
@@ -21,14 +19,16 @@ from PIL import Image
 from torch import Tensor, nn
 
 from .attention import AttentionOptions, AttentionRecorder, unrecorded
-from .cache import ConditionCache, modules_digest, picture_digest, surroundings
+from .cache import ConditionCache
 from .conditions import Conditions
+from .kept_encoders import KeptEncoders
+from .late_encoders import LateEncoders
 from .schedule import Schedule, Solver, make_solver
-from .sizes import can_move, fit_size
+from .sizes import fit_size
 from .words import as_long_as
 
 
-class FlowEditor(ABC):
+class FlowEditor(KeptEncoders, ABC):
     """An `Editor` made of a diffusers pipeline.
 
     Args:
@@ -46,6 +46,7 @@ class FlowEditor(ABC):
         cache: keeps what the encoders make of instructions and sources. Their weights must not change from then on.
         batch_guidance: ask for both halves of a guided velocity in one forward: quicker where one does not fill the
             device, at twice its memory, and rounded otherwise in the last bits than diffusers' two forwards.
+        late: where the pipeline's text encoders come from if it was loaded without them; takes a cache.
 
     Raises:
         ValueError: a resolution below one token, or a solver for a scheduler whose noise levels it cannot take over.
@@ -81,6 +82,7 @@ class FlowEditor(ABC):
         negative_prompt: str = "",
         cache: ConditionCache | None = None,
         batch_guidance: bool = False,
+        late: LateEncoders | None = None,
     ) -> None:
         self.pipeline = pipeline
         self.resolution = resolution
@@ -92,6 +94,7 @@ class FlowEditor(ABC):
         self.negative_prompt = negative_prompt
         self.cache = cache
         self.batch_guidance = batch_guidance
+        self.late = late
         self._offloads: list[UserCpuOffloadHook] = []
         self._device: torch.device | None = None
         if solver is not None and not isinstance(pipeline.scheduler, FlowMatchEulerDiscreteScheduler):
@@ -216,35 +219,6 @@ class FlowEditor(ABC):
         """Of a token."""
         return int(self.pipeline.transformer.config.in_channels)
 
-    # -------------------------------------------------------------------------------- devices
-
-    @property
-    def text_encoders(self) -> list[nn.Module]:
-        """Of the pipeline."""
-        return [getattr(self.pipeline, name) for name in self.encoders]
-
-    def place(self, device: torch.device) -> None:
-        """Move the models to a device.
-
-        With a cache the text encoders stay on the CPU, come to the device when something new is to be encoded, and
-        leave it again.
-        """
-        pipe, self._device = self.pipeline, device
-        if self.cache is None and can_move(pipe.transformer):
-            pipe.to(device)
-            return
-        for part in (pipe.transformer, pipe.vae, *(self.text_encoders if self.cache is None else ())):
-            if can_move(part):
-                part.to(device)
-        if self.cache is None:
-            return
-        self._offloads = [cpu_offload_with_hook(part, device)[1] for part in self.text_encoders if can_move(part)]
-
-    @property
-    def device(self) -> torch.device:
-        """Where everything is computed, wherever the text encoders wait."""
-        return self._device or self.pipeline._execution_device
-
     # -------------------------------------------------------------------------------- encode
 
     @torch.no_grad()
@@ -303,39 +277,6 @@ class FlowEditor(ABC):
                 )
             )
         return Conditions.concatenate(parts)
-
-    def _text(self, prompt: str, picture: Image.Image | None, size: tuple[int, int], keep: bool) -> dict[str, Tensor]:
-        if self.cache is None or not keep:
-            return self._encode_text(prompt, picture, size)
-        made_from = [self._text_weights, surroundings(self.device), *self._text_key(prompt, picture, size)]
-        kind = f"text-{self._text_weights[:12]}"
-        entry = self.cache.get(kind, made_from, lambda: self._encode_text(prompt, picture, size))
-        # Masks stay on the CPU.
-        return {name: each.to(self.device) if each.is_floating_point() else each for name, each in entry.items()}
-
-    def _picture(self, image: Image.Image, height: int, width: int, dtype: torch.dtype, keep: bool) -> Tensor:
-        """Packed latents of one source, `[1, tokens, channels]`."""
-
-        def make() -> dict[str, Tensor]:
-            return {"image_latents": self._encode_picture(image, height, width).to(dtype)}
-
-        if self.cache is None or not keep:
-            return make()["image_latents"]
-        # Tiling and slicing are plain attributes of the VAE; what it counts while it works is private.
-        plain = {name: value for name, value in vars(self.pipeline.vae).items() if not name.startswith("_")}
-        settings = {name: value for name, value in plain.items() if isinstance(value, bool | int | float)}
-        processor = dict(self.pipeline.image_processor.config)
-        made_from = [self._vae_weights, surroundings(self.device), settings, processor, dtype, height, width]
-        kind = f"image-{self._vae_weights[:12]}"
-        return self.cache.get(kind, [*made_from, picture_digest(image)], make)["image_latents"].to(self.device)
-
-    @cached_property
-    def _text_weights(self) -> str:
-        return modules_digest(*self.text_encoders)
-
-    @cached_property
-    def _vae_weights(self) -> str:
-        return modules_digest(self.pipeline.vae)
 
     # -------------------------------------------------------------------------------- integrate
 

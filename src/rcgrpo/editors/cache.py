@@ -72,11 +72,14 @@ class ConditionCache:
     Args:
         folder: `rcgrpo/conditions` in the Hugging Face home (`HF_HOME`) by default. To clear the cache, delete it, or
             one of its subfolders: there is one for each set of encoder weights.
+
+    Attributes:
+        made: entries that were not there, or not whole.
     """
 
     def __init__(self, folder: PathLike | None = None) -> None:
         self.folder = Path(folder or Path(constants.HF_HOME, "rcgrpo", "conditions")).expanduser()
-        self.writable = True
+        self.writable, self.made = True, 0
 
     def get(self, kind: str, made_from: Any, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """The entry from disk, on the CPU, or, where there is none that is whole, from `make`, which is then kept.
@@ -92,6 +95,7 @@ class ConditionCache:
         found = self._read(path)
         if found is None:
             found = make()
+            self.made += 1
             self._write(path, found)
         return found
 

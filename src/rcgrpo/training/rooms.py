@@ -12,6 +12,7 @@ import torch
 
 from ..editors import ConditionCache, open_editor
 from ..editors.base import FlowEditor
+from ..editors.late_encoders import LateEncoders
 from ..groups.rollout import Exploration
 from ..groups.scoring import GroupScoring
 from ..groups.turns import REGIONS
@@ -36,7 +37,7 @@ def exploration_of(args: RCGRPOConfig) -> Exploration:
     )
 
 
-def editor_of(pipeline: Any, args: RCGRPOConfig) -> FlowEditor:
+def editor_of(pipeline: Any, args: RCGRPOConfig, late: LateEncoders | None = None) -> FlowEditor:
     """The editor of a pipeline, with the run's size, steps and guidance."""
     return open_editor(
         pipeline,
@@ -49,6 +50,7 @@ def editor_of(pipeline: Any, args: RCGRPOConfig) -> FlowEditor:
         args.negative_prompt,
         ConditionCache(args.conditions_cache_dir) if args.cache_conditions else None,
         args.batch_guidance,
+        late,
     )
 
 

@@ -48,6 +48,7 @@ from .config_checks import check_trackers
 from .cycle import CycleSampler, GeneratingTrainer
 from .gradient_meter import GradientMeter
 from .guard import RegressionGuard
+from .late import late_encoders, without_encoders
 from .log import make_readable
 from .model import compile_blocks, load_pipeline, trained_model, with_quantization
 from .precision import computes_in_bf16, round_lora
@@ -135,10 +136,12 @@ class RCGRPOTrainer(GeneratingTrainer):
         if train_rows is None:
             raise ValueError("train_dataset: got None, expected rows with a source, an instruction and a mask")
         check_lora(peft_config)
-        self.pipeline = load_pipeline(model, with_quantization(args.model_init_kwargs, quantization_config))
+        init_kwargs = with_quantization(args.model_init_kwargs, quantization_config)
+        late = late_encoders(model, args, init_kwargs)
+        self.pipeline = load_pipeline(model, without_encoders(init_kwargs, late))
         goes_on = peft_config is None and bool(adapters_of(self.pipeline.transformer))
         check_reference(args, has_lora=peft_config is not None or goes_on)
-        self.editor = editor_of(self.pipeline, args)
+        self.editor = editor_of(self.pipeline, args, late)
         check_attention(args, self.editor, self._records_attention)
         self.policy = make_policy(args, args.named_regions)
         trained = trained_model(self.pipeline, peft_config, args.seed)
