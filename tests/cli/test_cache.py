@@ -74,7 +74,7 @@ def test_training_never_loads_the_text_encoders_and_is_the_same_to_the_last_bit(
     stock = load_encoders_only(str(WEIGHTS), {})
     fresh = open_editor(stock, 64, 2, max_sequence_length=20).encode([other["input_image"]], ["something quite new"])
     assert all(torch.equal(tensor, fresh.text[name]) for name, tensor in new.text.items())
-    assert trainer.pipeline.text_encoder_2 is not None and trainer.editor.cache.made == 1, "its picture is a held-out one"
+    assert trainer.pipeline.text_encoder_2 is not None and trainer.editor.cache.made == 1
 
 
 def test_a_call_that_was_stopped_goes_on_and_nothing_half_written_counts(tmp_path):
