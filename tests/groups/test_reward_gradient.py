@@ -1,11 +1,12 @@
-"""`reward_gradient.py`: which pixels a reward's gradient reaches."""
+"""`reward_gradient.py`: where a prediction ends, and which pixels a reward's gradient reaches."""
 
 import numpy as np
 import pytest
 import torch
 
-from rcgrpo.groups.reward_gradient import reward_of_prediction
+from rcgrpo.groups.reward_gradient import predict_result, reward_of_prediction
 from rcgrpo.groups.transitions import gather
+from rcgrpo.maths.objective import predict_clean
 from tiny_training import brightness, make
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -36,3 +37,59 @@ def test_a_rewards_gradient_reaches_the_pixels_of_its_own_region(tmp_path, data,
     inside = torch.stack([torch.from_numpy(np.asarray(group.mask) > 127) for group in groups]).unsqueeze(1)
     reached = {"edit": inside, "keep": ~inside, None: torch.ones_like(inside)}[region].expand(-1, 3, -1, -1)
     assert bool(inside.any()) and torch.equal(pictures.grad != 0, reached)
+
+
+PLACES = [(0, 0, 0), (1, 2, 1), (1, 3, 2)]
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory, data):
+    """A trainer whose rollouts have three steps, transitions at each of them, and the model's answer there."""
+    trainer = make(tmp_path_factory.mktemp("asked"), data, bright, num_inference_steps=3)
+    groups = trainer.make_groups([trainer.train_dataset.edit(i) for i in range(2)], 4, ("key",))
+    trainer.score_groups(groups)
+    found = gather(groups, PLACES, trainer.policy, {})
+    velocity = trainer.editor.velocity(trainer.model, found.latents, found.timestep, found.conditions)
+    return trainer, found, velocity
+
+
+def test_all_steps_end_where_the_rollout_ended(asked):
+    trainer, found, velocity = asked
+    result = predict_result(trainer.editor, trainer.model, found, velocity, 3)
+    ends = torch.stack([group.trajectory[-1, where[1]] for group, where in zip(found.groups, PLACES, strict=True)])
+    torch.testing.assert_close(result, ends, rtol=0, atol=1e-5)
+    assert torch.equal(predict_result(trainer.editor, trainer.model, found, velocity, 9), result)
+
+
+@pytest.mark.parametrize(("steps", "calls"), [(1, []), (2, [2]), (3, [2, 1])])
+def test_a_step_asks_only_where_the_rollout_is_not_over(asked, monkeypatch, steps, calls):
+    trainer, found, velocity = asked
+    seen, ask = [], trainer.editor.velocity
+    monkeypatch.setattr(trainer.editor, "velocity", lambda m, x, t, c: seen.append(len(x)) or ask(m, x, t, c))
+    result = predict_result(trainer.editor, trainer.model, found, velocity, steps)
+    assert seen == calls
+    straight = predict_clean(found.latents, velocity, found.sigma)
+    assert torch.equal(result[2], straight[2]) and torch.equal(result[0], straight[0]) == (steps == 1)
+
+
+def test_the_gradient_is_that_of_the_whole_way(asked):
+    """Against finite differences of the rollout's end along a direction of one of the LoRA's weights."""
+    trainer, found, _ = asked
+    weight = next(p for name, p in trainer.model.named_parameters() if "lora_B" in name)
+    direction = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
+    probe = torch.randn(found.latents.shape, generator=torch.Generator().manual_seed(1))
+
+    def value():
+        velocity = trainer.editor.velocity(trainer.model, found.latents, found.timestep, found.conditions)
+        return (predict_result(trainer.editor, trainer.model, found, velocity, 3) * probe)[0].sum()
+
+    (gradient,) = torch.autograd.grad(value(), [weight])
+    with torch.no_grad():
+        ends = []
+        for sign in (1, -1):
+            weight.add_(direction, alpha=sign * 1e-2)
+            ends.append(float(value()))
+            weight.sub_(direction, alpha=sign * 1e-2)
+    expected = (ends[0] - ends[1]) / 2e-2
+    assert abs(expected) > 1e-3
+    assert float((gradient * direction).sum()) == pytest.approx(expected, rel=0.02)

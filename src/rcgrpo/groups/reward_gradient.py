@@ -1,4 +1,4 @@
-"""The rewards' own gradient, for those that are written on tensors: into one-step predictions, region by region.
+"""The rewards' own gradient, for those that are written on tensors: into predictions of results, region by region.
 
 Where it fits: the trainer's loss may follow it beside the policy (`reward_gradient_weight`; algorithm section 8). Why:
 a group of a dozen candidates guesses its reward's direction from a dozen numbers; here the direction is known.
@@ -7,12 +7,45 @@ a group of a dozen candidates guesses its reward's direction from a dozen number
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..editors.base import FlowEditor
 from ..inputs.masks import mask_to_tensor
+from ..maths.objective import predict_clean
 from ..rewards import Reward
 from .rollout import Group
+from .transitions import Transitions
+
+
+def predict_result(
+    editor: FlowEditor, model: nn.Module, transitions: Transitions, velocity: Tensor, steps: int
+) -> Tensor:
+    """Clean latents to which the ODE leads from each transition, with a gradient through all of the way.
+
+    Euler's steps along the rollout's own noise levels, of which the last goes straight to the end: one step is
+    `predict_clean`, as many as the rollout has are the rollout itself (DRaFT, arXiv 2309.17400, with its K the steps
+    that are left). Memory and time grow with every step.
+
+    Args:
+        velocity: `[batch, tokens, channels]`, the model's answer at the transitions.
+        steps: model calls of a transition at most, that answer among them; at late noise levels fewer are left.
+
+    Returns:
+        `[batch, tokens, channels]`.
+    """
+    schedule = transitions.groups[0].schedule
+    levels, times = schedule.sigmas.to(velocity.device), schedule.timesteps.to(velocity.device)
+    at = torch.tensor([step for _, _, step in transitions.where], device=velocity.device)
+    latents, velocity = transitions.latents, velocity.float()
+    for _ in range(steps - 1):
+        (going,) = torch.nonzero(at + 1 < len(times), as_tuple=True)
+        if not len(going):
+            break
+        taken = latents[going] + (levels[at + 1] - levels[at])[going].view(-1, 1, 1) * velocity[going]
+        at[going] += 1
+        answer = editor.velocity(model, taken, times[at[going]], transitions.conditions[going]).float()
+        latents, velocity = latents.index_put((going,), taken), velocity.index_put((going,), answer)
+    return predict_clean(latents, velocity, levels[at])
 
 
 def reward_of_prediction(

@@ -76,6 +76,7 @@ RANGES: dict[str, Range] = {
     # What an update sees and how it steps
     **_all(COUNT, "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps"),
     **_all(COUNT, "eval_accumulation_steps torch_empty_cache_steps save_total_limit num_iterations"),
+    "reward_gradient_steps": COUNT,
     **_all(COUNT, "dataloader_prefetch_factor ddp_bucket_cap_mb ddp_timeout rollout_batch_size train_micro_batch_size"),
     **_all(COUNT, "lora_r lora_alpha num_anchors num_policy_steps sde_window max_reward_failures"),
     **_all(NATURAL, "dataloader_num_workers check_rows"),

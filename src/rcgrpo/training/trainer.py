@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from ..groups.policies import RatioPolicy, make_policy
-from ..groups.reward_gradient import reward_of_prediction
+from ..groups.reward_gradient import predict_result, reward_of_prediction
 from ..groups.rollout import Group
 from ..groups.transitions import Transitions, choose, gather, micro_batches
 from ..inputs.hints import hinted
@@ -222,7 +222,7 @@ class RCGRPOTrainer(GeneratingTrainer):
             numbers["kl"] = float(kl.detach().mean())
             loss = loss + args.beta * kl * inputs.taught
         if args.reward_gradient_weight:
-            clean = predict_clean(inputs.latents, velocity, inputs.sigma)
+            clean = predict_result(self.editor, model, inputs, velocity, args.reward_gradient_steps)
             weights, regions = self.reward_weights.tolist(), self.reward_regions
             values = reward_of_prediction(self.editor, clean, inputs.groups, self.rewards, weights, regions)
             numbers["reward_of_prediction"] = float(values.detach().mean())
