@@ -191,3 +191,17 @@ def test_there_are_24_objects_each_with_its_picture():
 def test_wrong_arguments_are_refused(kwargs, message):
     with pytest.raises(ValueError, match=message):
         render(**{"split": "train", "index": 0, **kwargs})
+
+
+def test_tasks_take_turns_as_often_as_they_are_named():
+    """And each turn is another row of the task, the same one as among all tasks."""
+    tasks = ["replace", "add", "replace"]
+    rows = compbench_mini("train", 7, tasks=tasks)
+    assert rows["task"] == ["replace", "add", "replace"] * 2 + ["replace"]
+    plain = [row for row in compbench_mini("train", 6 * 5) if row["task"] == "replace"]
+    drawn = [row["image_path"] for row in rows if row["task"] == "replace"]
+    assert drawn == [row["image_path"] for row in plain]
+    assert compbench_mini("test", 8, tasks=TASKS)["image_path"] == compbench_mini("test", 8)["image_path"]
+    for wrong in ([], ["paint"]):
+        with pytest.raises(ValueError, match=r"tasks: got .*expected some of add, remove"):
+            compbench_mini("train", 6, tasks=wrong)

@@ -571,10 +571,10 @@ def test_no_gradient_reaches_the_old_policy():
 
 def test_velocity_kl_by_hand():
     velocity = torch.tensor([[[1.0, 3.0], [2.0, 0.0]]]).bfloat16()
-    # tokens: (1 + 9)/2 = 5 and (4 + 0)/2 = 2; weights 1 and 3
-    kl = velocity_kl(velocity, torch.zeros(1, 2, 2), torch.tensor([[1.0, 3.0]]))
-    assert kl.tolist() == [11 / 2]
-    assert velocity_kl(velocity, velocity, torch.ones(1, 2)).tolist() == [0]
+    weights = torch.tensor([[[1.0, 0.0], [3.0, 2.0]]])
+    kl = velocity_kl(velocity, torch.zeros(1, 2, 2), weights)
+    assert kl.tolist() == [(1 * 1 + 0 * 9 + 3 * 4 + 2 * 0) / 4]
+    assert velocity_kl(velocity, velocity, weights).tolist() == [0]
 
 
 def test_weighted_mean_of_nothing_is_0():
@@ -602,7 +602,7 @@ def test_gradients_of_the_anchors_to_base_and_source(space):
     def loss(a, b):
         velocity = a * latents + b
         if space == "kl":
-            return velocity_kl(velocity, other, region)
+            return velocity_kl(velocity, other, region.unsqueeze(-1))
         return keep_hinge(predict_clean(latents, velocity, sigma), other, region, 0.3)
 
     start = [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (0.7, 0.1)]

@@ -19,6 +19,7 @@ from rcgrpo.maths.regions import (
     is_full,
     mask_to_tensor,
     region_weights,
+    to_elements,
     to_tokens,
 )
 
@@ -174,6 +175,24 @@ def test_a_mask_at_another_size_loses_no_edit_pixel():
 def test_grow_refuses_a_negative_radius():
     with pytest.raises(ValueError, match="pixels: got -1"):
         grow(torch.ones(2, 2), -1)
+
+
+@pytest.mark.parametrize("grid", [(2, 3), (4, 4)])
+def test_elements_are_packed_as_the_pipelines_pack_latents(grid):
+    """Each latent pixel that the mask touches, in all of its channels, where FLUX, FLUX.2 and Qwen-Image put it."""
+    from diffusers import Flux2KleinPipeline, FluxKontextPipeline, QwenImageEditPlusPipeline
+
+    rows, columns, channels = *grid, 5
+    mask = (torch.rand(2, 8 * rows, 8 * columns, generator=torch.Generator().manual_seed(0)) > 0.95).float()
+    found = to_elements(mask, grid, 4 * channels)
+    latents = torch.nn.functional.max_pool2d(mask, 4).unsqueeze(1).expand(-1, channels, -1, -1)
+    assert 0 < latents.mean() < 0.9
+    flux = FluxKontextPipeline._pack_latents(latents, 2, channels, 2 * rows, 2 * columns)
+    qwen = QwenImageEditPlusPipeline._pack_latents(latents, 2, channels, 2 * rows, 2 * columns)
+    klein = Flux2KleinPipeline._pack_latents(Flux2KleinPipeline._patchify_latents(latents))
+    for packed in (flux, qwen, klein):
+        assert torch.equal(found, packed)
+    assert torch.equal(found.amax(-1), to_tokens(mask, grid, "max"))
 
 
 def test_tokens_by_max_and_by_mean():

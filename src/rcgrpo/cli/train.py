@@ -55,6 +55,12 @@ class ScriptArguments:
     )
     num_train_samples: int | None = field(default=None, metadata={"help": "Use this many training rows."})
     num_eval_samples: int | None = field(default=None, metadata={"help": "Use this many held-out rows."})
+    train_tasks: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": f"Tasks of {MINI} that take turns in training; one that is named twice comes twice as often."
+        },
+    )
     reward_funcs: list[str] = field(
         default_factory=lambda: ["compbench_mini"],
         metadata={"help": "Registered rewards or dotted paths to callables; see `rcgrpo rewards`."},
@@ -194,8 +200,14 @@ def load_rows(script: ScriptArguments, config: "RCGRPOConfig") -> tuple[Any, Any
     if script.dataset == MINI:
         from ..data import compbench_mini
 
-        train = compbench_mini(script.train_split, script.num_train_samples or 2048)
+        try:
+            tasks = {} if script.train_tasks is None else {"tasks": script.train_tasks}
+            train = compbench_mini(script.train_split, script.num_train_samples or 2048, **tasks)
+        except ValueError as error:
+            raise UsageError(f"--train_{error}") from error
         return train, compbench_mini(script.eval_split, script.num_eval_samples or 192) if script.eval_split else None
+    if script.train_tasks is not None:
+        raise UsageError(f"--train_tasks: got {script.train_tasks}, expected none with --dataset {script.dataset}")
     from ..data import load_edit_dataset
 
     columns = {}

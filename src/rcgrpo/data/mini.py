@@ -10,6 +10,7 @@ The held-out split uses photographs that the training split never sees, and pair
 
 import hashlib
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import combinations
@@ -171,15 +172,30 @@ def render(split: str, index: int, size: int = 64, seed: int = 0) -> dict[str, A
     return compose(rng, task, photo, background, [*pair, *rng.sample(others, 3)], seed, index)
 
 
-def compbench_mini(split: str = "train", num_samples: int = 512, size: int = 64, seed: int = 0) -> Dataset:
+def compbench_mini(
+    split: str = "train", num_samples: int = 512, size: int = 64, seed: int = 0, tasks: Sequence[str] = TASKS
+) -> Dataset:
     """CompBench-mini as a `datasets.Dataset` with CompBench's columns.
 
     Args:
         split: `"train"`, or `"test"` on held-out photographs.
-        num_samples: number of rows; tasks take turns.
+        num_samples: number of rows.
         size: side of the square pictures, in pixels.
         seed: another seed is another data set.
+        tasks: take turns; one that is named twice comes twice as often.
+
+    Raises:
+        ValueError: a task that is none, or none at all.
     """
-    rows = [render(split, index, size, seed) for index in range(num_samples)]
+    if not tasks or not set(tasks) <= set(TASKS):
+        raise ValueError(f"tasks: got {list(tasks)}, expected some of {', '.join(TASKS)}")
+    # Rows of a task are every sixth, whatever turn it has.
+    turns = [(TASKS.index(task), tasks[:i].count(task), tasks.count(task)) for i, task in enumerate(tasks)]
+    indices = [
+        first + len(TASKS) * (cycle * times + before)
+        for cycle in range(-(-num_samples // len(tasks)))
+        for first, before, times in turns
+    ]
+    rows = [render(split, index, size, seed) for index in indices[:num_samples]]
     columns = {name: [row[name] for row in rows] for name in FEATURES}
     return Dataset.from_dict(columns, features=FEATURES)

@@ -30,7 +30,7 @@ from ..maths.noise import (
     regions_strength,
 )
 from ..maths.objective import sde_std, sde_step
-from ..maths.regions import grow, to_tokens
+from ..maths.regions import grow, to_elements, to_tokens
 
 
 @dataclass(frozen=True)
@@ -245,7 +245,8 @@ class Group:
 
     `trajectory` fp32 `[steps + 1, group, tokens, channels]`; `region` `[tokens]` in {0, 1} or soft, the union of
     `regions` `[regions, tokens]`; `conditions` of one sample; `attention` per candidate; `kick_strength`
-    `[steps, group, tokens]` and `noise_level` of a stochastic rollout; `key` is what its noise was drawn from. Scoring
+    `[steps, group, tokens]` and `noise_level` of a stochastic rollout; `elements` `[tokens, channels]` in {0, 1}, the
+    region on the elements of the latents, finer than its tokens; `key` is what its noise was drawn from. Scoring
     fills in `rewards` `[group, rewards]`, `compared`, the same without candidates on whom a reward failed (see
     `objective.comparable`), `scores` `[group]` and `advantages` `[group]`, or `[rows, group]` with region
     advantages, one row for each region that has a reward; `region_scores` `[rows, group]` go with these; `logged` is
@@ -270,6 +271,7 @@ class Group:
     advantages: Tensor | None = None
     region_scores: Tensor | None = None
     logged: dict[str, list[Any]] = field(default_factory=dict)
+    elements: Tensor | None = None
 
     @property
     def size(self) -> tuple[int, int]:
@@ -376,6 +378,7 @@ def make_groups(
                 attention=None if concentration is None else concentration[part],
                 attention_maps=None if maps is None else maps[part].unflatten(-1, grid),
                 regions=regions[j],
+                elements=to_elements(masks[j].amax(0), grid, trajectory.shape[-1]),
                 kick_strength=kicks[j].strength if kicks else None,
                 noise_level=exploration.noise_level,
                 key=(*key, edits[i].row),

@@ -8,7 +8,7 @@ policy's business (`policies`); here readings are chosen and collected, one micr
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -82,6 +82,11 @@ class Transitions:
     def taught(self) -> Tensor:
         """`[B]`, 1 where any candidate has a say; 0 in the placeholder of a batch of dropped groups."""
         return self.advantages.ne(0).flatten(1).any(-1).float()
+
+    @property
+    def elements(self) -> Tensor:
+        """`[B, N, C]` in {0, 1}, the region on the elements of the latents."""
+        return torch.stack([cast(Tensor, group.elements) for group in self.groups]).to(self.latents.device)
 
 
 def choose(

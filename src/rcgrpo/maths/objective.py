@@ -279,10 +279,9 @@ def policy_loss(
 def velocity_kl(velocity: Tensor, reference: Tensor, weights: Tensor) -> Tensor:
     """`mean w (v_θ - v_ref)²` `[B]` over tokens and channels, the velocity KL to the frozen base (algorithm section 8).
 
-    The weights, `[B, N]`, are not normalised: a larger one outside the region takes nothing from the pull inside.
+    The weights, `[B, N, C]`, are not normalised: a larger one outside the region takes nothing from the pull inside.
     """
-    squared = (_full(velocity) - _full(reference)).square().mean(-1)
-    return (weights * squared).mean(-1)
+    return (weights * (_full(velocity) - _full(reference)).square()).mean((-2, -1))
 
 
 def keep_hinge(predicted_clean: Tensor, source: Tensor, region: Tensor, margin: float) -> Tensor:

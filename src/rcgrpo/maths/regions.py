@@ -86,6 +86,25 @@ def to_tokens(mask: Tensor, grid: tuple[int, int], reduce: Literal["max", "mean"
     return pooled.reshape(*mask.shape[:-2], grid[0] * grid[1])
 
 
+def to_elements(mask: Tensor, grid: tuple[int, int], channels: int) -> Tensor:
+    """A pixel mask on the elements of packed latents, four times as fine as `to_tokens`: any edit pixel makes an edit.
+
+    A token packs 2 × 2 latent pixels, places inside and channels outside, as in FLUX, FLUX.2 and Qwen-Image.
+
+    Args:
+        mask: `[..., height, width]` in [0, 1].
+        grid: (rows, columns) of tokens.
+        channels: of a packed token, a multiple of 4.
+
+    Returns:
+        `[..., rows · columns, channels]`.
+    """
+    rows, columns = grid
+    fine = to_tokens(mask, (2 * rows, 2 * columns), "max").unflatten(-1, (rows, 2, columns, 2))
+    places = fine.transpose(-2, -3).reshape(*mask.shape[:-2], rows * columns, 4)
+    return torch.cat([places] * (channels // 4), dim=-1)
+
+
 def region_weights(mask: Tensor, keep_weight: float) -> Tensor:
     """Distance weights `w = m + λ_keep (1 - m)` (algorithm section 4), same shape as the mask."""
     if keep_weight < 0:

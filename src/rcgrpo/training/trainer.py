@@ -218,7 +218,7 @@ class RCGRPOTrainer(GeneratingTrainer):
         if args.beta:
             with torch.no_grad(), self._reference(model) as still:
                 reference = self.editor.velocity(still, inputs.latents, inputs.timestep, inputs.conditions)
-            kl = velocity_kl(velocity, reference, region_weights(inputs.region, args.beta_keep))
+            kl = velocity_kl(velocity, reference, region_weights(inputs.elements, args.beta_keep))
             numbers["kl"] = float(kl.detach().mean())
             loss = loss + args.beta * kl * inputs.taught
         if args.reward_gradient_weight:
