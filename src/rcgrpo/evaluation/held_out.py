@@ -9,7 +9,7 @@ import json
 import os
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +32,7 @@ from ..reporting.statistics import PairedDifference, compare, markdown_table
 from ..rewards import get_region_scorer, get_second_scorer, region_edit
 from ..rewards.builtin import ADDS, REMOVES
 from ..rewards.clip_model import CLIP_MODEL, Clip
+from .changed_most import thumbnail, write_changed_most
 from .compbench import local_clip_scores
 
 if TYPE_CHECKING:  # TRL takes seconds to load, and `rcgrpo evaluate` has no use for it
@@ -220,6 +221,7 @@ class HeldOut:
         pictures: `source`, `mask`, `edited` and, where it was recorded, `attention`; empty for an edit that is not
             shown.
         task: the kind of edit, where the data name it.
+        small: `source`, `mask` and `edited` of every edit, within 128 pixels.
     """
 
     row: int
@@ -227,6 +229,7 @@ class HeldOut:
     scores: dict[str, float | None]
     pictures: dict[str, Image.Image]
     task: str = ""
+    small: dict[str, Image.Image] = field(default_factory=dict)
 
 
 def judge_held_out(
@@ -258,7 +261,9 @@ def judge_held_out(
             for row, group, scores in zip(share[start:], groups, measure(groups, names), strict=False):
                 pictures = _pictures(group) if row in shown else {}
                 task = str(group.edit.columns.get("task") or "")
-                judged.append(HeldOut(row, group.edit.prompt, scores, pictures, task))
+                small = {"source": group.source, "mask": group.mask, "edited": group.images[0]}
+                small = {name: thumbnail(picture) for name, picture in small.items()}
+                judged.append(HeldOut(row, group.edit.prompt, scores, pictures, task, small))
             progress.update(len(edits))
     trainer.forget_metrics()
     return sorted(gather_object(judged), key=lambda one: one.row)
@@ -294,9 +299,10 @@ def write_report(
 
     A run that was evaluated on its way (`eval_strategy`) also gets `learning_curve.png`, and its `curve` in the JSON.
 
-    The pictures are `contact_sheet.png` and, for the model's page on the Hub, source and edited picture of a few edits,
-    which `metrics.json` lists as `examples`. A metric is left out where fewer than two edits have a value on either
-    side, such as the embedded ones where the objects are not CompBench-mini's.
+    The pictures are `contact_sheet.png`, `changed_most.png` with the edits that rose and fell most, and, for the model's
+    page on the Hub, source and edited picture of a few edits, which `metrics.json` lists as `examples`. A metric is
+    left out where fewer than two edits have a value on either side, such as the embedded ones where the objects are
+    not CompBench-mini's.
 
     Args:
         before, after: of `judge_held_out`, of the same rows.
@@ -331,6 +337,7 @@ def write_report(
     if all("attention" in after[i].pictures for i in shown):
         sheet["attention"] = [after[i].pictures["attention"] for i in shown]
     contact_sheet(sheet, [after[i].prompt for i in shown], path=folder / "samples" / "contact_sheet.png")
+    write_changed_most(folder / "samples" / "changed_most.png", before, after)
     if any("reward" in row for row in log_history):
         plot_curves(log_history, folder / "reward_curves.png")
     if len(curve.steps) > 1:
