@@ -42,7 +42,7 @@ def tiny(args: argparse.Namespace, device: torch.device) -> tuple[Rollout, str]:
     from rcgrpo.tiny import WEIGHTS
 
     use_embedded_model()
-    recipe = yaml.safe_load((files("rcgrpo") / "recipes" / "tiny.yaml").read_text())
+    recipe = yaml.safe_load((files("rcgrpo") / "recipes" / "tiny-groups.yaml").read_text())
     count = args.edits or recipe["per_device_train_batch_size"]
     pipeline = RegionDecoupledFluxKontextPipeline.from_pretrained(str(WEIGHTS)).to(device)
     lora = LoraConfig(

@@ -3,7 +3,7 @@
     python benchmarks/clip_fractions.py
     python benchmarks/clip_fractions.py --only "neighbor, clean" -- --learning_rate 1e-4 --bf16 true
 
-Each run is a short one of the main job (`recipes/tiny.yaml`) at its peak learning rate, with several updates on each
+Each run is a short one of the main job (`recipes/tiny-groups.yaml`) at its peak learning rate, with several updates on each
 rollout (`num_iterations`). The first update of a rollout has a ratio of 1; what the second one meets does not depend on
 the clip range, so one run tells the share that any range would take there. Later ones depend on it a little. With
 region advantages each region has ratios and a row of its own; without them there is one for all tokens.
@@ -50,7 +50,7 @@ Seen = dict[tuple[int, int], torch.Tensor]
 
 def measure(arguments: list[str], folder: Path, in_regions: bool) -> tuple[RCGRPOTrainer, Seen]:
     """One run, with or without region advantages, and what its updates after a rollout's first met."""
-    settings = yaml.safe_load((files("rcgrpo") / "recipes" / "tiny.yaml").read_text())
+    settings = yaml.safe_load((files("rcgrpo") / "recipes" / "tiny-groups.yaml").read_text())
     recipe = folder / "recipe.yaml"
     recipe.parent.mkdir(parents=True, exist_ok=True)
     recipe.write_text(yaml.safe_dump({k: v for k, v in settings.items() if in_regions or k not in REGIONS}))

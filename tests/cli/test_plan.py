@@ -37,7 +37,7 @@ def refused(*arguments):
 
 
 def tiny(**changes):
-    flags = ["--config", str(RECIPES / "tiny.yaml"), "--output_dir", "out"]
+    flags = ["--config", str(RECIPES / "tiny-groups.yaml"), "--output_dir", "out"]
     flags += [word for key, value in changes.items() for word in (f"--{key}", str(value))]
     script, config = parse((ScriptArguments, RCGRPOConfig), flags, None, "rcgrpo train")
     return run_of(script, config, 0.0, False)
@@ -59,14 +59,26 @@ def test_a_header_is_what_the_command_prints(recipe):
 
 
 def test_values_as_json_add_up():
-    given = ("--config", str(RECIPES / "tiny.yaml"), "--output_dir", "out", "--json", "true", "--gpu")
+    given = ("--config", str(RECIPES / "tiny-groups.yaml"), "--output_dir", "out", "--json", "true", "--gpu")
     small, large = (json.loads(said(*given, size)) for size in ("24gb", "141gb"))
     assert [phase["phase"] for phase in small["phases"]] == ["encode", "rollout", "decode", "update"]
-    assert small["peak_gb"] == max(phase["gb"] for phase in small["phases"]) < 1 and small["fits"]
+    assert (
+        small["peak_gb"] == max(phase["gb"] for phase in small["phases"]) < 1
+        and small["fits"]
+        and not small["not_counted"]
+    )
     assert small["images_per_update"] == 72 and small["updates"] == 90
     assert small["hours"] == pytest.approx(90 * sum(phase["seconds"] for phase in small["phases"]) / 3600)
     assert small["seconds_per_update"] / large["seconds_per_update"] == pytest.approx(989 / 165)
     assert 1e6 < small["parameters"] < 1e8 and small["to_fit"] == []
+
+
+def test_what_is_not_counted_is_said():
+    given = ("--config", str(RECIPES / "tiny.yaml"), "--output_dir", "out", "--gpu", "24gb")
+    assert said(*given).splitlines()[-1] == "Not counted: the reward's own gradient (reward_gradient_weight)"
+    assert json.loads(said(*given, "--json", "true"))["not_counted"] == [
+        "the reward's own gradient (reward_gradient_weight)"
+    ]
 
 
 def test_advice_is_what_makes_it_fit():

@@ -58,8 +58,10 @@ def run(arguments: Sequence[str]) -> None:
         sizes = (planner.plan(wanted, each, args.peak_share) for each in CARDS.values())
         plan = next((each for each in sizes if each.fits), planner.plan(wanted, CARDS["141gb"], args.peak_share))
     ways, smaller = planner.advice(plan, args.peak_share)
+    uncounted = ["the reward's own gradient (reward_gradient_weight)"] if config.reward_gradient_weight else []
     if args.json:
-        values = as_values(plan, args.peak_share) | {"to_fit": ways, "fits_then": smaller.fits}
+        values = as_values(plan, args.peak_share)
+        values |= {"to_fit": ways, "fits_then": smaller.fits, "not_counted": uncounted}
         json.dump(values, sys.stdout, indent=1)
         print()
         return
@@ -67,6 +69,8 @@ def run(arguments: Sequence[str]) -> None:
     if ways:
         then = f"{smaller.peak.bytes / 1e9:.1f} GB" + ("" if smaller.fits else ", still too much")
         print(f"To fit: {'; '.join(ways)} ({then})")
+    for part in uncounted:
+        print(f"Not counted: {part}")
 
 
 def run_of(script: ScriptArguments, config: "RCGRPOConfig", judge_gb: float, on_bf16: bool) -> "Run":
