@@ -3,8 +3,8 @@
     python benchmarks/clip_fractions.py
     python benchmarks/clip_fractions.py --only "neighbor, clean" -- --learning_rate 1e-4 --bf16 true
 
-Each run is a short one of the main job (`recipes/tiny-groups.yaml`) at its peak learning rate, with several updates on each
-rollout (`num_iterations`). The first update of a rollout has a ratio of 1; what the second one meets does not depend on
+Each run is a short one of the recipe `tiny-groups.yaml` at its peak learning rate, with several updates on each rollout
+(`num_iterations`). The first update of a rollout has a ratio of 1; what the second one meets does not depend on
 the clip range, so one run tells the share that any range would take there. Later ones depend on it a little. With
 region advantages each region has ratios and a row of its own; without them there is one for all tokens.
 `policy/rollout_mismatch` comes from the log of the same run. What follows `--` goes to `rcgrpo train`.
