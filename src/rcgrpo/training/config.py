@@ -269,16 +269,11 @@ class RCGRPOConfig(_BaseConfig):
     reward_gradient_weight: float = field(
         default=0.0,
         metadata={
-            "help": "Weight of the rewards' own gradient through predictions of the result, for rewards that have one; "
-            "with region_advantages through the pixels of their region alone."
+            "help": "Weight of the rewards' own gradient, where they have one, through the pixels of their region."
         },
     )
     reward_gradient_steps: int = field(
-        default=1,
-        metadata={
-            "help": "Model calls from a transition to that prediction at most: 1 goes there in one step (ReFL), "
-            "num_inference_steps walk the whole rollout (DRaFT), which costs as many times the update."
-        },
+        default=1, metadata={"help": "Model calls it goes through: 1 predicts the result (ReFL), all roll out (DRaFT)."}
     )
     keep_hinge_weight: float = field(
         default=0.0,
