@@ -299,8 +299,8 @@ def write_report(
 
     A run that was evaluated on its way (`eval_strategy`) also gets `learning_curve.png`, and its `curve` in the JSON.
 
-    The pictures are `contact_sheet.png`, `changed_most.png` with the edits that rose and fell most, and, for the model's
-    page on the Hub, source and edited picture of a few edits, which `metrics.json` lists as `examples`. A metric is
+    The pictures are `contact_sheet.png`, `changed_most.png` with the edits that rose and fell most, and, for the page
+    on the Hub, source and edited picture of a few edits, which `metrics.json` lists as `examples`. A metric is
     left out where fewer than two edits have a value on either side, such as the embedded ones where the objects are
     not CompBench-mini's.
 
