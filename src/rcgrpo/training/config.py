@@ -268,7 +268,7 @@ class RCGRPOConfig(_BaseConfig):
     )
     reward_gradient_weight: float = field(
         default=0.0,
-        metadata={"help": "Weight of the rewards' own gradient, if they have one, in their region's pixels."},
+        metadata={"help": "Weight of the rewards' own gradient, if any, through the pixels of their region."},
     )
     reward_gradient_steps: int = field(
         default=1, metadata={"help": "Model calls it goes through: 1 predicts the result (ReFL), all roll out (DRaFT)."}
