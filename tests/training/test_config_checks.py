@@ -129,3 +129,17 @@ def test_the_configuration_stays_a_dataclass_of_its_base(tmp_path):
         own: int = 3
 
     assert Mine(str(tmp_path), use_cpu=True, own=4).own == 4
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, "its default, 1, without reward_gradient_weight above 0"),
+        ({"reward_gradient_weight": 1.0, "shard_model": True}, "1 with shard_model"),
+    ],
+)
+def test_the_rewards_gradient_goes_through_steps_only_where_it_can(tmp_path, given, expected):
+    with pytest.raises(ValueError, match="reward_gradient_steps: got 3, expected") as refused:
+        config(tmp_path, reward_gradient_steps=3, **given)
+    assert expected in str(refused.value)
+    assert config(tmp_path, reward_gradient_steps=3, reward_gradient_weight=1.0).reward_gradient_steps == 3

@@ -213,6 +213,7 @@ def _conditions(config: "RCGRPOConfig", refuse: Refuse) -> None:
         "beta_keep": ("beta", config.beta > 0),
         "keep_hinge_margin": ("keep_hinge_weight", config.keep_hinge_weight > 0),
         "num_eval_edits": evaluated,
+        "reward_gradient_steps": ("reward_gradient_weight above 0", config.reward_gradient_weight > 0),
         "stop_on_regression": evaluated,
         "turns_at_once": ("turns_column", config.turns_column is not None),
     }
@@ -222,6 +223,8 @@ def _conditions(config: "RCGRPOConfig", refuse: Refuse) -> None:
             refuse(name, f"its default, {defaults[name]!r}, without {condition}")
     if config.ema_decay is not None and config.shard_model:
         refuse("ema_decay", "none with shard_model, whose weights no process has as a whole")
+    if config.reward_gradient_steps > 1 and config.shard_model:
+        refuse("reward_gradient_steps", "1 with shard_model, whose processes must ask the model equally often")
     if config.conditions_cache_dir is not None and not config.cache_conditions:
         refuse("conditions_cache_dir", "none without cache_conditions=True, which fills it")
 
