@@ -199,10 +199,11 @@ def load_rows(script: ScriptArguments, config: "RCGRPOConfig") -> tuple[Any, Any
     """Training and held-out rows. Columns that the configuration names have their canonical names afterwards."""
     if script.dataset == MINI:
         from ..data import compbench_mini
+        from ..data.scenes import TASKS
 
         try:
-            tasks = {} if script.train_tasks is None else {"tasks": script.train_tasks}
-            train = compbench_mini(script.train_split, script.num_train_samples or 2048, **tasks)
+            tasks = TASKS if script.train_tasks is None else script.train_tasks
+            train = compbench_mini(script.train_split, script.num_train_samples or 2048, tasks=tasks)
         except ValueError as error:
             raise UsageError(f"--train_{error}") from error
         return train, compbench_mini(script.eval_split, script.num_eval_samples or 192) if script.eval_split else None
