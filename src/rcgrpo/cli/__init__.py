@@ -11,13 +11,13 @@ from .failing import told_in_one_line
 
 COMMANDS = {
     "train": "train, then report before and after on held-out edits",
-    "cache": "encode what a run will ask for beforehand, so that training does without the text encoders",
     "plan": "say what a run will take: memory by phase, FLOP, time, and what to lower",
     "evaluate": "compare a model with and without LoRAs on a data set, with CompBench's metrics",
     "diagnose": "say where candidates differ, where their rewards come from, and whether a LoRA cheats",
     "edit": "edit one picture",
     "app": "edit in the browser, base and LoRA side by side",
     "data": "look at a data set, make masks, build one (inspect, masks, build-tux)",
+    "cache": "encode what a run will ask for beforehand, so that training does without the text encoders",
     "rewards": "list the registered rewards and the columns that they read; serve them over HTTP (serve)",
 }
 
