@@ -210,7 +210,7 @@ MODULES = {
     "no_columns": "def reward(images):\n    return [0.0] * len(images)\n",
     "needs_arguments": "class Reward:\n    def __init__(self, path):\n        self.path = path\n",
     "too_few": "def reward(images, **columns):\n    return [0.0]\n",
-    "always_fails": "def reward(images, completion_ids, **columns):\n    return [0.0] * len(images)\n",
+    "always_fails": "def reward(images, never_there, **columns):\n    return [0.0] * len(images)\n",
 }
 
 

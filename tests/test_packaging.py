@@ -35,6 +35,7 @@ def test_the_wheel_is_small_and_holds_the_package_alone(archives):
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert names == {name.removeprefix("src/") for name in here("src/rcgrpo")}
     licences = {"LICENSE", "src/rcgrpo/data/assets/LICENSES.md", "src/rcgrpo/tiny/weights/LICENSE.md"}
+    licences |= {"src/rcgrpo/rewards/editscore/LICENSE"}
     inside = {name.partition("/licenses/")[2] for name in zipfile.ZipFile(wheel).namelist() if "/licenses/" in name}
     assert inside == licences
 

@@ -21,7 +21,7 @@ from rcgrpo.training.config import RCGRPOConfig
 from rcgrpo.training.filling import fill
 from rcgrpo.training.late import load_encoders_only
 
-RECIPE = str(files("rcgrpo") / "recipes" / "tiny.yaml")
+RECIPE = str(files("rcgrpo") / "recipes" / "tiny-groups.yaml")
 ROWS = ("--num_train_samples", "3", "--num_eval_samples", "2")
 
 

@@ -157,8 +157,9 @@ def test_the_kl_is_to_the_base_and_stronger_outside(moved):
     """The base is another model's, so an adapter that stayed on for the reference would be found out."""
     trainer, found, base, now = moved
     assert last(trainer, "kl") == [0.0], "exactly, before the first update"
-    squared, region = (now - base).square().mean(-1), found.region
-    inside, outside = ((squared * side).sum(-1).mean() / 64 for side in (region, 1 - region))
+    squared, region = (now - base).square(), found.elements
+    assert 0 < region.mean() < found.region.mean() < 1, "finer than tokens"
+    inside, outside = ((squared * side).mean() for side in (region, 1 - region))
     assert inside > 1e-8 and outside > 1e-8
     plain = loss_with(trainer, found)
     for beta, beta_keep in ((10.0, 1.0), (10.0, 3.0), (20.0, 0.0)):

@@ -20,14 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers.cache_utils import DynamicLayer
 
 CHECK = 8
 """Tokens after which answers that have ended leave the batch; to look at each one's end would hold up a GPU."""
-
-
-ROOM = 64
-"""Tokens that keys and values have room for when they are copied to a larger place."""
 
 
 @dataclass(frozen=True)
@@ -156,33 +151,6 @@ def draw(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
     return ids.gather(-1, index.clamp(max=count - 1)).squeeze(-1)
 
 
-class RoomyLayer(DynamicLayer):
-    """One layer's keys and values with room ahead: new tokens are written to their place, and nothing else is moved."""
-
-    def __init__(self, layer: DynamicLayer) -> None:
-        super().__init__()
-        self.lazy_initialization(layer.keys, layer.values)
-        self._fill(layer.keys, layer.values)
-
-    def _fill(self, keys: Tensor, values: Tensor) -> None:
-        self._places = [pad(tensor, (0, 0, 0, ROOM)) for tensor in (keys, values)]
-        self.keys, self.values = (place[..., : keys.shape[-2], :] for place in self._places)
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """As `DynamicLayer.update`."""
-        start, end = self.keys.shape[-2], self.keys.shape[-2] + key_states.shape[-2]
-        while end > self._places[0].shape[-2]:
-            self._places = [pad(place, (0, 0, 0, ROOM)) for place in self._places]
-        for place, states in zip(self._places, (key_states, value_states), strict=True):
-            place[..., start:end, :] = states
-        self.keys, self.values = (place[..., :end, :] for place in self._places)
-        return self.keys, self.values
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """As `DynamicLayer.batch_select_indices`."""
-        self._fill(self.keys[indices], self.values[indices])
-
-
 def write_answers(
     model: Any, prompts: Prefill, uniform: Tensor, sampling: Sampling, ends: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
@@ -200,6 +168,10 @@ def write_answers(
         Tokens `[prompts, answers, length]`, filled up with the first of `ends`; and `[prompts, answers]`, whether each
         has ended.
     """
+    from transformers.cache_utils import DynamicLayer
+
+    from .roomy_layer import RoomyLayer
+
     rows, passes, length = uniform.shape
     cache, device = prompts.cache, prompts.logits.device
     cache.layers = [RoomyLayer(layer) if type(layer) is DynamicLayer else layer for layer in cache.layers]
