@@ -65,7 +65,7 @@ class Clock(TrainerCallback):
 
 def measure(wide: bool, steps: int) -> list[dict[str, float]]:
     """Of each step after the first."""
-    recipe = yaml.safe_load((files("rcgrpo") / "recipes" / "tiny.yaml").read_text())
+    recipe = yaml.safe_load((files("rcgrpo") / "recipes" / "tiny-groups.yaml").read_text())
     lora = {"r": recipe.pop("lora_r"), "lora_alpha": recipe.pop("lora_alpha")}
     options = {key: value for key, value in recipe.items() if key in RCGRPOConfig.__dataclass_fields__}
     options |= {"max_steps": steps + 1, "save_strategy": "no", "disable_tqdm": True, "use_cpu": True}
@@ -109,7 +109,8 @@ def main(argv: Sequence[str] | None = None) -> float:
     head = [*calls, "step", "step over calls", "most", "steps"]
     row = [f"{median(step[name] for step in steps):.2f}" for name in (*calls, "step")]
     row += [f"{median(ratios):.3f}", f"{max(ratios):.3f}", str(len(steps))]
-    what = "one double and one single block of FLUX.1-Kontext's width" if options.wide else "kontext-tiny, tiny.yaml"
+    wide = "one double and one single block of FLUX.1-Kontext's width"
+    what = wide if options.wide else "kontext-tiny, tiny-groups.yaml"
     print(f"{what}; {torch.get_num_threads()} threads; medians in seconds\n\n{pad_table([head, row], left=())}")
     return median(ratios)
 

@@ -136,18 +136,6 @@ class FlowEditor(KeptEncoders, ABC):
         """
 
     @abstractmethod
-    def _encode_text(self, prompt: str, picture: Image.Image | None, size: tuple[int, int]) -> dict[str, Tensor]:
-        """One instruction as `Conditions.text`, of a picture to be edited at this (height, width)."""
-
-    @abstractmethod
-    def _text_key(self, prompt: str, picture: Image.Image | None, size: tuple[int, int]) -> list[Any]:
-        """All that `_encode_text` depends on besides the encoders' weights."""
-
-    @abstractmethod
-    def _encode_picture(self, image: Image.Image, height: int, width: int) -> Tensor:
-        """Packed latents of one source at this size, `[1, tokens, channels]`."""
-
-    @abstractmethod
     def _predict(self, model: nn.Module, latents: Tensor, time: Tensor, conditions: Conditions) -> Tensor:
         """What the model answers, `[batch, tokens, channels]`, without guidance; all in the conditions' dtype.
 

@@ -31,15 +31,15 @@ class KeptEncoders:
 
     @abstractmethod
     def _encode_text(self, prompt: str, picture: Image.Image | None, size: tuple[int, int]) -> dict[str, Tensor]:
-        """See `FlowEditor`."""
+        """One instruction as `Conditions.text`, of a picture to be edited at this (height, width)."""
 
     @abstractmethod
     def _text_key(self, prompt: str, picture: Image.Image | None, size: tuple[int, int]) -> list[Any]:
-        """See `FlowEditor`."""
+        """All that `_encode_text` depends on besides the encoders' weights."""
 
     @abstractmethod
     def _encode_picture(self, image: Image.Image, height: int, width: int) -> Tensor:
-        """See `FlowEditor`."""
+        """Packed latents of one source at this size, `[1, tokens, channels]`."""
 
     @property
     def text_encoders(self) -> list[nn.Module]:
