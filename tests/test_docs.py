@@ -9,6 +9,7 @@ import json
 import re
 import runpy
 import shlex
+import tomllib
 import unicodedata
 from dataclasses import fields
 from pathlib import Path
@@ -171,6 +172,16 @@ def test_the_reference_has_a_commands_flags_with_their_defaults() -> None:
     table = hooks()["flags"](hooks()["parser_of"](["edit"]))
     assert "| `--image` | needed | The picture to edit. |" in table and "| `--edit_strength` | `0.5` |" in table
     assert "--help" not in table
+
+
+def test_the_licence_of_every_package_that_is_asked_for_is_stated_once() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    asked = [*project["dependencies"], *(need for extra in project["optional-dependencies"].values() for need in extra)]
+    needed = {re.match(r"[\w.-]+", need)[0] for need in asked} - {"rcgrpo"}
+    table = (DOCS / "licences.md").read_text().partition("## Packages that rcgrpo asks for")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| (`[^|]+) \| [^|]+ \| [^|]+ \|$", table, flags=re.MULTILINE)
+    stated = [name for names in rows for name in re.findall(r"`([^`]+)`", names)]
+    assert sorted(stated) == sorted(needed)
 
 
 def test_links_out_of_the_docs_lead_to_the_repository_or_are_plain_text() -> None:
