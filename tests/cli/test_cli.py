@@ -260,5 +260,5 @@ def test_edit_with_the_trained_lora(run, capsys):
     assert Image.open("two.png").size == (128, 64) and "two.png (2 candidates)" in capsys.readouterr().out
     main([*call, "--output", "one.png"])
     assert Image.open("one.png").size == (64, 64)
-    assert "--image: got" in refused("edit", "--image", "none.png", "--instruction", "x")
+    assert "--image: got" in refused("edit", "--image", "none.png", "--instruction", "remove the apple")
     assert "--num_generations: got 0" in refused(*call, "--num_candidates", "0")  # its earlier name

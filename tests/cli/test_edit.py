@@ -68,7 +68,7 @@ def test_the_hub_is_out_of_bounds_unless_the_lora_is_there(lora, offline, monkey
     Path("here").mkdir()
     flags = [] if lora is None else ["--lora", lora]
     with pytest.raises(ValueError, match="--image: got"):
-        run(["--image", "none.png", "--instruction", "x", *flags])
+        run(["--image", "none.png", "--instruction", "remove the apple", *flags])
     assert os.environ["HF_HUB_OFFLINE"] == offline
 
 
@@ -81,6 +81,17 @@ def test_loras_that_cannot_be_used_are_refused():
     write_lora(build_tiny_kontext(), Path("other"))
     with pytest.raises(SystemExit, match=r"rcgrpo edit: --lora: got 'other', expected one that fits this model; "):
         main(["edit", *EDIT, "--lora", "other"])
+
+
+def test_the_embedded_editor_says_what_it_knows_and_a_lora_may_know_more(lora, monkeypatch, capsys):
+    monkeypatch.setattr("rcgrpo.cli.edit.open_pipeline", None)  # before a model is loaded
+    with pytest.raises(UsageError, match=r"--instruction: got 'make it red', .*'remove the THING'.* apple, balloon"):
+        run(["--image", "source.png", "--instruction", "Make it red."])
+    with pytest.raises(UsageError, match="Did you mean 'remove the apple'"):
+        run(["--image", "source.png", "--instruction", "remove the appel"])
+    with pytest.raises(TypeError):
+        run(["--image", "source.png", "--instruction", "make it red", "--lora", str(lora)])
+    assert "the embedded editor does not know 'make it red'" in capsys.readouterr().err
 
 
 def draw(name, value, size=(64, 64)):
@@ -168,7 +179,7 @@ def test_a_picture_keeps_its_proportions(called, size, flags, expected):
     mask = Image.new("L", size)
     mask.paste(1, (size[0] // 2, 0, *size))  # the right half, as 0 and 1
     mask.save("mask.png")
-    run(["--image", "wide.png", "--mask", "mask.png", "--instruction", "x", *flags])
+    run(["--image", "wide.png", "--mask", "mask.png", "--instruction", "remove the apple", *flags])
     (call,) = called
     assert Image.open("edited.png").size == call["image"].size == expected
     assert (call["width"], call["height"]) == expected and call["max_area"] == expected[0] * expected[1]
@@ -182,7 +193,7 @@ def test_a_region_of_one_pixel_is_not_lost_on_the_way(called):
     mask = Image.new("L", (900, 600))
     mask.putpixel((450, 301), 255)
     mask.save("mask.png")
-    run(["--image", "wide.png", "--mask", "mask.png", "--instruction", "x"])
+    run(["--image", "wide.png", "--mask", "mask.png", "--instruction", "remove the apple"])
     assert called[0]["mask_image"].sum() == 1
 
 
@@ -190,7 +201,7 @@ def test_transparent_pixels_of_the_source_are_white(called):
     image = Image.new("RGBA", (64, 64), (255, 0, 0, 0))
     image.paste((0, 0, 255, 255), (0, 0, 32, 64))
     image.save("clear.png")
-    run(["--image", "clear.png", "--instruction", "x"])
+    run(["--image", "clear.png", "--instruction", "remove the apple"])
     drawn = called[0]["image"]
     assert drawn.getpixel((8, 8)) == (0, 0, 255) and drawn.getpixel((50, 8)) == (255, 255, 255)
 
@@ -198,4 +209,4 @@ def test_transparent_pixels_of_the_source_are_white(called):
 def test_a_picture_too_thin_to_edit_is_refused(called):
     Image.new("RGB", (3000, 20)).save("thin.png")
     with pytest.raises(ValueError, match="resolution: got 64 for a picture of 3000×20, expected at least 16 pixels"):
-        run(["--image", "thin.png", "--instruction", "x"])
+        run(["--image", "thin.png", "--instruction", "remove the apple"])

@@ -1,11 +1,14 @@
 """`lora.py` and the commands that take a LoRA: what does not fit is refused before anything is loaded or written."""
 
 import json
+import socket
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import FluxKontextPipeline
+from huggingface_hub import constants
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -172,6 +175,20 @@ except ValueError as error:
         done = run_with_hub(script, hub)
     assert done.stdout.splitlines()[0] == "mine.safetensors", done.stderr
     assert "got 'user/two', expected a folder or file that exists, or a Hub id" in done.stdout
+
+
+@pytest.mark.parametrize("silent", [False, True], ids=["refused", "silent"])
+def test_without_a_network_it_is_said_within_two_seconds(monkeypatch, silent):
+    with socket.socket() as hub:
+        hub.bind(("127.0.0.1", 0))
+        if silent:
+            hub.listen()
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{hub.getsockname()[1]}")
+        start = time.monotonic()
+        with pytest.raises(ValueError, match=r"got 'nobody/nothing', expected .* does not answer"):
+            find_lora("nobody/nothing")
+        assert time.monotonic() - start < 2
 
 
 # Commands -----------------------------------------------------------------------------------------------------------

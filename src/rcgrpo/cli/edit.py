@@ -1,5 +1,6 @@
 """`rcgrpo edit`: one picture."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,6 +47,7 @@ def run(arguments: Sequence[str]) -> None:
         raise UsageError("--instruction: got nothing, expected what to do, such as 'remove the apple'")
     check_picture("output", args.output)
     if args.model == TINY:
+        args.instruction = embedded_instruction(args.instruction, args.lora)
         use_embedded_model([] if args.lora is None else [args.lora])
     import torch
     from PIL import Image
@@ -60,12 +62,9 @@ def run(arguments: Sequence[str]) -> None:
     mask = None if args.mask is None else read_mask(Path(args.mask), (source.height, source.width))
     loras = [] if args.lora is None else [args.lora]
     check_loras(args.model, loras)  # before a large model is loaded
-    tiny = args.model == TINY
     pipe = open_pipeline(args.model)
     for lora in loras:
         load_lora(pipe, lora, "lora", "--lora")
-    if tiny:
-        args.instruction = args.instruction.lower().strip(" .!")  # its vocabulary is the data set's
     sampling = Sampling(**sampling_settings(args))
     editor = sampling.editor(pipe)
     height, width = editor.size_for(source)
@@ -84,6 +83,22 @@ def run(arguments: Sequence[str]) -> None:
     with write_atomically(Path(args.output)) as path:
         strip.save(path)
     print(f"Written: {args.output} ({len(images)} candidate{'s' if len(images) > 1 else ''})")
+
+
+def embedded_instruction(instruction: str, lora: str | None) -> str:
+    """An instruction as the embedded editor reads it; with a LoRA, which may have learnt others, any.
+
+    Raises:
+        UsageError: one that it does not know, with those that it does.
+    """
+    from ..data.wordings import known, plain, unknown
+
+    text = plain(instruction)
+    if not known(text):
+        if lora is None:
+            raise UsageError(f"--{unknown(text)}")
+        print(f"Warning: without its LoRA the embedded editor does not know {text!r}", file=sys.stderr)
+    return text
 
 
 def read_mask(path: Path, size: tuple[int, int]) -> Any:

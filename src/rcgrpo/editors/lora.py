@@ -7,11 +7,13 @@ diffusers' work.
 """
 
 from collections.abc import Iterable
+from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
-from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub import HfApi, constants, get_session, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from torch import Tensor, nn
 
@@ -22,16 +24,19 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 PEFT_FILE = "adapter_model.safetensors"
 """What PEFT writes beside our file; diffusers cannot read it."""
 
+PATIENCE = 1.5
+"""Seconds in which the Hub must answer at all; its client would try for most of a minute, twice."""
+
 
 def find_lora(lora: str | Path, where: str = "lora") -> Path:
-    """The LoRA's file; from the Hub it is downloaded.
+    """The LoRA's file; from the Hub it is downloaded, or taken from its cache where the Hub does not answer.
 
     Args:
         lora: a file; a folder or a Hub id with `pytorch_lora_weights.safetensors`, or with one other LoRA file.
         where: what to call it in errors.
 
     Raises:
-        ValueError: there is none, or several.
+        ValueError: there is none, or several, or it cannot be had, within two seconds where there is no network.
     """
     path = Path(lora)
     if path.is_file():
@@ -42,9 +47,12 @@ def find_lora(lora: str | Path, where: str = "lora") -> Path:
             raise ValueError(f"{where}: got the folder {lora}, expected {LORA_FILE} in it; name the file itself")
         return path / name
     try:
+        away = "" if constants.HF_HUB_OFFLINE else _hub_is_away(str(lora))
         try:
-            return Path(hf_hub_download(str(lora), LORA_FILE))
+            return Path(hf_hub_download(str(lora), LORA_FILE, local_files_only=bool(away)))
         except EntryNotFoundError:
+            if away:
+                raise ConnectionError(f"{constants.ENDPOINT} does not answer: {away}") from None
             name = _one_of(HfApi().list_repo_files(str(lora)))
             if name is None:
                 raise
@@ -54,6 +62,27 @@ def find_lora(lora: str | Path, where: str = "lora") -> Path:
             f"{where}: got {str(lora)!r}, expected a folder or file that exists, or a Hub id whose repository holds "
             f"{LORA_FILE} ({first_words(error)})"
         ) from error
+
+
+def _hub_is_away(repository: str) -> str:
+    """Why the Hub cannot be asked for a repository; nothing if it answers, whatever it says."""
+    answer: Future[None] = Future()
+
+    def ask() -> None:
+        try:
+            get_session().head(f"{constants.ENDPOINT}/{repository}", timeout=PATIENCE)
+            answer.set_result(None)
+        except Exception as error:
+            answer.set_exception(error)
+
+    Thread(target=ask, daemon=True).start()  # looking up a name has no time limit of its own
+    try:
+        answer.result(PATIENCE)
+    except TimeoutError:
+        return f"nothing within {PATIENCE} s"
+    except Exception as error:
+        return first_words(error)
+    return ""
 
 
 def _one_of(names: Iterable[str]) -> str | None:
