@@ -82,7 +82,7 @@ def measure(wide: bool, steps: int) -> list[dict[str, float]]:
         tempfile.TemporaryDirectory() as folder,
         without_text_encoders(parts, torch.float32) if parts else nullcontext(),
     ):
-        rows = compbench_mini("train", options["per_device_train_batch_size"] * (steps + 1))
+        rows = compbench_mini("train", options["per_device_train_batch_size"] * (steps + 1), options["resolution"])
         config = LoraConfig(**lora, target_modules=["attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "proj_mlp"])
         args = RCGRPOConfig(folder, **options)
         trainer = RCGRPOTrainer(pipeline, recipe["reward_funcs"], args, rows, peft_config=config, callbacks=[clock])

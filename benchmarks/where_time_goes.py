@@ -17,12 +17,12 @@ PICTURE = Path(__file__).parents[1] / "docs" / "images" / "where_time_goes.png"
 ROW = re.compile(r"^#     (encode|rollout|decode|update) +[\d.]+ +\d+ +([\d.]+)$", re.MULTILINE)
 COLOURS = {"encode": HAIR, "rollout": BLUE, "decode": FAINT, "update": ORANGE}
 RECIPES = {
-    "klein-4b-24gb": "klein 4B, 512², 24 GB",
-    "klein-9b-80gb": "klein 9B, 512², 80 GB",
-    "flux-24gb": "Kontext NF4, 512², 24 GB",
-    "flux-80gb": "Kontext, 512², 80 GB",
-    "flux-8x80gb": "Kontext, 1024², 80 GB, half the images",
-    "qwen-edit-2511-80gb": "Qwen 2511, 512², 80 GB, guided",
+    "klein-4b-24gb": "klein 4B, 640², 24 GB",
+    "klein-9b-80gb": "klein 9B, 640², 80 GB",
+    "flux-24gb": "Kontext NF4, 640², 24 GB",
+    "flux-80gb": "Kontext, 640², 80 GB",
+    "flux-8x80gb": "Kontext, 640², one of 8 × 80 GB, half the images",
+    "qwen-edit-2511-80gb": "Qwen 2511, 640², 80 GB, guided",
 }
 
 

@@ -89,6 +89,13 @@ class _Handler(BaseHTTPRequestHandler):
             return self.answer(b"null")
         if self.path == "/log":
             return self.answer(json.dumps(cls.requests).encode())
+        self.respond(body)
+
+    def do_GET(self) -> None:
+        self.respond(None)
+
+    def respond(self, body: Any) -> None:
+        cls = type(self)
         with cls.lock:
             token = self.headers.get("Authorization")
             cls.requests.append({"path": self.path, "token": token, "body": body, "began": time.monotonic()})

@@ -32,9 +32,13 @@ import yaml
 
 @dataclass
 class Repo:
-    """One model repository: its files at the tip of `main`, and the messages of its commits."""
+    """One model repository: its files at the tip of `main`, and the messages of its commits.
+
+    Of a gated one nobody has been given the files.
+    """
 
     private: bool = False
+    gated: bool = False
     files: dict[str, bytes] = field(default_factory=dict)
     lfs: set[str] = field(default_factory=set)
     commits: list[str] = field(default_factory=list)
@@ -349,6 +353,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _resolve(self, name: str, revision: str, path: str) -> None:
         repo = self._repo(name, revision)
+        if repo.gated:
+            raise _Refusal(403 if self.known else 401, f"Access to model {name} is restricted", "GatedRepo")
         if path not in repo.files:
             raise _Refusal(404, "Entry not found", "EntryNotFound")
         self._send(

@@ -144,6 +144,37 @@ def test_transport_faults_reach_the_failures(server, judge):
     assert run(EditScoreReward(ServerJudge(server.url, "x", **{**FAST, "timeout": 0.001})), 1).failures
 
 
+def listing(*models, owner="vllm"):
+    return {"do": "body", "body": json.dumps({"data": [{"id": name, "owned_by": owner} for name in models]})}
+
+
+def test_a_judge_that_is_not_there_is_known_before_anything_is_asked(server, judge):
+    for there in (listing("base", "judge-7b"), listing("other", owner="llamacpp"), {"do": "status", "status": 404}):
+        server.behave(there)
+        EditScoreReward(judge).check()
+        assert [request["path"] for request in server.log()] == ["/v1/models"]
+    two = ServerJudge(["http://127.0.0.1:9/v1", server.url + "/v1"], "judge-7b", **FAST)
+    server.behave(listing("judge-7b"))
+    two.check()
+    for how, said in [
+        (
+            listing("base", "lora"),
+            r"judge: got the name 'judge-7b', expected one that .* serves \(base, lora\); set RCGRPO",
+        ),
+        (
+            {"do": "status", "status": 401},
+            "judge: got no answer from .*, expected a judge there.*http_401.*as you wish",
+        ),
+        ({"do": "body", "body": "<html>"}, "judge: got no answer from .*malformed"),
+        ({"do": "reset"}, "judge: got no answer from .*connect"),
+    ]:
+        server.behave(how)
+        with pytest.raises(RewardError, match=said) as told:
+            EditScoreReward(judge).check()
+        assert "\n" not in str(told.value)
+    assert not judge.faults
+
+
 def test_wrong_key_stops_the_run(server, judge):
     server.behave({"do": "status", "status": 401})
     with pytest.raises(RewardError, match="'judge-7b' is refused"):

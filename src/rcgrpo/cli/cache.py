@@ -23,6 +23,10 @@ def run(arguments: Sequence[str]) -> None:
         use_embedded_model()
         fill_in(config, given(arguments))
 
+    from .opening import check_ready
+
+    check_ready(script.model)
+
     from accelerate.state import PartialState
 
     from ..tiny import WEIGHTS

@@ -1,5 +1,6 @@
 """How commands open a model: the embedded one as it was trained, another one as its makers draw with it."""
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -57,6 +58,33 @@ def open_pipeline(model: str) -> Any:
     with naming_model(name):
         pipeline = RegionDecoupledPipeline.from_pretrained(name, dtype=dtype)
     return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def check_ready(model: str, reward_funcs: Sequence[str] = (), judge_on_server: bool = False) -> None:
+    """Refuse a model without access, and judges that are not there, before rows and weights are loaded.
+
+    Args:
+        model: "kontext-tiny", or a Hub id or folder.
+        reward_funcs: names of rewards; those that have a `check` are asked.
+        judge_on_server: nobody but a server will do.
+
+    Raises:
+        ValueError: naming model or judge, and how to get it.
+    """
+    from ..rewards import resolve_rewards
+    from ..rewards.judges import URL_VARIABLE
+
+    with naming_model(_name(model)):
+        pass
+    rewards = resolve_rewards(list(reward_funcs)) if reward_funcs else []
+    checks = [check for reward in rewards if (check := getattr(reward.function, "check", None)) is not None]
+    if judge_on_server and checks and not os.environ.get(URL_VARIABLE):
+        raise UsageError(
+            f"--judge_on_server: got true without {URL_VARIABLE}, expected the address of a judge, such as "
+            "http://judge:8000/v1; see docs/judges.md, or set it to false to load the judge in this process"
+        )
+    for check in checks:
+        check()
 
 
 def check_loras(model: str, loras: Sequence[str], flag: str = "--lora") -> None:

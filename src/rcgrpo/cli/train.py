@@ -65,6 +65,10 @@ class ScriptArguments:
         default_factory=lambda: ["compbench_mini"],
         metadata={"help": "Registered rewards or dotted paths to callables; see `rcgrpo rewards`."},
     )
+    judge_on_server: bool = field(
+        default=False,
+        metadata={"help": "Insist on a judge at RCGRPO_JUDGE_URL, where otherwise one is loaded in this process."},
+    )
     init_lora: str | None = field(
         default=None,
         metadata={
@@ -285,8 +289,9 @@ def make_trainer(script: ScriptArguments, config: "RCGRPOConfig", named: Collect
     from peft import LoraConfig
 
     from ..training.trainer import RCGRPOTrainer
-    from .opening import check_loras
+    from .opening import check_loras, check_ready
 
+    check_ready(script.model, script.reward_funcs, script.judge_on_server)
     check_loras(script.model, [] if script.init_lora is None else [script.init_lora], "--init_lora")
     train_rows, eval_rows = load_rows(script, config)
     model = load_model(script, config, named)

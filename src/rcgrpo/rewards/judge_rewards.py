@@ -23,7 +23,7 @@ from typing import Any
 from PIL import Image
 
 from .judge_answers import BOX_SCALE, SCALE, edit_score, expected_score, parse_scores, spatial_score
-from .judges import Judge, Question, ServerJudge
+from .judges import MODEL_VARIABLE, URL_VARIABLE, Judge, Question, ServerJudge
 from .local_judge import LocalJudge
 from .pictures import crop_to_region
 from .registry import RewardError, register_reward
@@ -31,8 +31,6 @@ from .transport import Fault
 
 DIGITS = ("0", "1", "2", "3", "4", "5")
 SMALLEST_CROP = 56  # pixels; below two of Qwen-VL's merged patches a crop is mostly padding
-
-URL_VARIABLE, MODEL_VARIABLE = "RCGRPO_JUDGE_URL", "RCGRPO_JUDGE_MODEL"
 
 
 @dataclass(frozen=True)
@@ -160,6 +158,10 @@ class _EditJudgement:
     @property
     def faults(self) -> Counter[str]:
         return self.judge.faults + Counter({"unparsable": self._unparsable})
+
+    def check(self) -> None:
+        """Refuse a judge that cannot be had, before anything is loaded; a judge may have a `check` of its own."""
+        getattr(self.judge, "check", lambda: None)()
 
     def _shown(
         self, images: list[Image.Image], sources: list[Image.Image], masks: list[Image.Image] | None

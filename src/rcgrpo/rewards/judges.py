@@ -24,7 +24,11 @@ from .pictures import once_each, to_png
 from .registry import RewardError
 from .transport import Deadline, Fault, Transport
 
+URL_VARIABLE = "RCGRPO_JUDGE_URL"
+MODEL_VARIABLE = "RCGRPO_JUDGE_MODEL"
 KEY_VARIABLE = "RCGRPO_JUDGE_API_KEY"
+ONE_MODEL = "llamacpp"
+"""Whose server has one model and does not read a request's name of it."""
 
 Ask = Callable[[dict[str, Any]], Awaitable[list[dict[str, Any]]]]
 """Puts a question to the server with further fields of the request, and gives the answer's `choices`."""
@@ -99,6 +103,28 @@ class ServerJudge:
     @property
     def faults(self) -> Counter[str]:
         return self.transport.faults
+
+    def check(self) -> None:
+        """Ask for the server's models, so that a run without its judge ends before anything is loaded.
+
+        Raises:
+            RewardError: no server answers, it takes no such key, or it does not know the model.
+        """
+        try:
+            listed = self.transport.look("/models")
+        except Fault as fault:
+            raise RewardError(
+                f"judge: got no answer from {', '.join(self.transport.urls)}, expected a judge there; start it, or "
+                f"mend {URL_VARIABLE} ({fault})"
+            ) from fault
+        found = listed.get("data") if isinstance(listed, dict) else None
+        models = [model for model in found if isinstance(model, dict)] if isinstance(found, list) else []
+        names = [str(model.get("id")) for model in models]
+        if names and self.model not in names and not any(model.get("owned_by") == ONE_MODEL for model in models):
+            raise RewardError(
+                f"judge: got the name {self.model!r}, expected one that {self.transport.urls[0]} serves "
+                f"({', '.join(names)}); set {MODEL_VARIABLE}"
+            )
 
     async def answers(self, questions: Sequence[Question], passes: int) -> list[list[str] | Fault]:
         async def sample(ask: Ask) -> list[str]:

@@ -24,8 +24,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..inputs.access import fetch
 from .generation import Prefill, Sampling, read_prompts, write_answers
-from .judges import Question
+from .judges import URL_VARIABLE, Question
 from .registry import RewardError
 from .transport import Fault
 
@@ -93,6 +94,17 @@ class LocalJudge:
         self._loaded: Any = None
         self._asleep: dict[Tensor, Tensor] = {}
         self._stream: Any = None
+
+    def check(self) -> None:
+        """Look for the configurations of model and LoRA, without loading any weights.
+
+        Raises:
+            ValueError: they cannot be had.
+        """
+        expected = f"the Hub id or folder of a judge or its LoRA, which can be had; or name a server in {URL_VARIABLE}"
+        for name, file in ((self.model, "config.json"), (self.adapter, "adapter_config.json")):
+            if isinstance(name, str):
+                fetch("judge", name, file, expected)
 
     async def answers(self, questions: Sequence[Question], passes: int) -> list[list[str] | Fault]:
         """See `judges.Judge`."""

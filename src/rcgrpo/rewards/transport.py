@@ -178,6 +178,37 @@ class Transport:
         except TimeoutError:
             raise self._count(Fault("deadline", f"no answer within the batch's {self.timeout:g} s")) from None
 
+    def look(self, path: str, seconds: float = 10.0) -> Any:
+        """GET from the first server that answers, outside of any batch: is anybody there?
+
+        Returns:
+            The decoded answer; None of a server that has no such path, which is there all the same.
+
+        Raises:
+            Fault: what the last server did instead; it is not counted.
+        """
+        import httpx2
+
+        faults = []
+        for url in self.urls:
+            trust = not is_loopback(urlsplit(url).hostname or "")
+            try:
+                answer = httpx2.get(url + path, headers=self._headers, timeout=seconds, trust_env=trust)
+            except httpx2.HTTPError as error:
+                faults.append(Fault("connect", f"{url}: {type(error).__name__} {error}".rstrip()))
+                continue
+            if answer.status_code in (404, 405):
+                return None
+            if answer.status_code != 200:
+                kind = f"http_{answer.status_code}"
+                faults.append(Fault(kind, f"{url}{path} answered {answer.status_code}: {_message(answer.content)}"))
+                continue
+            try:
+                return decode_json(answer.content)
+            except ValueError as error:
+                faults.append(Fault("malformed", f"{url}{path} answered what is no JSON ({error})"))
+        raise faults[-1]
+
     def _session(self) -> tuple[Any, asyncio.Semaphore]:
         import httpx2
 

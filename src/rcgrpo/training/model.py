@@ -20,13 +20,13 @@ import transformers
 from accelerate.utils import TorchDynamoPlugin
 from diffusers import DiffusionPipeline
 from diffusers.quantizers import PipelineQuantizationConfig
-from huggingface_hub import hf_hub_download
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedConfig, set_seed
 
 from ..editors import RegionDecoupledPipeline
 from ..editors.opening import region_decoupled_class
+from ..inputs.access import fetch
 from ..inputs.ranges import naming
 from ..tiny import WEIGHTS
 from .adapters import WAYS_OUT, adapters_of, continued, unwrap
@@ -100,14 +100,14 @@ def naming_model(model: str, **hub: Any) -> Iterator[dict[str, Any]]:
         hub: `revision` and the like, for `hf_hub_download`.
 
     Raises:
-        ValueError: nothing there, no access, broken files; or, before anything else is fetched, another pipeline.
+        ValueError: nothing there, broken files; or, before anything else is fetched, no access or another pipeline.
     """
     kinds = "FLUX.1-Kontext, FLUX.2 or Qwen-Image-Edit-Plus"
     expected = f"kontext-tiny, or a folder or Hub id of a complete {kinds} pipeline"
     if not Path(model).is_dir():
         expected += "; if it is one, check the network (HF_HUB_OFFLINE) and, where it is gated, `hf auth login`"
+    index = fetch("model", model, INDEX, expected, **hub)
     with naming("model", model, expected):
-        index = Path(model, INDEX) if Path(model).is_dir() else Path(hf_hub_download(model, INDEX, **hub))
         read = json.loads(index.read_text())
         region_decoupled_class(str(read.get("_class_name")))
         yield read
