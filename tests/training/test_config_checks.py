@@ -40,6 +40,7 @@ def config(tmp_path, **given):
         ("lr_scheduler_type", ["zigzag"], "one of linear, cosine"),
         ("optim", ["sgdd"], "one of adamw_torch"),
         ("save_strategy", ["sometimes"], "one of no, steps, epoch, best"),
+        ("log_completions_hub_repo", ["me/x"], "nothing without log_completions=True"),
         ("policy_steps_range", [0.5, "0 1", [0.0, nan], [0.0, "1"]], "two shares of the trajectory in order"),
     ],
 )
@@ -48,6 +49,11 @@ def test_what_would_train_nonsense_is_refused_in_python_too(tmp_path, name, valu
         with pytest.raises(ValueError) as refused:
             config(tmp_path, **{name: value})
         assert str(refused.value).startswith(f"{name}: got {value!r}, expected ") and expected in str(refused.value)
+
+
+def test_a_data_set_for_completions_has_a_name_of_the_hub(tmp_path):
+    with pytest.raises(ValueError, match=r"^log_completions_hub_repo: got 'a b', expected the name of a data set"):
+        config(tmp_path, log_completions=True, log_completions_hub_repo="a b")
 
 
 def test_what_is_meant_is_taken(tmp_path):

@@ -89,3 +89,24 @@ def test_transformers_own_bitsandbytes_becomes_diffusers(folder, monkeypatch):
     made = seen["quantization_config"].quant_mapping["transformer"]
     assert type(made) is diffusers.BitsAndBytesConfig and made.load_in_4bit and made.bnb_4bit_quant_type == "nf4"
     assert made.bnb_4bit_compute_dtype == torch.bfloat16
+
+
+def test_a_quantization_whose_package_is_missing_names_it(folder, monkeypatch):
+    monkeypatch.setattr(model, "find_spec", lambda package: None)
+    given = {"quant_backend": "bitsandbytes_4bit", "quant_kwargs": {"load_in_4bit": True}}
+    with pytest.raises(ValueError, match=r"^quantization_config: got the backend 'bitsandbytes_4bit'.*pip install bits"):
+        load_pipeline(folder, {"quantization_config": given})
+
+
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [("load_in_4bit", "it is called quantization_config here"), ("torch_dytpe", "the nearest known one is torch_dtype")],
+)
+def test_an_argument_that_diffusers_would_ignore_is_refused(folder, key, said):
+    with pytest.raises(ValueError, match=f"^model_init_kwargs: got '{key}', expected arguments.*{said}"):
+        load_pipeline(folder, {key: True})
+
+
+def test_a_part_may_be_given(folder):
+    vae = build_tiny_kontext().vae
+    assert load_pipeline(folder, {"vae": vae, "low_cpu_mem_usage": True}).vae is vae

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FluxKontextPipeline
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
+from transformers import TrainerCallback
 
 from rcgrpo.rewards import RequiredRewardError
 from rcgrpo.training.checkpoints import newest_whole
@@ -59,6 +61,32 @@ def test_stock_pipeline_draws_what_was_trained(tmp_path, data, monkeypatch):
         stock.load_lora_weights(str(folder))
         assert np.array_equal(draw(stock), trained)
     assert "library_name: diffusers" in (tmp_path / "checkpoint-1" / "README.md").read_text()
+
+
+def test_a_scripts_card_has_its_curves_and_every_held_out_set(tmp_path, data, held_out):
+    """And callbacks are given what they get in TRL, for each set."""
+    given = {}
+
+    class Listen(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            given.update(kwargs)
+
+        def on_evaluate(self, args, state, control, metrics, **kwargs):
+            given.setdefault("metrics", []).append(metrics)
+
+    sets = {"near": held_out, "far": held_out.select([0])}
+    options = {"eval_strategy": "steps", "eval_steps": 2, "logging_steps": 1}
+    trainer = make(tmp_path, data, eval_dataset=sets, callbacks=[Listen()], **options)
+    trainer.train()
+    trainer.save_model()
+    card = ModelCard.load(tmp_path / "README.md")
+    found = {entry.metric_name: entry.metric_value for entry in card.data.eval_results}
+    near, far = given["metrics"]
+    assert found["near_reward"] == near["eval_near_reward"] and found["far_reward"] == far["eval_far_reward"]
+    assert "![Reward curves](reward_curves.png)" in card.text and (tmp_path / "reward_curves.png").is_file()
+    assert "| `lora_r` | 4 |" in card.text and "`debug`" not in card.text
+    assert given["model"] is trainer.model and len(given["train_dataloader"]) > 0
+    assert {"optimizer", "lr_scheduler", "processing_class", "eval_dataloader"} <= set(given)
 
 
 def test_full_fine_tuning_saves_resumes_and_keeps_the_best(tmp_path, data, held_out):

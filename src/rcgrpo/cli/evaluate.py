@@ -98,6 +98,10 @@ class EvaluateArguments:
         default=None, metadata={"help": "Where results go; by default a new folder rcgrpo-evaluation."}
     )
     resume: bool = field(default=False, metadata={"help": "Go on with the evaluation in --output_dir."})
+    update_card: bool = field(
+        default=False,
+        metadata={"help": "Put the numbers as `model-index` into the README.md beside each LoRA that lies here."},
+    )
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -113,6 +117,7 @@ def run(arguments: Sequence[str]) -> None:
     from ..data.edits import EditRows
     from ..evaluation.benchmark import Sampling, contenders, load_loras, make_plan, open_folder, rows_digest
     from ..evaluation.benchmark import run as run_benchmark
+    from ..evaluation.cards import write_cards
     from ..evaluation.held_out import Scorer
     from ..evaluation.results import write_results
     from .opening import check_loras, open_pipeline, sampling_settings
@@ -160,7 +165,10 @@ def run(arguments: Sequence[str]) -> None:
             published="compbench" in args.dataset.lower() and args.metric_size == 512,
             num_pictures=args.num_pictures,
         )
-        print(f"\n{text}\nWritten to {folder}: results.json, results.md, report.html, samples.jsonl, images")
+        cards = write_cards(folder, {entrant.name: entrant.lora for entrant in entrants}, args.update_card)
+        print(f"\n{text}\nWritten to {folder}: results.json, results.md, report.html, samples.jsonl, images, cards")
+        for card in cards:
+            print(f"Updated {card}")
     state.destroy_process_group()
 
 

@@ -34,12 +34,11 @@ _DATA = Here(("dataset",), otherwise="rows are RCGRPOTrainer's `train_dataset` a
 _CANDIDATES = Here(("num_generations",))
 _BATCH = Here(("per_device_train_batch_size", "batch_size", "rollout_batch_size"))
 _QUANTISED = Here(
-    ("model_init_kwargs",),
-    "its quantization_config: {'quant_backend': 'bitsandbytes_4bit', 'quant_kwargs': {...}}, the arguments of "
-    "diffusers' PipelineQuantizationConfig",
-    "it belongs into model_init_kwargs of RCGRPOConfig, or into from_pretrained of the pipeline that is passed",
+    ("quantization_config", "model_init_kwargs"),
+    "e.g. quantization_config: {'quant_backend': 'bitsandbytes_4bit', 'quant_kwargs': {'load_in_4bit': True}}, the "
+    "arguments of diffusers' PipelineQuantizationConfig",
 )
-_DTYPE = Here(
+_LOADING = Here(
     ("model_init_kwargs",),
     "its mapping goes to from_pretrained, e.g. {'torch_dtype': 'bfloat16'}",
     "models are opened in bfloat16, the embedded one in float32",
@@ -50,7 +49,7 @@ _VLLM = "candidates are drawn by the trained pipeline itself; rollout_batch_size
 _POLICY = Here(("policy",), "neighbor, flow_grpo or nft")
 _SEED = Here(("seed",))
 _LATENTS = "inputs of the text encoders and the transformer are made here from the picture and the instruction"
-_PEFT = "pass `peft_config=LoraConfig(...)` to RCGRPOTrainer; `rcgrpo train` always trains a LoRA, see lora_r"
+_PEFT = "RCGRPOTrainer trains a LoRA with `peft_config=LoraConfig(...)`, and the whole transformer without one"
 
 
 def _all(names: str, found: Any) -> dict[str, Any]:
@@ -60,10 +59,8 @@ def _all(names: str, found: Any) -> dict[str, Any]:
 HINTS: dict[str, Here | str] = {
     # The model
     **_all("model_name_or_path model_name model_id pretrained_model_name_or_path base_model", _MODEL),
-    **_all(
-        "dtype torch_dtype model_revision variant attn_implementation",
-        _DTYPE,
-    ),
+    "torch_dtype": _LOADING._replace(names=("dtype", "model_init_kwargs")),
+    **_all("dtype model_revision variant attn_implementation", _LOADING),
     **_all(
         "load_in_4bit load_in_8bit quantization_config bnb_4bit_quant_type bnb_4bit_quant_storage use_bnb_nested_quant",
         _QUANTISED,
@@ -84,7 +81,8 @@ HINTS: dict[str, Here | str] = {
     **_all("alpha network_alpha", Here(("lora_alpha",))),
     "lora_layers": Here(("lora_target_modules",)),
     "target_modules": Here(("lora_target_modules",)),
-    **_all("use_peft use_lora lora_r lora_alpha lora_target_modules", _PEFT),
+    "use_lora": Here(("use_peft",), otherwise=_PEFT),
+    **_all("use_peft lora_r lora_alpha lora_target_modules", _PEFT),
     "lora_dropout": "dropout would make the update see another policy than the rollout",
     **_all(
         "use_dora use_rslora lora_task_type lora_modules_to_save lora_target_parameters",

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, get_args, get_type_hints
 
 import torch
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from ..inputs.ranges import SHARE, check_ranges
 
@@ -197,6 +198,11 @@ def _saving(config: "RCGRPOConfig", refuse: Refuse) -> None:
     for name in ("log_unique_prompts", "log_completions_hub_repo"):
         if getattr(config, name) and not config.log_completions:
             refuse(name, "nothing without log_completions=True, which writes what it is about")
+    if config.log_completions_hub_repo is not None:
+        try:
+            validate_repo_id(config.log_completions_hub_repo)
+        except HFValidationError:
+            refuse("log_completions_hub_repo", "the name of a data set on the Hub, `owner/name`")
 
 
 def _conditions(config: "RCGRPOConfig", refuse: Refuse) -> None:

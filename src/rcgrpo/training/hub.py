@@ -252,15 +252,7 @@ def model_card(
         widget=widget or None,
         model_name=model_name,
         eval_results=[
-            EvalResult(
-                task_type="image-to-image",
-                dataset_type=_hub_id(eval_name) or "unknown",
-                dataset_name=_last_part(eval_name) if eval_name else "unknown",
-                metric_type=re.sub(r"\W+", "_", name.lower()).strip("_"),
-                metric_name=name,
-                metric_value=float(value),
-                metric_args=dict((metric_args or {}).get(name, {})) or None,
-            )
+            eval_result(name, value, eval_name, (metric_args or {}).get(name, {}))
             for name, value in (metrics or {}).items()
             if isfinite(value)
         ]
@@ -285,6 +277,27 @@ def model_card(
         settings={key: _cell(value) for key, value in (settings or {}).items() if value is not None},
         pipeline_class=pipeline_class,
         versions=_versions(),
+    )
+
+
+def eval_result(name: str, value: float, dataset: str | None, args: Mapping[str, Any], **place: Any) -> EvalResult:
+    """One number of `model-index`.
+
+    Args:
+        name: of the metric, as people read it.
+        dataset: Hub id or folder, of which the last part is told; "unknown" where None.
+        args: what else is known of the number.
+        place: more of `EvalResult`'s fields, such as `dataset_split`.
+    """
+    return EvalResult(
+        task_type="image-to-image",
+        dataset_type=_hub_id(dataset) or "unknown",
+        dataset_name=_last_part(dataset) if dataset else "unknown",
+        metric_type=re.sub(r"\W+", "_", name.lower()).strip("_"),
+        metric_name=name,
+        metric_value=float(value),
+        metric_args=dict(args) or None,
+        **place,
     )
 
 

@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from transformers import PreTrainedConfig, set_seed
 from ..editors import RegionDecoupledPipeline
 from ..editors.opening import region_decoupled_class
 from ..inputs.access import fetch
+from ..inputs.hints import hint
 from ..inputs.ranges import naming
 from ..tiny import WEIGHTS
 from .adapters import WAYS_OUT, adapters_of, continued, unwrap
@@ -35,6 +37,11 @@ logger = logging.getLogger(__name__)
 
 INDEX = "model_index.json"
 HUB_OPTIONS = {"revision", "token", "cache_dir", "local_files_only", "force_download"}
+LOADING = HUB_OPTIONS | {
+    *("dtype", "torch_dtype", "variant", "quantization_config", "device_map", "max_memory", "low_cpu_mem_usage"),
+    *("use_safetensors", "disable_mmap", "use_flashpack", "offload_folder", "offload_state_dict", "proxies"),
+}
+"""What `DiffusionPipeline.from_pretrained` reads itself, but for ONNX and code from the Hub; parts besides."""
 
 
 def load_pipeline(model: Any, init_kwargs: Mapping[str, Any] | None = None) -> Any:
@@ -49,7 +56,8 @@ def load_pipeline(model: Any, init_kwargs: Mapping[str, Any] | None = None) -> A
 
     Raises:
         TypeError: `model` is none of these.
-        ValueError: a name that cannot be opened, a dtype that torch does not have, or `init_kwargs` with a pipeline.
+        ValueError: a name that cannot be opened, a dtype that torch does not have, an argument that nobody reads, a
+            quantization whose package is missing, or `init_kwargs` with a pipeline.
     """
     if isinstance(model, str | os.PathLike):
         kwargs = dict(init_kwargs or {})
@@ -57,7 +65,15 @@ def load_pipeline(model: Any, init_kwargs: Mapping[str, Any] | None = None) -> A
             kwargs[key] = _dtype(kwargs[key], f"model_init_kwargs[{key!r}]")
         if kwargs.get("quantization_config") is not None:
             kwargs["quantization_config"] = _quantization(kwargs["quantization_config"])
-        with naming_model(str(model), **{key: kwargs[key] for key in HUB_OPTIONS & kwargs.keys()}):
+        hub = {key: kwargs[key] for key in HUB_OPTIONS & kwargs.keys()}
+        with naming_model(str(model), **hub) as index:
+            known = LOADING | inspect.signature(region_decoupled_class(index["_class_name"]).__init__).parameters.keys()
+        for key in kwargs.keys() - known:  # which diffusers would ignore
+            said = hint(key, known)
+            raise ValueError(
+                f"model_init_kwargs: got {key!r}, expected arguments of from_pretrained" + (f"; {said}" if said else "")
+            )
+        with naming_model(str(model), **hub):
             return RegionDecoupledPipeline.from_pretrained(model, **kwargs)
     if init_kwargs:
         raise ValueError(
@@ -118,6 +134,12 @@ def _quantization(config: Any) -> PipelineQuantizationConfig:
     if isinstance(config, PipelineQuantizationConfig):
         return config
     if isinstance(config, Mapping):
+        package = str(config.get("quant_backend")).split("_")[0]
+        if package in ("bitsandbytes", "torchao", "gguf") and find_spec(package) is None:
+            raise ValueError(
+                f"quantization_config: got the backend {config['quant_backend']!r}, expected the package {package} that "
+                f"it takes; pip install {package}"
+            )
         return PipelineQuantizationConfig(**config)
     if isinstance(config, transformers.BitsAndBytesConfig):  # which TRL's users have at hand
         names = inspect.signature(diffusers.BitsAndBytesConfig).parameters

@@ -7,7 +7,7 @@ names for the card.
 import dataclasses
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,11 @@ from torch import Tensor, nn
 
 from ..editors.lora import LORA_FILE
 from ..editors.opening import stock_name
+from ..inputs.extras import missing
+from ..reporting.curves import plot_curves
 from ..rewards import Reward
 from .averaging import AVERAGE_FILE, AveragingTrainer
-from .hub import model_card, save_lora
+from .hub import CURVES, model_card, save_lora
 from .model import base_model_name
 from .sharding import plain_copy
 
@@ -85,10 +87,15 @@ class SavingTrainer(AveragingTrainer):
             more = ("before", "difference", "low", "high", "n", "confidence")
             metric_args = {row["metric"]: {key: row[key] for key in more} for row in saved["held_out"]}
         else:
-            logged = [row for row in self.state.log_history if "eval_reward" in row] or [{}]
-            chosen = ("eval_reward", "eval_background")
-            metrics = {k.removeprefix("eval_"): v for k, v in logged[-1].items() if k.startswith(chosen)}
+            metrics = {}
+            for prefix in self._eval_prefixes():
+                logged = [row for row in self.state.log_history if f"{prefix}reward" in row] or [{}]
+                chosen = (f"{prefix}reward", f"{prefix}background")
+                metrics |= {k.removeprefix("eval_"): v for k, v in logged[-1].items() if k.startswith(chosen)}
             metric_args = {}
+        if folder == Path(self.args.output_dir) and not missing("report"):
+            if sum("reward" in row for row in self.state.log_history) > 1:
+                plot_curves(self.state.log_history, folder / CURVES)
         card = model_card(
             model_name=model_name or Path(self.args.hub_model_id or self.args.output_dir).name,
             hub_model_id=self.args.hub_model_id,
@@ -106,6 +113,11 @@ class SavingTrainer(AveragingTrainer):
         )
         card.save(folder / "README.md")
 
+    def _eval_prefixes(self) -> list[str]:
+        """What the names of held-out metrics begin with; of several data sets, each of them."""
+        several = self.eval_dataset if isinstance(self.eval_dataset, Mapping) else None
+        return ["eval_"] if several is None else [f"eval_{name}_" for name in several]
+
     def card_settings(self) -> dict[str, Any]:
         """The settings of this run that differ from a fresh `RCGRPOConfig`, for the model card."""
         left_out = {"output_dir", "hub_token", "hub_model_id", "run_name", "report_to", "disable_tqdm"}
@@ -115,7 +127,9 @@ class SavingTrainer(AveragingTrainer):
         for field in dataclasses.fields(self.args):
             value = getattr(self.args, field.name)
             fresh = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-            if isinstance(value, bool | int | float | str | list) and value != fresh and field.name not in left_out:
+            if not isinstance(value, bool | int | float | str | list) or value in ("", []) or field.name in left_out:
+                continue
+            if value != fresh:
                 changed[field.name] = value
         return {"rewards": ", ".join(reward.name for reward in self.rewards), **changed}
 
