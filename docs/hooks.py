@@ -86,6 +86,8 @@ API = {
             "rcgrpo.evaluation.held_out",
             "rcgrpo.evaluation.results",
             "rcgrpo.evaluation.survey",
+            "rcgrpo.evaluation.one_update",
+            "rcgrpo.evaluation.one_update_picture",
             "rcgrpo.reporting.statistics",
             "rcgrpo.app.comparing",
         ],
@@ -96,7 +98,7 @@ API = {
 VERBS = {"data": ["inspect", "masks", "build-tux"], "rewards": ["serve"]}
 """Commands that have commands."""
 
-RUNS = ("train", "plan")
+RUNS = ("train", "plan", "explain")
 """Commands that take the configuration."""
 
 FROM_THE_WEB = re.compile(

@@ -16,6 +16,7 @@ from checkpoint_files import write_checkpoint
 from rcgrpo import RCGRPOConfig
 from rcgrpo.cli import COMMANDS, main
 from rcgrpo.cli.edit import EditArguments
+from rcgrpo.cli.explain import ExplainArguments
 from rcgrpo.cli.parsing import UsageError, free_folder, parse
 from rcgrpo.cli.train import ScriptArguments
 from rcgrpo.rewards import available_rewards
@@ -169,7 +170,8 @@ def test_earlier_results_are_not_overwritten():
 
 
 @pytest.mark.parametrize(
-    ("command", "cls"), [("train", ScriptArguments), ("train", RCGRPOConfig), ("edit", EditArguments)]
+    ("command", "cls"),
+    [("train", ScriptArguments), ("train", RCGRPOConfig), ("edit", EditArguments), ("explain", ExplainArguments)],
 )
 def test_help_names_every_flag(command, cls, capsys):
     with pytest.raises(SystemExit) as stop:

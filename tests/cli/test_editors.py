@@ -23,10 +23,11 @@ BUILD = {"kontext": build_tiny_kontext, "klein": build_tiny_klein, "qwen": build
 SIZE = ["--resolution", "64", "--num_inference_steps", "2", "--max_sequence_length", "96"]
 TRAIN = [
     *("--use_cpu", "--bf16", "false", "--num_train_samples", "4", "--num_eval_samples", "1", "--max_steps", "2"),
-    *("--num_generations", "2", "--num_anchors", "1", "--num_policy_steps", "1", "--lora_r", "2", "--lora_alpha", "4"),
+    *("--num_generations", "2", "--num_anchors", "1", "--num_policy_steps", "1"),
     *("--per_device_train_batch_size", "1", "--learning_rate", "1", "--optim", "sgd", "--report_to", "none"),
     *("--reward_funcs", "compbench_mini", "--log_completions", "false", "--save_strategy", "no"),
 ]
+LORA = ["--lora_r", "2", "--lora_alpha", "4"]
 DIAGNOSE = ["--num_samples", "2", "--num_generations", "2", "--match_tolerance", "1", "--num_maps", "1"]
 
 
@@ -47,7 +48,7 @@ def test_commands_take_every_editor(name, capsys):
     pipe = BUILD[name]()
     pipe.save_pretrained(name)
     stock = type(pipe).__name__
-    main(["train", "--model", name, "--output_dir", "trained", *SIZE, *TRAIN])
+    main(["train", "--model", name, "--output_dir", "trained", *SIZE, *TRAIN, *LORA])
     assert f"Use it: pipe = {stock}.from_pretrained" in capsys.readouterr().out
     assert f"{stock}.from_pretrained" in ModelCard.load("trained/README.md").text
     settings = json.loads(Path("trained/metrics.json").read_text())["settings"]
@@ -67,6 +68,9 @@ def test_commands_take_every_editor(name, capsys):
 
     main(["diagnose", "--model", name, "--lora", "trained", "--output", "diagnosis", *DIAGNOSE, *SIZE])
     assert json.loads(Path("diagnosis/diagnostics.json").read_text())["settings"]["model"] == name
+
+    main(["explain", "--model", name, "--lora", "trained", "--output_dir", "update", *SIZE, *TRAIN])
+    assert 0 < json.loads(Path("update/update.json").read_text())["moved_inside"] < 1
 
     draws = ["--every_row", "--num_samples", "2", "--resolution", "64", "--num_draws", "1"]
     main(["data", "masks", "compbench-mini", "--method", "velocity", "--model", name, "--output", "masks", *draws])

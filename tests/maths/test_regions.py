@@ -20,6 +20,7 @@ from rcgrpo.maths.regions import (
     mask_to_tensor,
     region_weights,
     to_elements,
+    to_places,
     to_tokens,
 )
 
@@ -193,6 +194,7 @@ def test_elements_are_packed_as_the_pipelines_pack_latents(grid):
     for packed in (flux, qwen, klein):
         assert torch.equal(found, packed)
     assert torch.equal(found.amax(-1), to_tokens(mask, grid, "max"))
+    assert torch.equal(to_places(found, grid), latents)
 
 
 def test_tokens_by_max_and_by_mean():

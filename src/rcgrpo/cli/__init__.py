@@ -14,6 +14,7 @@ COMMANDS = {
     "plan": "say what a run will take: memory by phase, FLOP, time, and what to lower",
     "evaluate": "compare a model with and without LoRAs on a data set, with CompBench's metrics",
     "diagnose": "say where candidates differ, where their rewards come from, and whether a LoRA cheats",
+    "explain": "draw one update: noise, candidates, rewards, advantages, and what it moves",
     "edit": "edit one picture",
     "app": "edit in the browser, base and LoRA side by side",
     "data": "look at a data set, make masks, build one (inspect, masks, build-tux)",

@@ -93,7 +93,7 @@ RANGES: dict[str, Range] = {
     **_all(SEED, "seed data_seed"),
     # Rows
     **_all(COUNT, "num_train_samples num_eval_samples num_eval_edits num_samples num_pictures num_train num_test"),
-    **_all(NATURAL, "num_maps"),
+    **_all(NATURAL, "num_maps edit"),
     "held_out": FRACTION,
     # Edits
     **_all(COUNT, "num_generations num_generations_eval max_sequence_length batch_size num_draws"),

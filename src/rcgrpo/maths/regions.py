@@ -105,6 +105,18 @@ def to_elements(mask: Tensor, grid: tuple[int, int], channels: int) -> Tensor:
     return torch.cat([places] * (channels // 4), dim=-1)
 
 
+def to_places(latents: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Packed latents on the grid of latent pixels, `[..., channels / 4, 2 · rows, 2 · columns]`; see `to_elements`.
+
+    Args:
+        latents: `[..., rows · columns, channels]`, channels a multiple of 4.
+        grid: (rows, columns) of tokens.
+    """
+    rows, columns = grid
+    packed = latents.unflatten(-1, (-1, 2, 2)).unflatten(-4, (rows, columns))  # ... rows columns channels 2 2
+    return packed.movedim(-3, -5).transpose(-3, -2).flatten(-4, -3).flatten(-2, -1)
+
+
 def region_weights(mask: Tensor, keep_weight: float) -> Tensor:
     """Distance weights `w = m + λ_keep (1 - m)` (algorithm section 4), same shape as the mask."""
     if keep_weight < 0:
