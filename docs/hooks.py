@@ -267,7 +267,10 @@ def configuration() -> str:
     from rcgrpo.training.config import RCGRPOConfig
 
     own = {field.name: field for field in fields(RCGRPOConfig)}
-    source = inspect.getsource(RCGRPOConfig)
+    from rcgrpo.training.objective_config import ObjectiveConfig
+
+    before, logging, after = inspect.getsource(RCGRPOConfig).partition("    # Parameters that control the logging\n")
+    source = before + inspect.getsource(ObjectiveConfig) + logging + after
     parts = [
         "# Configuration",
         "Written from `RCGRPOConfig`. It has all of `transformers.TrainingArguments` besides, such as `max_steps`, "

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from rcgrpo.groups.reward_gradient import predict_result, reward_of_prediction
+from rcgrpo.groups.reward_gradient import predict_result, reward_of_prediction, reward_pull
 from rcgrpo.groups.transitions import gather
 from rcgrpo.maths.objective import predict_clean
 from tiny_training import brightness, make
@@ -93,3 +93,54 @@ def test_the_gradient_is_that_of_the_whole_way(asked):
     expected = (ends[0] - ends[1]) / 2e-2
     assert abs(expected) > 1e-3
     assert float((gradient * direction).sum()) == pytest.approx(expected, rel=0.02)
+
+
+def test_the_pull_is_the_rewards_slope_at_the_transitions_own_answer(asked):
+    """Against finite differences along the pull itself: later calls move with what the answer leads to."""
+    trainer, found, velocity = asked
+    given = (trainer.rewards, [3.0], [], 3)
+    values, pull = reward_pull(trainer.editor, trainer.model, found, velocity, *given)
+    assert pull.shape == velocity.shape and not pull.requires_grad and not values.requires_grad
+    scaled = reward_pull(trainer.editor, trainer.model, found, velocity, *given, scale=64.0)[1]
+    torch.testing.assert_close(scaled, pull, rtol=1e-4, atol=1e-9)
+    step = 1.0 / pull.flatten(1).norm(dim=1).view(-1, 1, 1)
+    moved = [reward_pull(trainer.editor, trainer.model, found, velocity + s * step * pull, *given)[0] for s in (1, -1)]
+    slope = (moved[0] - moved[1]) / 2 / step.flatten()
+    torch.testing.assert_close(slope, pull.flatten(1).square().sum(1), rtol=0.1, atol=0)
+
+
+def test_parameters_learn_of_the_reward_at_the_transition_alone(asked):
+    """The loss's gradient is the pull's through the transition's own call, clipped, and nothing of the calls behind."""
+    trainer, found, _ = asked
+    args = trainer.args
+    args.reward_gradient_weight, args.reward_gradient_steps = 2.0, 3
+    weights = [weight for weight in trainer.model.parameters() if weight.requires_grad]
+
+    def gradients(loss):
+        found.old = None
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, weights, retain_graph=True)])
+
+    def answer():
+        return trainer.editor.velocity(trainer.model, found.latents, found.timestep, found.conditions)
+
+    try:
+        plain, followed = answer(), {}
+        _, pull = reward_pull(
+            trainer.editor, trainer.model, found, plain, trainer.rewards, trainer.reward_weights.tolist(), [], 3
+        )
+        norms = pull.flatten(1).norm(dim=1)
+        limit = float(norms.median())
+        for clip in (None, limit):
+            args.reward_gradient_clip = clip
+            with_reward = gradients(trainer.loss_of(trainer.model, plain, found))
+            args.reward_gradient_weight = 0.0
+            followed[clip] = with_reward - gradients(trainer.loss_of(trainer.model, plain, found))
+            args.reward_gradient_weight = 2.0
+        assert trainer._metrics["train"]["reward_gradient/norm"][-1] == pytest.approx(limit)
+        for clip, found_there in followed.items():
+            short = torch.ones_like(norms) if clip is None else (clip / norms).clamp(max=1)
+            expected = gradients(-2.0 * (plain * pull * short.view(-1, 1, 1)).sum() / len(norms))
+            torch.testing.assert_close(found_there, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+        assert 0 < float(followed[limit].norm()) < 0.95 * float(followed[None].norm())
+    finally:
+        args.reward_gradient_weight, args.reward_gradient_steps, args.reward_gradient_clip = 0.0, 1, None

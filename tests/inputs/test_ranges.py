@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rcgrpo import RCGRPOConfig
-from rcgrpo.cli import app, data, data_tux, diagnose, edit, explain, evaluate, plan, rewards, train
+from rcgrpo.cli import app, data, data_tux, diagnose, edit, evaluate, explain, plan, rewards, train
 from rcgrpo.inputs.ranges import LONGEST, RANGES, Range, check_ranges, lacking, naming, one_line
 
 SETTINGS = (

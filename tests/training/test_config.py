@@ -9,6 +9,10 @@ from trl import TrlParser
 from trl.trainer.base_config import _BaseConfig
 
 from rcgrpo import RCGRPOConfig
+from rcgrpo.training.objective_config import ObjectiveConfig
+
+OWN = RCGRPOConfig.__annotations__.keys() | ObjectiveConfig.__annotations__.keys()
+"""Fields that this package defines, without those of `transformers`."""
 
 
 def test_defaults_work_on_a_machine_without_an_accelerator(tmp_path):
@@ -38,7 +42,7 @@ def test_init_arguments_may_come_from_a_command_line(tmp_path):
 
 
 def test_every_field_has_help_and_help_renders(capsys):
-    own = [f for f in fields(RCGRPOConfig) if f.name in RCGRPOConfig.__annotations__]
+    own = [f for f in fields(RCGRPOConfig) if f.name in OWN]
     assert len(own) > 35
     assert not [f.name for f in own if len(f.metadata.get("help", "")) < 10]
     assert not [f.name for f in own if f.default is MISSING and f.default_factory is MISSING]
@@ -51,7 +55,7 @@ def test_every_field_has_help_and_help_renders(capsys):
 def test_names_of_trl_keep_their_meaning():
     """Users of GRPO find its names here, without its fields for language models."""
     grpo = pytest.importorskip("trl.trainer.grpo_config").GRPOConfig
-    shared = {f.name: f for f in fields(grpo)}.keys() & RCGRPOConfig.__annotations__.keys()
+    shared = {f.name: f for f in fields(grpo)}.keys() & OWN
     assert {"num_generations", "num_iterations", "beta", "epsilon", "reward_weights", "shuffle_dataset"} <= shared
     assert issubclass(RCGRPOConfig, _BaseConfig) and not issubclass(RCGRPOConfig, grpo)
 

@@ -94,13 +94,18 @@ def test_transformers_own_bitsandbytes_becomes_diffusers(folder, monkeypatch):
 def test_a_quantization_whose_package_is_missing_names_it(folder, monkeypatch):
     monkeypatch.setattr(model, "find_spec", lambda package: None)
     given = {"quant_backend": "bitsandbytes_4bit", "quant_kwargs": {"load_in_4bit": True}}
-    with pytest.raises(ValueError, match=r"^quantization_config: got the backend 'bitsandbytes_4bit'.*pip install bits"):
+    with pytest.raises(
+        ValueError, match=r"^quantization_config: got the backend 'bitsandbytes_4bit'.*pip install bits"
+    ):
         load_pipeline(folder, {"quantization_config": given})
 
 
 @pytest.mark.parametrize(
     ("key", "said"),
-    [("load_in_4bit", "it is called quantization_config here"), ("torch_dytpe", "the nearest known one is torch_dtype")],
+    [
+        ("load_in_4bit", "it is called quantization_config here"),
+        ("torch_dytpe", "the nearest known one is torch_dtype"),
+    ],
 )
 def test_an_argument_that_diffusers_would_ignore_is_refused(folder, key, said):
     with pytest.raises(ValueError, match=f"^model_init_kwargs: got '{key}', expected arguments.*{said}"):

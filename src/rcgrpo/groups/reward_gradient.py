@@ -17,6 +17,40 @@ from .rollout import Group
 from .transitions import Transitions
 
 
+def reward_pull(
+    editor: FlowEditor,
+    model: nn.Module,
+    transitions: Transitions,
+    velocity: Tensor,
+    rewards: Sequence[Reward],
+    weights: Sequence[float],
+    regions: Sequence[str],
+    steps: int,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """What the rewards say of where each transition leads, and their gradient at the model's answer there.
+
+    The gradient comes through the model calls behind the transition and through the decoder, and ends at the answer:
+    what the later calls themselves should have answered is asked at transitions of their own. Why: their gradients are
+    several times as large and have the least signal, so in a sum they drown the early ones (docs/results.md).
+
+    Args:
+        velocity: `[batch, tokens, channels]`, the model's answer at the transitions.
+        steps: model calls of a transition at most, see `predict_result`.
+        scale: of the values while their gradient is taken, for half precision.
+
+    Returns:
+        Values `[batch]`, and gradients `[batch, tokens, channels]` in values for each unit of velocity, both detached.
+    """
+    answer = velocity.detach().float().requires_grad_()
+    clean = predict_result(editor, model, transitions, answer, steps)
+    values = reward_of_prediction(editor, clean, transitions.groups, rewards, weights, regions)
+    if not values.requires_grad:  # no edit of this batch is one that these rewards judge
+        return values, torch.zeros_like(answer)
+    (pull,) = torch.autograd.grad(values.sum() * scale, answer)
+    return values.detach(), pull / scale
+
+
 def predict_result(
     editor: FlowEditor, model: nn.Module, transitions: Transitions, velocity: Tensor, steps: int
 ) -> Tensor:

@@ -137,8 +137,8 @@ def _quantization(config: Any) -> PipelineQuantizationConfig:
         package = str(config.get("quant_backend")).split("_")[0]
         if package in ("bitsandbytes", "torchao", "gguf") and find_spec(package) is None:
             raise ValueError(
-                f"quantization_config: got the backend {config['quant_backend']!r}, expected the package {package} that "
-                f"it takes; pip install {package}"
+                f"quantization_config: got the backend {config['quant_backend']!r}, expected the package "
+                f"{package} that it takes; pip install {package}"
             )
         return PipelineQuantizationConfig(**config)
     if isinstance(config, transformers.BitsAndBytesConfig):  # which TRL's users have at hand

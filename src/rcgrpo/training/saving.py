@@ -93,9 +93,9 @@ class SavingTrainer(AveragingTrainer):
                 chosen = (f"{prefix}reward", f"{prefix}background")
                 metrics |= {k.removeprefix("eval_"): v for k, v in logged[-1].items() if k.startswith(chosen)}
             metric_args = {}
-        if folder == Path(self.args.output_dir) and not missing("report"):
-            if sum("reward" in row for row in self.state.log_history) > 1:
-                plot_curves(self.state.log_history, folder / CURVES)
+        rewarded = sum("reward" in row for row in self.state.log_history)
+        if folder == Path(self.args.output_dir) and rewarded > 1 and not missing("report"):
+            plot_curves(self.state.log_history, folder / CURVES)
         card = model_card(
             model_name=model_name or Path(self.args.hub_model_id or self.args.output_dir).name,
             hub_model_id=self.args.hub_model_id,

@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from ..groups.policies import RatioPolicy, make_policy
-from ..groups.reward_gradient import predict_result, reward_of_prediction
+from ..groups.reward_gradient import reward_pull
 from ..groups.rollout import Group
 from ..groups.transitions import Transitions, choose, gather, micro_batches
 from ..inputs.hints import hinted
-from ..maths.objective import keep_hinge, predict_clean, velocity_kl
+from ..maths.objective import clip_each, keep_hinge, predict_clean, velocity_kl
 from ..maths.regions import region_weights
 from ..processes.lockstep import Lockstep
 from ..processes.stopping import interruptible
@@ -222,11 +222,14 @@ class RCGRPOTrainer(GeneratingTrainer):
             numbers["kl"] = float(kl.detach().mean())
             loss = loss + args.beta * kl * inputs.taught
         if args.reward_gradient_weight:
-            clean = predict_result(self.editor, model, inputs, velocity, args.reward_gradient_steps)
             weights, regions = self.reward_weights.tolist(), self.reward_regions
-            values = reward_of_prediction(self.editor, clean, inputs.groups, self.rewards, weights, regions)
-            numbers["reward_of_prediction"] = float(values.detach().mean())
-            loss = loss - args.reward_gradient_weight * values * inputs.taught
+            asked = (self.editor, model, inputs, velocity, self.rewards, weights, regions, args.reward_gradient_steps)
+            values, pull = reward_pull(*asked, scale=self._loss_scale)
+            pull, norms = clip_each(pull, args.reward_gradient_clip)
+            numbers["reward_of_prediction"] = float(values.mean())
+            numbers["reward_gradient/norm"] = float(norms.median())
+            followed = ((velocity - velocity.detach()) * pull).flatten(1).sum(1)  # nothing, with the gradient `pull`
+            loss = loss - args.reward_gradient_weight * (values + followed) * inputs.taught
         if args.keep_hinge_weight:
             clean = predict_clean(inputs.latents, velocity, inputs.sigma)
             hinge = keep_hinge(clean, inputs.conditions.source, inputs.region, args.keep_hinge_margin)
@@ -235,6 +238,12 @@ class RCGRPOTrainer(GeneratingTrainer):
         for name, value in numbers.items():
             metrics[name].append(value)
         return loss.mean()
+
+    @property
+    def _loss_scale(self) -> float:
+        """What fp16 multiplies losses by on the way back, so that small gradients do not vanish; else 1."""
+        scaler = self.accelerator.scaler
+        return 1.0 if scaler is None else float(scaler.get_scale())
 
     @contextmanager
     def _reference(self, model: nn.Module) -> Iterator[Any]:
