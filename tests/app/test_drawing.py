@@ -24,7 +24,7 @@ def test_maps_share_one_scale_and_the_region_is_outlined(pipeline, tmp_path):
     for drawing, outcome in zip(drawings, comparison.outcomes, strict=True):
         assert len(drawing.edits) == len(drawing.attention) == len(drawing.changes) == 2
         assert all(picture.size == (320, 320) for picture, _ in drawing.edits)
-        assert drawing.edits[0][1] == f"background {outcome.background_psnr[0]:.2f} dB"
+        assert drawing.edits[0][1] == f"{outcome.name}: background {outcome.background_psnr[0]:.2f} dB"
         picture = np.asarray(drawing.edits[0][0])
         assert tuple(picture[50, 161]) == (255, 45, 120)  # just right of the region's edge
         assert tuple(picture[50, 100]) == outcome.images[0].getpixel((10, 5))
@@ -36,4 +36,4 @@ def test_a_full_mask_has_no_background(pipeline):
     source = make_edit()[0]
     comparison = compare(pipeline, contenders([]), source, Image.new("L", source.size, 255), "go", SAMPLING)
     assert math.isnan(comparison.outcomes[0].background_psnr[0]) and "| base | – |" in table(comparison)
-    assert draw(comparison)[0].edits[0][1] == "background –"
+    assert draw(comparison)[0].edits[0][1] == "base: background –"

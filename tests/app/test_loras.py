@@ -46,3 +46,17 @@ def test_a_file_that_holds_nothing_for_the_transformer_is_no_lora(tmp_path):
     save_file({"unet.conv.lora_A.weight": torch.zeros(2, 2)}, tmp_path / LORA_FILE)
     with pytest.raises(ValueError, match=r"lora: .*holds nothing for this model"):
         LoraSlot(make_pipeline()).entrants(str(tmp_path))
+
+
+def test_two_loras_and_the_base_stand_side_by_side(tmp_path):
+    pipeline = make_pipeline()
+    slot, (source, mask) = LoraSlot(pipeline), make_edit()
+    folders = [make_lora(tmp_path / name, scale).removesuffix(LORA_FILE) for name, scale in (("a", 0.3), ("b", 0.5))]
+
+    def images(*loras):
+        outcomes = compare(pipeline, slot.entrants(*loras), source, mask, "go", SAMPLING).outcomes
+        return {outcome.name: outcome.images[0] for outcome in outcomes}
+
+    alone = {name: image for folder in folders for name, image in images(folder).items()}
+    assert images(*folders) == alone and len({image.tobytes() for image in alone.values()}) == 3
+    assert list(images("", folders[1])) == ["base", "b"]

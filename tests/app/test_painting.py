@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from app_edits import make_edit
-from rcgrpo.app import painting_of, read_painting
+from rcgrpo.app import brush_radius, painting_of, read_painting
 
 
 def test_a_painting_gives_back_what_was_painted():
@@ -43,3 +43,8 @@ def test_what_is_transparent_in_an_upload_is_white():
 def test_a_painting_without_picture_or_paint_is_said(painting, message):
     with pytest.raises(ValueError, match=message):
         read_painting(painting)
+
+
+@pytest.mark.parametrize(("side", "radius"), [(64, 4), (1024, 64), (8, 1)])
+def test_the_brush_fits_the_picture(side, radius):
+    assert brush_radius(side) == radius

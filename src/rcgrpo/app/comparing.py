@@ -6,8 +6,9 @@ Gotchas: noise is drawn from the seed alone, so what differs between base and Lo
 size of the edit, before anything is enlarged for the page.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +21,9 @@ from ..inputs.masks import mask_picture, mask_to_tensor
 from ..inputs.pictures import to_rgb
 from ..maths.metrics import masked_psnr
 from ..maths.regions import at_size, check_mask
+
+OnStep = Callable[[str, int, int], None]
+"""Hears of every step: the contender's name, how many steps are done, of how many. What it raises ends the edit."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,7 @@ def compare(
     sampling: Sampling,
     num_candidates: int = 1,
     edit_strength: float = 0.5,
+    on_step: OnStep | None = None,
 ) -> Comparison:
     """Edit a picture with each contender, from the same noise.
 
@@ -76,6 +81,7 @@ def compare(
         sampling: resolution, steps, guidance and seed.
         num_candidates: how many, at least 1; they differ inside the region.
         edit_strength: by how much, in [0, 1].
+        on_step: called after each step of each contender.
 
     Raises:
         ValueError: no instruction, an empty mask or one of another size, numbers out of range.
@@ -103,6 +109,7 @@ def compare(
             output_attention=True,
             num_images_per_prompt=num_candidates,
             generator=torch.Generator().manual_seed(sampling.seed),
+            callback_on_step_end=_reporting(on_step, contender.name),
             **editor.call_arguments(height, width),
         )
         outcomes.append(
@@ -116,6 +123,18 @@ def compare(
             )
         )
     return Comparison(source, mask, outcomes)
+
+
+def _reporting(on_step: OnStep | None, name: str) -> Callable[..., dict[str, Any]] | None:
+    """`on_step` as diffusers calls it."""
+    if on_step is None:
+        return None
+
+    def after_step(pipeline: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+        on_step(name, step + 1, pipeline.num_timesteps)
+        return {}
+
+    return after_step
 
 
 def changes_outside(image: Image.Image, source: Image.Image, mask: Image.Image) -> np.ndarray:

@@ -33,27 +33,31 @@ class Drawing:
 def draw(comparison: Comparison) -> list[Drawing]:
     """The pictures of each contender; maps of one kind have one scale of colours for all contenders."""
     brightest = max(float(outcome.attention.max()) for outcome in comparison.outcomes)
-
-    def finish(picture: Image.Image) -> Image.Image:
-        factor = max(1, SHOWN_SIDE // max(picture.size))
-        enlarged = picture.resize((factor * picture.width, factor * picture.height), Image.Resampling.NEAREST)
-        return outline(enlarged, comparison.mask, PAINT)
-
     drawings = []
     for outcome in comparison.outcomes:
-        psnr = [f"background {_decibels(value)}" for value in outcome.background_psnr]
-        density = [f"×{value:.2f} on the region" for value in outcome.density]
+        psnr = [f"{outcome.name}: background {_decibels(value)}" for value in outcome.background_psnr]
+        density = [f"{outcome.name}: ×{value:.2f} on the region" for value in outcome.density]
         looks = [heatmap(grid, image, brightest) for grid, image in zip(outcome.attention, outcome.images, strict=True)]
         spoiled = [heatmap(change, comparison.source, CHANGE_FULL_COLOUR) for change in outcome.changes]
         drawings.append(
             Drawing(
                 *(
-                    [(finish(picture), caption) for picture, caption in zip(pictures, captions, strict=True)]
+                    [
+                        (framed(picture, comparison.mask), caption)
+                        for picture, caption in zip(pictures, captions, strict=True)
+                    ]
                     for pictures, captions in ((outcome.images, psnr), (looks, density), (spoiled, psnr))
                 )
             )
         )
     return drawings
+
+
+def framed(picture: Image.Image, mask: Image.Image) -> Image.Image:
+    """The picture with the region's outline, enlarged by a whole factor if it is small."""
+    factor = max(1, SHOWN_SIDE // max(picture.size))
+    enlarged = picture.resize((factor * picture.width, factor * picture.height), Image.Resampling.NEAREST)
+    return outline(enlarged, mask, PAINT)
 
 
 def table(comparison: Comparison) -> str:

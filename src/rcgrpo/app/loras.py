@@ -1,23 +1,23 @@
-"""The LoRA beside the base: loaded when it is asked for, and again when a run in progress has written a newer one."""
+"""LoRAs beside the base: loaded when they are asked for, and again when a run in progress has written a newer one."""
 
 from ..editors import RegionDecoupledFluxKontextPipeline
 from ..evaluation.benchmark import Contender, contenders, load_loras
 
 
 class LoraSlot:
-    """The one LoRA that is loaded into a pipeline, changed when another is asked for or its file has changed."""
+    """The LoRAs that are loaded into a pipeline, changed when others are asked for or a file has changed."""
 
     def __init__(self, pipeline: RegionDecoupledFluxKontextPipeline) -> None:
         self.pipeline = pipeline
         self._loaded: list[tuple[Contender, int]] = []
 
-    def entrants(self, lora: str) -> list[Contender]:
-        """The base and, unless `lora` is empty, that LoRA: a folder, a file or a Hub id.
+    def entrants(self, *loras: str) -> list[Contender]:
+        """The base and these LoRAs, folders, files or Hub ids, but for empty ones.
 
         Raises:
-            ValueError: it cannot be found, or does not fit the model.
+            ValueError: one cannot be found, or does not fit the model.
         """
-        found = contenders([lora.strip()] if lora.strip() else [])
+        found = contenders([lora.strip() for lora in loras if lora.strip()])
         wanted = [(contender, contender.lora.stat().st_mtime_ns) for contender in found if contender.lora is not None]
         if wanted != self._loaded:
             self._clear()

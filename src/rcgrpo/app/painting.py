@@ -9,6 +9,14 @@ from ..inputs.pictures import to_rgb
 
 PAINT, PAINT_OPACITY = "#ff2d78", 0.6
 
+BRUSH_SHARE = 16
+"""A brush's radius is this part of the picture's shorter side, so that a stroke is an eighth of it wide."""
+
+
+def brush_radius(side: int) -> int:
+    """Of a brush that fits a picture whose shorter side has so many pixels."""
+    return max(1, round(side / BRUSH_SHARE))
+
 
 def read_painting(painting: Any) -> tuple[Image.Image, Image.Image]:
     """Picture (RGB) and mask ("L", 255 = painted) of what `gr.ImageEditor` hands over.

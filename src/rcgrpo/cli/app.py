@@ -1,8 +1,10 @@
 """`rcgrpo app`: a page to paint a region and compare base and LoRA."""
 
 import os
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from ..inputs.extras import require
 from .parsing import GUIDANCE, STEPS, TINY, TRUE_CFG, UsageError, parse, use_embedded_model
@@ -58,12 +60,19 @@ def run(arguments: Sequence[str]) -> None:
 
     pipeline = open_pipeline(args.model)
     sampling = Sampling(**sampling_settings(args))
-    # The tiny model's vocabulary is the data set's.
-    prepare = (lambda text: text.lower().strip(" .!")) if tiny else str.strip
     try:
-        serve(create_app(pipeline, sampling, args.lora, prepare), args.host, args.port, auth)
+        serve(create_app(pipeline, sampling, args.lora, tiny, explained if tiny else None), args.host, args.port, auth)
     except OSError as error:
         raise UsageError(f"--port: got {args.port}, expected a free one, or 0 to find it ({error})") from error
+
+
+def explained(edit: int, lora: str) -> Path:
+    """A fresh folder in which `rcgrpo explain` has written what it draws of the embedded editor."""
+    from .explain import run as explain
+
+    folder = tempfile.mkdtemp(prefix="rcgrpo-update-")
+    explain(["--edit", str(edit), "--output_dir", folder, *(["--lora", lora] if lora else [])])
+    return Path(folder)
 
 
 def read_auth(variable: str) -> tuple[str, str] | None:
