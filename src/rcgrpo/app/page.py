@@ -1,7 +1,7 @@
 """The page, in Gradio (`pip install rcgrpo[app]`), which is imported when a page is made, and its server.
 
-Where it fits: each tab is a module of its own (`edit_tab`, `compare_tab`, `run_tab`, `update_tab`); here they become one
-page. Edits are made one after another, whoever asks. What a visitor sees of an error stands in `working`.
+Where it fits: each tab is a module of its own (`edit_tab`, `compare_tab`, `run_tab`, `update_tab`); here they become
+one page. Edits are made one after another, whoever asks. What a visitor sees of an error stands in `working`.
 """
 
 from collections.abc import Sequence

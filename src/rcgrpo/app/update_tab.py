@@ -17,8 +17,8 @@ def update_tab(studio: Studio) -> None:
 
     assert studio.explain is not None
     gr.Markdown(
-        "One edit, one group of candidates, one update: the noise that is shared, rewards and advantages, where the loss "
-        "asks for a change and what one step of the optimizer moves. The weights stay as they are. "
+        "One edit, one group of candidates, one update: the noise that is shared, rewards and advantages, where the "
+        "loss asks for a change and what one step of the optimizer moves. The weights stay as they are. "
         "Settings are those of `rcgrpo explain`."
     )
     with gr.Row():
