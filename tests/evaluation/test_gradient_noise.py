@@ -14,21 +14,31 @@ from rcgrpo.evaluation.gradient_noise import (
 )
 from rcgrpo.groups.transitions import choose, gather
 from rcgrpo.maths.gradient_noise import gram_of, noise_of
-from tiny_training import make
+from tiny_training import brightness, make
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 BOTH = {"keep_strength": 0.4, "keep_weight": 0.5, "keep_hinge_weight": 0.3, "beta": 0.1}
 
 
-@pytest.mark.parametrize("options", [BOTH, {**BOTH, "policy": "nft"}, {**BOTH, "train_micro_batch_size": 1}])
-def test_regions_add_up_to_the_gradient_of_training(tmp_path, data, options):
-    trainer, key = make(tmp_path, data, **options), ("gradient", 1)
+WAYS = {**BOTH, "reward_gradient_weight": 1.0, "reward_gradient_steps": 3, "num_inference_steps": 3}
+
+
+def bright(images, **columns):
+    return brightness(images)
+
+
+bright.differentiable = lambda pictures, **columns: pictures.mean((1, 2, 3))  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("options", [BOTH, {**BOTH, "policy": "nft"}, {**BOTH, "train_micro_batch_size": 1}, WAYS])
+def test_parts_add_up_to_the_gradient_of_training(tmp_path, data, options):
+    trainer, key = make(tmp_path, data, bright, **options), ("gradient", 1)
     edit, args = trainer.train_dataset.edit(3), trainer.args
     with torch.no_grad():  # a LoRA that has moved, so that both its halves have gradients and beta pulls
         for number, weight in enumerate(p for p in trainer.model.parameters() if p.requires_grad):
             weight.add_(0.02 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(number)))
-    (edits, keeps), seconds = _group_gradients(trainer, edit, key)
+    (edits, keeps, later), seconds = _group_gradients(trainer, edit, key)
     groups = trainer.make_groups([edit], args.num_generations, key)
     trainer.score_groups(groups)
     where = choose(groups, trainer.policy, args.num_anchors, args.num_policy_steps, args.policy_step_indices, key)
@@ -37,9 +47,10 @@ def test_regions_add_up_to_the_gradient_of_training(tmp_path, data, options):
     wanted = [p.grad for p in trainer.model.parameters() if p.requires_grad]
     scale = max(float(grad.abs().max()) for grad in wanted)
     assert scale > 0 and seconds > 0
-    for edit_part, keep_part, whole in zip(edits, keeps, wanted, strict=True):
-        assert torch.allclose(edit_part + keep_part, whole, atol=1e-4 * scale)
-    assert all(any(bool(part.any()) for part in parts) for parts in (edits, keeps))
+    for *parts, whole in zip(edits, keeps, later, wanted, strict=True):
+        assert torch.allclose(sum(parts), whole, atol=1e-4 * scale)
+    sizes = [max(float(part.abs().max()) for part in parts) / scale for parts in (edits, keeps, later)]
+    assert min(sizes[:2]) > 1e-2 and (sizes[2] > 1e-2) == (options is WAYS)
 
 
 def test_an_objective_of_the_region_alone_has_no_gradient_elsewhere(tmp_path, data):

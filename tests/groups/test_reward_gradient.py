@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from rcgrpo.groups.reward_gradient import predict_result, reward_of_prediction, reward_pull
+from rcgrpo.groups.reward_gradient import follow, reward_of_prediction
 from rcgrpo.groups.transitions import gather
 from rcgrpo.maths.objective import predict_clean
 from tiny_training import brightness, make
@@ -55,10 +55,10 @@ def asked(tmp_path_factory, data):
 
 def test_all_steps_end_where_the_rollout_ended(asked):
     trainer, found, velocity = asked
-    result = predict_result(trainer.editor, trainer.model, found, velocity, 3)
+    result = follow(trainer.editor, trainer.model, found, velocity, 3).clean
     ends = torch.stack([group.trajectory[-1, where[1]] for group, where in zip(found.groups, PLACES, strict=True)])
     torch.testing.assert_close(result, ends, rtol=0, atol=1e-5)
-    assert torch.equal(predict_result(trainer.editor, trainer.model, found, velocity, 9), result)
+    assert torch.equal(follow(trainer.editor, trainer.model, found, velocity, 9).clean, result)
 
 
 @pytest.mark.parametrize(("steps", "calls"), [(1, []), (2, [2]), (3, [2, 1])])
@@ -66,7 +66,7 @@ def test_a_step_asks_only_where_the_rollout_is_not_over(asked, monkeypatch, step
     trainer, found, velocity = asked
     seen, ask = [], trainer.editor.velocity
     monkeypatch.setattr(trainer.editor, "velocity", lambda m, x, t, c: seen.append(len(x)) or ask(m, x, t, c))
-    result = predict_result(trainer.editor, trainer.model, found, velocity, steps)
+    result = follow(trainer.editor, trainer.model, found, velocity, steps).clean
     assert seen == calls
     straight = predict_clean(found.latents, velocity, found.sigma)
     assert torch.equal(result[2], straight[2]) and torch.equal(result[0], straight[0]) == (steps == 1)
@@ -81,7 +81,7 @@ def test_the_gradient_is_that_of_the_whole_way(asked):
 
     def value():
         velocity = trainer.editor.velocity(trainer.model, found.latents, found.timestep, found.conditions)
-        return (predict_result(trainer.editor, trainer.model, found, velocity, 3) * probe)[0].sum()
+        return (follow(trainer.editor, trainer.model, found, velocity, 3).clean * probe)[0].sum()
 
     (gradient,) = torch.autograd.grad(value(), [weight])
     with torch.no_grad():
@@ -95,52 +95,29 @@ def test_the_gradient_is_that_of_the_whole_way(asked):
     assert float((gradient * direction).sum()) == pytest.approx(expected, rel=0.02)
 
 
-def test_the_pull_is_the_rewards_slope_at_the_transitions_own_answer(asked):
-    """Against finite differences along the pull itself: later calls move with what the answer leads to."""
+def test_places_are_drawn_from_each_way_alone(asked):
+    """Ways of 3, 2 and 1 places: what the model was asked there is what the rollout saw, and no other place comes."""
     trainer, found, velocity = asked
-    given = (trainer.rewards, [3.0], [], 3)
-    values, pull = reward_pull(trainer.editor, trainer.model, found, velocity, *given)
-    assert pull.shape == velocity.shape and not pull.requires_grad and not values.requires_grad
-    scaled = reward_pull(trainer.editor, trainer.model, found, velocity, *given, scale=64.0)[1]
-    torch.testing.assert_close(scaled, pull, rtol=1e-4, atol=1e-9)
-    step = 1.0 / pull.flatten(1).norm(dim=1).view(-1, 1, 1)
-    moved = [reward_pull(trainer.editor, trainer.model, found, velocity + s * step * pull, *given)[0] for s in (1, -1)]
-    slope = (moved[0] - moved[1]) / 2 / step.flatten()
-    torch.testing.assert_close(slope, pull.flatten(1).square().sum(1), rtol=0.1, atol=0)
+    way = follow(trainer.editor, trainer.model, found, velocity, 3)
+    assert way.lengths.tolist() == [3, 2, 1]
+    for draw, steps in ((0.0, [0, 1, 2]), (0.4, [1, 1, 2]), (0.999, [2, 2, 2])):
+        latents, timesteps, answers = way.places(torch.full((3,), draw))
+        for i, ((_, anchor, _), step) in enumerate(zip(PLACES, steps, strict=True)):
+            group = found.groups[i]
+            assert timesteps[i] == group.schedule.timesteps[step]
+            torch.testing.assert_close(latents[i], group.trajectory[step, anchor], rtol=0, atol=1e-5)
+        again = trainer.editor.velocity(trainer.model, latents, timesteps, found.conditions)
+        torch.testing.assert_close(answers, again, rtol=0, atol=1e-4)
 
 
-def test_parameters_learn_of_the_reward_at_the_transition_alone(asked):
-    """The loss's gradient is the pull's through the transition's own call, clipped, and nothing of the calls behind."""
-    trainer, found, _ = asked
-    args = trainer.args
-    args.reward_gradient_weight, args.reward_gradient_steps = 2.0, 3
-    weights = [weight for weight in trainer.model.parameters() if weight.requires_grad]
-
-    def gradients(loss):
-        found.old = None
-        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, weights, retain_graph=True)])
-
-    def answer():
-        return trainer.editor.velocity(trainer.model, found.latents, found.timestep, found.conditions)
-
-    try:
-        plain, followed = answer(), {}
-        _, pull = reward_pull(
-            trainer.editor, trainer.model, found, plain, trainer.rewards, trainer.reward_weights.tolist(), [], 3
-        )
-        norms = pull.flatten(1).norm(dim=1)
-        limit = float(norms.median())
-        for clip in (None, limit):
-            args.reward_gradient_clip = clip
-            with_reward = gradients(trainer.loss_of(trainer.model, plain, found))
-            args.reward_gradient_weight = 0.0
-            followed[clip] = with_reward - gradients(trainer.loss_of(trainer.model, plain, found))
-            args.reward_gradient_weight = 2.0
-        assert trainer._metrics["train"]["reward_gradient/norm"][-1] == pytest.approx(limit)
-        for clip, found_there in followed.items():
-            short = torch.ones_like(norms) if clip is None else (clip / norms).clamp(max=1)
-            expected = gradients(-2.0 * (plain * pull * short.view(-1, 1, 1)).sum() / len(norms))
-            torch.testing.assert_close(found_there, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
-        assert 0 < float(followed[limit].norm()) < 0.95 * float(followed[None].norm())
-    finally:
-        args.reward_gradient_weight, args.reward_gradient_steps, args.reward_gradient_clip = 0.0, 1, None
+def test_the_kl_holds_every_step_that_the_reward_moves(tmp_path, data):
+    """Over many groups the drawn places are those of all steps, and the same again after a resume."""
+    trainer = make(tmp_path, data, bright, num_inference_steps=3)
+    seen = []
+    for cycle in range(8):
+        groups = trainer.make_groups([trainer.train_dataset.edit(i) for i in range(2)], 4, ("key", cycle))
+        trainer.score_groups(groups)
+        drawn = [gather(groups, [(0, 0, 0), (1, 1, 0)], trainer.policy, {}).draws("kl") for _ in range(2)]
+        assert torch.equal(*drawn)
+        seen += (drawn[0] * 3).long().tolist()
+    assert set(seen) == {0, 1, 2}

@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 from rcgrpo.maths.objective import (
     advantage_size,
     batch_advantages,
-    clip_each,
     comparable,
     euler_step,
     gaussian_log_prob,
@@ -685,13 +684,3 @@ def test_nft_gradient_at_the_old_policy_is_the_advantage_times_the_error():
     share = (weights / weights.sum(-1, keepdim=True) / 4).unsqueeze(-1)
     expected = 2 * 0.3 * (2 * optimality - 1).view(-1, 1, 1) * share * (old - target)
     torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
-
-
-def test_each_gradient_is_shortened_on_its_own():
-    gradients = torch.tensor([[3.0, 4.0], [0.3, 0.4], [0.0, 0.0]]).unsqueeze(1)
-    clipped, norms = clip_each(gradients, 1.0)
-    torch.testing.assert_close(clipped, torch.tensor([[0.6, 0.8], [0.3, 0.4], [0.0, 0.0]]).unsqueeze(1))
-    torch.testing.assert_close(norms, torch.tensor([5.0, 0.5, 0.0]))
-    assert clip_each(gradients, None)[0] is gradients
-    broken = clip_each(torch.tensor([[float("nan"), 1.0], [0.3, 0.4]]), 1.0)[0]
-    assert not broken[0].isfinite().any() and broken[1].tolist() == pytest.approx([0.3, 0.4])

@@ -149,14 +149,3 @@ def test_the_rewards_gradient_goes_through_steps_only_where_it_can(tmp_path, giv
         config(tmp_path, reward_gradient_steps=3, **given)
     assert expected in str(refused.value)
     assert config(tmp_path, reward_gradient_steps=3, reward_gradient_weight=1.0).reward_gradient_steps == 3
-
-
-@pytest.mark.parametrize(
-    ("clip", "weight", "expected"),
-    [(0.2, 0.0, "its default, None, without reward_gradient_weight above 0"), (0.0, 1.0, "a number above 0")],
-)
-def test_the_rewards_gradient_is_clipped_at_a_norm(tmp_path, clip, weight, expected):
-    with pytest.raises(ValueError, match="reward_gradient_clip: got") as refused:
-        config(tmp_path, reward_gradient_clip=clip, reward_gradient_weight=weight)
-    assert expected in str(refused.value)
-    assert config(tmp_path, reward_gradient_clip=0.2, reward_gradient_weight=1.0).reward_gradient_clip == 0.2

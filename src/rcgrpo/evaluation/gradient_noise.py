@@ -4,9 +4,10 @@ Several edits are rolled out, each from several draws of noise, and each group's
 at the model as it is. What comes of it is in inner products (`maths.gradient_noise`): of the whole gradient, of what
 comes through the region's tokens and through the others, and of each kind of layer.
 
-Gotchas: a loss reaches the parameters through the model's velocity alone, so its gradient there, cut to a region's
-tokens, gives that region's part, and both parts add up exactly. All gradients are kept on the CPU until the end: edits
-× draws × trained parameters × 8 bytes.
+Gotchas: a policy's loss reaches the parameters through the model's velocity alone, so its gradient there, cut to a
+region's tokens, gives that region's part. A reward's gradient through several steps comes by the calls behind as well
+(`later calls`). The parts add up exactly. All gradients are kept on the CPU until the end: edits × draws × trained
+parameters × 12 bytes.
 """
 
 import json
@@ -31,7 +32,7 @@ from ..reporting.statistics import pad_table
 if TYPE_CHECKING:
     from ..training.trainer import RCGRPOTrainer
 
-WHOLE, REGIONS = "all", ("edit tokens", "keep tokens")
+WHOLE, PARTS = "all", ("edit tokens", "keep tokens", "later calls")
 
 
 @dataclass(frozen=True)
@@ -63,9 +64,11 @@ def measure_gradients(trainer: "RCGRPOTrainer", edits: Sequence[Edit], draws: in
                 spent += seconds
                 progress.update()
     trainer.forget_metrics()
-    of_region = [torch.stack(rows).unflatten(0, (len(edits), draws)) for rows in zip(*parts, strict=True)]
-    whole = of_region[0] + of_region[1]
-    grams = {WHOLE: gram_of(whole)} | {name: gram_of(found) for name, found in zip(REGIONS, of_region, strict=True)}
+    of_part = [torch.stack(rows).unflatten(0, (len(edits), draws)) for rows in zip(*parts, strict=True)]
+    if trainer.args.reward_gradient_steps == 1:
+        of_part.pop()  # nothing
+    whole = sum(of_part[1:], of_part[0])
+    grams = {WHOLE: gram_of(whole)} | {name: gram_of(found) for name, found in zip(PARTS, of_part, strict=False)}
     kinds: dict[str, list[Tensor]] = defaultdict(list)
     for name, values in zip(names, whole.split(sizes, -1), strict=True):
         kinds[layer_kind(name)].append(gram_of(values))
@@ -83,10 +86,10 @@ def layer_kind(name: str) -> str:
 
 
 def _group_gradients(trainer: "RCGRPOTrainer", edit: Edit, key: tuple[Any, ...]) -> tuple[list[list[Tensor]], float]:
-    """Gradients by parameter through the region's tokens and through the others, and seconds without the second."""
+    """Gradients by parameter of each of `PARTS`, and seconds without what telling them apart takes."""
     args, clock = trainer.args, time.perf_counter if torch.cuda.is_available() else time.process_time
     parameters = [weight for weight in trainer.model.parameters() if weight.requires_grad]
-    found = [[torch.zeros_like(weight, dtype=torch.float32) for weight in parameters] for _ in REGIONS]
+    found = [[torch.zeros_like(weight, dtype=torch.float32) for weight in parameters] for _ in PARTS]
     began, apart = clock(), 0.0
     trainer.model.train()
     groups = trainer.make_groups([edit], args.num_generations, key)
@@ -98,16 +101,24 @@ def _group_gradients(trainer: "RCGRPOTrainer", edit: Edit, key: tuple[Any, ...])
         with trainer.compute_loss_context_manager():
             velocity = trainer.editor.velocity(trainer.model, inputs.latents, inputs.timestep, inputs.conditions)
             loss = trainer.loss_of(trainer.model, velocity, inputs) * len(where)
-        (pull,) = torch.autograd.grad(loss / (args.num_anchors * args.num_policy_steps), velocity)
-        for number, tokens in enumerate((inputs.region, 1 - inputs.region)):
-            second = clock()
+        loss = loss / (args.num_anchors * args.num_policy_steps)
+        _add(found[2], torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True))
+        second = clock()
+        (pull,) = torch.autograd.grad(loss, velocity, retain_graph=True)
+        for total, tokens in zip(found, (inputs.region, 1 - inputs.region), strict=False):
             cut = pull * tokens.unsqueeze(-1).to(pull)
-            grads = torch.autograd.grad(velocity, parameters, cut, retain_graph=not number, allow_unused=True)
-            for total, grad in zip(found[number], grads, strict=True):
-                if grad is not None:
-                    total += grad
-            apart += number * (clock() - second)
+            part = _add(total, torch.autograd.grad(velocity, parameters, cut, retain_graph=True, allow_unused=True))
+            _add(found[2], [None if grad is None else -grad for grad in part])
+        apart += clock() - second
     return found, clock() - began - apart
+
+
+def _add(totals: Sequence[Tensor], grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+    """Add gradients, none of which is 0, to their totals; the gradients are handed on."""
+    for total, grad in zip(totals, grads, strict=True):
+        if grad is not None:
+            total += grad
+    return grads
 
 
 def write_gradients(folder: Path, measured: Measured, settings: Mapping[str, Any]) -> str:

@@ -5,6 +5,7 @@ a group of a dozen candidates guesses its reward's direction from a dozen number
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -17,44 +18,33 @@ from .rollout import Group
 from .transitions import Transitions
 
 
-def reward_pull(
-    editor: FlowEditor,
-    model: nn.Module,
-    transitions: Transitions,
-    velocity: Tensor,
-    rewards: Sequence[Reward],
-    weights: Sequence[float],
-    regions: Sequence[str],
-    steps: int,
-    scale: float = 1.0,
-) -> tuple[Tensor, Tensor]:
-    """What the rewards say of where each transition leads, and their gradient at the model's answer there.
+@dataclass
+class Way:
+    """The ODE's way from transitions to their results, with a gradient through all of it.
 
-    The gradient comes through the model calls behind the transition and through the decoder, and ends at the answer:
-    what the later calls themselves should have answered is asked at transitions of their own. Why: their gradients are
-    several times as large and have the least signal, so in a sum they drown the early ones (docs/results.md).
-
-    Args:
-        velocity: `[batch, tokens, channels]`, the model's answer at the transitions.
-        steps: model calls of a transition at most, see `predict_result`.
-        scale: of the values while their gradient is taken, for half precision.
-
-    Returns:
-        Values `[batch]`, and gradients `[batch, tokens, channels]` in values for each unit of velocity, both detached.
+    `clean` `[B, N, C]`: where it ends. `latents` and `velocity` `[steps, B, N, C]`, `timesteps` `[steps, B]`: where the
+    model was asked, and what it answered; a transition with fewer steps repeats its last. `lengths` `[B]`: how many.
     """
-    answer = velocity.detach().float().requires_grad_()
-    clean = predict_result(editor, model, transitions, answer, steps)
-    values = reward_of_prediction(editor, clean, transitions.groups, rewards, weights, regions)
-    if not values.requires_grad:  # no edit of this batch is one that these rewards judge
-        return values, torch.zeros_like(answer)
-    (pull,) = torch.autograd.grad(values.sum() * scale, answer)
-    return values.detach(), pull / scale
+
+    clean: Tensor
+    latents: Tensor
+    velocity: Tensor
+    timesteps: Tensor
+    lengths: Tensor
+
+    def places(self, draws: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """One place of each way, all equally likely: latents, timesteps and velocity there.
+
+        Args:
+            draws: `[B]`, uniform in [0, 1).
+        """
+        step = (draws.to(self.lengths.device) * self.lengths).long()
+        each = torch.arange(len(step), device=step.device)
+        return self.latents[step, each], self.timesteps[step, each], self.velocity[step, each]
 
 
-def predict_result(
-    editor: FlowEditor, model: nn.Module, transitions: Transitions, velocity: Tensor, steps: int
-) -> Tensor:
-    """Clean latents to which the ODE leads from each transition, with a gradient through all of the way.
+def follow(editor: FlowEditor, model: nn.Module, transitions: Transitions, velocity: Tensor, steps: int) -> Way:
+    """Where the ODE leads from each transition, and the places on the way.
 
     Euler's steps along the rollout's own noise levels, of which the last goes straight to the end: one step is
     `predict_clean`, as many as the rollout has are the rollout itself (DRaFT, arXiv 2309.17400, with its K the steps
@@ -63,14 +53,13 @@ def predict_result(
     Args:
         velocity: `[batch, tokens, channels]`, the model's answer at the transitions.
         steps: model calls of a transition at most, that answer among them; at late noise levels fewer are left.
-
-    Returns:
-        `[batch, tokens, channels]`.
     """
     schedule = transitions.groups[0].schedule
     levels, times = schedule.sigmas.to(velocity.device), schedule.timesteps.to(velocity.device)
-    at = torch.tensor([step for _, _, step in transitions.where], device=velocity.device)
+    start = torch.tensor([step for _, _, step in transitions.where], device=velocity.device)
+    at = start.clone()
     latents, velocity = transitions.latents, velocity.float()
+    visited = [(latents, velocity, times[at])]
     for _ in range(steps - 1):
         (going,) = torch.nonzero(at + 1 < len(times), as_tuple=True)
         if not len(going):
@@ -79,7 +68,9 @@ def predict_result(
         at[going] += 1
         answer = editor.velocity(model, taken, times[at[going]], transitions.conditions[going]).float()
         latents, velocity = latents.index_put((going,), taken), velocity.index_put((going,), answer)
-    return predict_clean(latents, velocity, levels[at])
+        visited.append((latents, velocity, times[at]))
+    asked, answers, timesteps = map(torch.stack, zip(*visited, strict=True))
+    return Way(predict_clean(latents, velocity, levels[at]), asked, answers, timesteps, at - start + 1)
 
 
 def reward_of_prediction(

@@ -86,7 +86,6 @@ RANGES: dict[str, Range] = {
     **_all(FRACTION, "adam_beta1 adam_beta2 ema_decay"),
     **_all(POSITIVE, "adam_epsilon num_train_epochs temperature epsilon epsilon_high advantage_power"),
     **_all(POSITIVE, "advantage_std_floor sde_noise_level nft_beta nft_advantage_clip reward_timeout"),
-    "reward_gradient_clip": POSITIVE,
     **_all(INTERVAL, "logging_steps eval_steps save_steps"),
     **_all(SHARE, "label_smoothing_factor"),
     "max_steps": Range(1, whole=True, also=(-1,), text="at least 1, or -1 to count num_train_epochs instead"),

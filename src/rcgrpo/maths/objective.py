@@ -284,26 +284,6 @@ def velocity_kl(velocity: Tensor, reference: Tensor, weights: Tensor) -> Tensor:
     return (weights * (_full(velocity) - _full(reference)).square()).mean((-2, -1))
 
 
-def clip_each(gradients: Tensor, limit: float | None) -> tuple[Tensor, Tensor]:
-    """Each of a batch of gradients, shortened to a norm of `limit` where it is longer, and their norms before.
-
-    What a batch's common `max_grad_norm` cannot do: one edit of which the gradient is far larger than the others' would
-    be the whole direction.
-
-    Args:
-        gradients: `[B, ...]`.
-        limit: none shortens nothing.
-
-    Returns:
-        Gradients `[B, ...]` and norms `[B]`; what is not finite stays so.
-    """
-    norms = gradients.flatten(1).norm(dim=1)
-    if limit is None:
-        return gradients, norms
-    factors = (limit / norms.clamp(min=limit)).view(-1, *[1] * (gradients.ndim - 1))
-    return gradients * factors, norms
-
-
 def keep_hinge(predicted_clean: Tensor, source: Tensor, region: Tensor, margin: float) -> Tensor:
     """`Σ (1 - m) max(0, |x̂_0 - x_src|² - margin) / Σ (1 - m)` `[B]`, 0 where nothing is kept.
 

@@ -208,7 +208,6 @@ def _saving(config: "RCGRPOConfig", refuse: Refuse) -> None:
 def _conditions(config: "RCGRPOConfig", refuse: Refuse) -> None:
     """Fields that mean nothing unless something else is set: what that is, and whether it is."""
     neighbor, nft = (("policy=" + name, config.policy == name) for name in ("neighbor", "nft"))
-    followed = ("reward_gradient_weight above 0", config.reward_gradient_weight > 0)
     evaluated = ("eval_strategy", str(getattr(config.eval_strategy, "value", config.eval_strategy)) != "no")
     conditions = {
         "distance_space": neighbor,
@@ -220,8 +219,7 @@ def _conditions(config: "RCGRPOConfig", refuse: Refuse) -> None:
         "beta_keep": ("beta", config.beta > 0),
         "keep_hinge_margin": ("keep_hinge_weight", config.keep_hinge_weight > 0),
         "num_eval_edits": evaluated,
-        "reward_gradient_steps": followed,
-        "reward_gradient_clip": followed,
+        "reward_gradient_steps": ("reward_gradient_weight above 0", config.reward_gradient_weight > 0),
         "stop_on_regression": evaluated,
         "turns_at_once": ("turns_column", config.turns_column is not None),
     }

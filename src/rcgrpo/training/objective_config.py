@@ -72,18 +72,7 @@ class ObjectiveConfig:
         metadata={"help": "Weight of the rewards' own gradient, if any, through the pixels of their region."},
     )
     reward_gradient_steps: int = field(
-        default=1,
-        metadata={
-            "help": "Model calls that it comes through to the transition's own, where it acts: 1 predicts the result "
-            "(ReFL), all go on with the rollout (DRaFT)."
-        },
-    )
-    reward_gradient_clip: float | None = field(
-        default=None,
-        metadata={
-            "help": "Largest norm of it at a transition's velocity; the log's reward_gradient/norm says what is usual. "
-            "It is noise above all in the edits where it is largest."
-        },
+        default=1, metadata={"help": "Model calls it goes through: 1 predicts the result (ReFL), all roll out (DRaFT)."}
     )
     keep_hinge_weight: float = field(
         default=0.0,

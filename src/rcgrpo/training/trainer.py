@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from ..groups.policies import RatioPolicy, make_policy
-from ..groups.reward_gradient import reward_pull
+from ..groups.reward_gradient import follow, reward_of_prediction
 from ..groups.rollout import Group
 from ..groups.transitions import Transitions, choose, gather, micro_batches
 from ..inputs.hints import hinted
-from ..maths.objective import clip_each, keep_hinge, predict_clean, velocity_kl
+from ..maths.objective import keep_hinge, predict_clean, velocity_kl
 from ..maths.regions import region_weights
 from ..processes.lockstep import Lockstep
 from ..processes.stopping import interruptible
@@ -215,21 +215,21 @@ class RCGRPOTrainer(GeneratingTrainer):
         loss, numbers = self.policy.loss(velocity, inputs)
         numbers |= mismatch
         metrics, args = self._metrics["train"], self.args
+        place = (inputs.latents, inputs.timestep, velocity)
+        if args.reward_gradient_weight:
+            way = follow(self.editor, model, inputs, velocity, args.reward_gradient_steps)
+            weights, regions = self.reward_weights.tolist(), self.reward_regions
+            values = reward_of_prediction(self.editor, way.clean, inputs.groups, self.rewards, weights, regions)
+            numbers["reward_of_prediction"] = float(values.detach().mean())
+            loss = loss - args.reward_gradient_weight * values * inputs.taught
+            place = way.places(inputs.draws("kl"))  # what the reward moves at any step, the KL may hold there
         if args.beta:
+            latents, timestep, answer = place
             with torch.no_grad(), self._reference(model) as still:
-                reference = self.editor.velocity(still, inputs.latents, inputs.timestep, inputs.conditions)
-            kl = velocity_kl(velocity, reference, region_weights(inputs.elements, args.beta_keep))
+                reference = self.editor.velocity(still, latents, timestep, inputs.conditions)
+            kl = velocity_kl(answer, reference, region_weights(inputs.elements, args.beta_keep))
             numbers["kl"] = float(kl.detach().mean())
             loss = loss + args.beta * kl * inputs.taught
-        if args.reward_gradient_weight:
-            weights, regions = self.reward_weights.tolist(), self.reward_regions
-            asked = (self.editor, model, inputs, velocity, self.rewards, weights, regions, args.reward_gradient_steps)
-            values, pull = reward_pull(*asked, scale=self._loss_scale)
-            pull, norms = clip_each(pull, args.reward_gradient_clip)
-            numbers["reward_of_prediction"] = float(values.mean())
-            numbers["reward_gradient/norm"] = float(norms.median())
-            followed = ((velocity - velocity.detach()) * pull).flatten(1).sum(1)  # nothing, with the gradient `pull`
-            loss = loss - args.reward_gradient_weight * (values + followed) * inputs.taught
         if args.keep_hinge_weight:
             clean = predict_clean(inputs.latents, velocity, inputs.sigma)
             hinge = keep_hinge(clean, inputs.conditions.source, inputs.region, args.keep_hinge_margin)
@@ -238,12 +238,6 @@ class RCGRPOTrainer(GeneratingTrainer):
         for name, value in numbers.items():
             metrics[name].append(value)
         return loss.mean()
-
-    @property
-    def _loss_scale(self) -> float:
-        """What fp16 multiplies losses by on the way back, so that small gradients do not vanish; else 1."""
-        scaler = self.accelerator.scaler
-        return 1.0 if scaler is None else float(scaler.get_scale())
 
     @contextmanager
     def _reference(self, model: nn.Module) -> Iterator[Any]:
