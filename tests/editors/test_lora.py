@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from hub_server import HubServer, Repo, run_with_hub
 from rcgrpo.cli import main
 from rcgrpo.editors.lora import check_lora, find_lora, load_lora
+from rcgrpo.tiny import LONG_RUN
 from rcgrpo.training.hub import LORA_FILE, save_lora
 from tiny_kontext import build_tiny_kontext
 from tiny_loras import draw, trained
@@ -158,6 +159,13 @@ def test_the_file_is_found_under_another_name_if_it_is_the_only_one(good, tmp_pa
         find_lora(tmp_path)
     with pytest.raises(ValueError, match=r"got '.*adapter_model.safetensors', .* is PEFT's own"):
         check_lora(tmp_path / "adapter_model.safetensors", FluxKontextPipeline)
+
+
+def test_the_embedded_one_has_a_name_which_a_folder_may_have_too(good, tmp_path, monkeypatch):
+    assert find_lora("kontext-tiny-long") == LONG_RUN / LORA_FILE
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "kontext-tiny-long").symlink_to(good.parent)
+    assert find_lora("kontext-tiny-long").resolve() == good.resolve()
 
 
 def test_on_the_hub_too(good):

@@ -23,7 +23,9 @@ class EditArguments:
             "again too, not pasted back."
         },
     )
-    lora: str | None = field(default=None, metadata={"help": "A LoRA: folder, file or Hub id."})
+    lora: str | None = field(
+        default=None, metadata={"help": "A LoRA: folder, file, Hub id, or kontext-tiny-long (embedded)."}
+    )
     model: str = field(default=TINY, metadata={"help": f"{TINY} (embedded), or a Hub id or folder of an editor."})
     output: str = field(default="edited.png", metadata={"help": "Where to write the result."})
     num_generations: int = field(

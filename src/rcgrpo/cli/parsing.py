@@ -16,6 +16,7 @@ from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 from ..inputs.hints import hint
 from ..inputs.ranges import check_ranges, naming
+from ..tiny import LORAS
 
 TINY = "kontext-tiny"
 MINI = "compbench-mini"
@@ -234,7 +235,7 @@ def check_picture(flag: str, path: str) -> None:
 
 def use_embedded_model(loras: Sequence[str] = ()) -> None:
     """No network but for a LoRA that is not here, and no warnings about the 20 tokens that the tiny model reads."""
-    here = all(Path(lora).exists() for lora in loras)
+    here = all(Path(lora).exists() or lora in LORAS for lora in loras)
     os.environ.setdefault("HF_HUB_OFFLINE", "1" if here else "0")
     import diffusers
     import transformers

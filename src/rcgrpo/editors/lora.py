@@ -18,6 +18,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from torch import Tensor, nn
 
 from ..maths.metrics import first_words
+from ..tiny import LORAS
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 """What diffusers looks for in a folder."""
@@ -32,13 +33,14 @@ def find_lora(lora: str | Path, where: str = "lora") -> Path:
     """The LoRA's file; from the Hub it is downloaded, or taken from its cache where the Hub does not answer.
 
     Args:
-        lora: a file; a folder or a Hub id with `pytorch_lora_weights.safetensors`, or with one other LoRA file.
+        lora: a file; a folder or a Hub id with `pytorch_lora_weights.safetensors`, or with one other LoRA file; or
+            "kontext-tiny-long", the embedded editor's own.
         where: what to call it in errors.
 
     Raises:
         ValueError: there is none, or several, or it cannot be had, within two seconds where there is no network.
     """
-    path = Path(lora)
+    path = Path(lora) if Path(lora).exists() else LORAS.get(str(lora), Path(lora))
     if path.is_file():
         return path
     if path.is_dir():

@@ -13,6 +13,9 @@ WEIGHTS = Path(__file__).parent / "weights"
 LONG_RUN = Path(__file__).parent / "long_run"
 """A LoRA for it: what 600 updates of `recipes/tiny-long.yaml` taught, 0.7 MB."""
 
+LORAS = {"kontext-tiny-long": LONG_RUN}
+"""What commands call the LoRAs that ship with the package."""
+
 RESOLUTION = 64
 """Side of the pictures that it was trained on, in pixels."""
 
@@ -26,4 +29,4 @@ CALL = {
 }
 """Arguments that a call of the stock pipeline needs at this size."""
 
-__all__ = ["CALL", "LONG_RUN", "RESOLUTION", "WEIGHTS"]
+__all__ = ["CALL", "LONG_RUN", "LORAS", "RESOLUTION", "WEIGHTS"]
