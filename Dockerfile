@@ -1,5 +1,7 @@
-# rcgrpo with a GPU: docker build -t rcgrpo . && docker run --gpus all -v "$PWD/runs:/runs" rcgrpo train --output_dir /runs/first ...
-# Without one: docker build --build-arg TORCH="torch torchvision --index-url URL" with the CPU index that pytorch.org names.
+# rcgrpo with a GPU:    docker build -t rcgrpo .
+#                       docker run --gpus all --user "$(id -u)" -v "$PWD/runs:/runs" rcgrpo train --output_dir /runs/first ...
+# Make the folder runs first: what Docker makes belongs to root. Without a GPU:
+#   docker build --build-arg TORCH="torch torchvision --index-url URL" -t rcgrpo .    # URL: docs/installing.md
 FROM python:3.12-slim
 ARG TORCH="torch torchvision"
 RUN useradd --create-home rcgrpo && mkdir /runs && chown rcgrpo /runs
@@ -9,6 +11,6 @@ COPY . .
 RUN pip install --no-cache-dir '.[app,serve,tiny]'
 USER rcgrpo
 WORKDIR /runs
-ENV HF_HOME=/runs/.cache/huggingface
+ENV HOME=/runs HF_HOME=/runs/.cache/huggingface
 ENTRYPOINT ["rcgrpo"]
 CMD ["train", "--output_dir", "/runs/rcgrpo-output"]
