@@ -49,4 +49,5 @@ if [ "$job" = test ]; then
     # Two workers with a thread each: the suite fits two cores and 6 GB whatever the machine has.
     OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 exec "$venv/bin/python" -m pytest -n 2 "$@"
 fi
+echo "quickstart: training starts. A first picture in half a minute, from another terminal: $venv/bin/rcgrpo edit"
 exec "$venv/bin/rcgrpo" train "$@"

@@ -172,7 +172,8 @@ def test_the_reference_has_every_field_of_the_configuration() -> None:
 
 def test_the_reference_has_a_commands_flags_with_their_defaults() -> None:
     table = hooks()["flags"](hooks()["parser_of"](["edit"]))
-    assert "| `--image` | needed | The picture to edit. |" in table and "| `--edit_strength` | `0.5` |" in table
+    assert "| `--image` |  | The picture to edit; kontext-tiny" in table and "| `--edit_strength` | `0.5` |" in table
+    assert "| `--dataset`, `--name` | needed |" in hooks()["flags"](hooks()["parser_of"](["data", "inspect"]))
     assert "--help" not in table
 
 

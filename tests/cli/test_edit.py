@@ -16,6 +16,7 @@ from hub_server import HubServer, Repo, run_with_hub
 from rcgrpo.cli import main
 from rcgrpo.cli.edit import run
 from rcgrpo.cli.parsing import UsageError
+from rcgrpo.data import compbench_mini
 from rcgrpo.tiny import WEIGHTS
 from rcgrpo.training.hub import LORA_FILE, save_lora
 from tiny_kontext import build_tiny_kontext
@@ -40,6 +41,22 @@ def write_lora(pipeline, folder):
 def lora(tmp_path_factory):
     pipeline = FluxKontextPipeline.from_pretrained(str(WEIGHTS), local_files_only=True)
     return write_lora(pipeline, tmp_path_factory.mktemp("lora"))
+
+
+def test_without_arguments_it_draws_an_edit_that_it_brings_along(capsys):
+    run(["--num_inference_steps", "2", "--num_generations", "2"])
+    strip = np.asarray(Image.open("edited.png"))
+    assert strip.shape == (64, 3 * 64, 3)
+    source, first, second = np.split(strip, 3, axis=1)
+    assert np.array_equal(source, np.asarray(compbench_mini("test", 1)[0]["input_image"]))
+    assert not np.array_equal(first, second) and not np.array_equal(source, first)
+    assert compbench_mini("test", 1)[0]["instruction"] in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags", [["--instruction", "remove the apple"], ["--mask", "m.png"], ["--model", "a/b"]])
+def test_half_an_edit_is_refused(flags):
+    with pytest.raises(UsageError, match="^--image: got none, expected the picture to edit"):
+        run(flags)
 
 
 SCRIPT = """

@@ -14,8 +14,8 @@ from .parsing import GUIDANCE, STEPS, TINY, TRUE_CFG, UsageError, check_picture,
 class EditArguments:
     """One edit, for `rcgrpo edit`."""
 
-    image: str = field(metadata={"help": "The picture to edit."})
-    instruction: str = field(metadata={"help": "What to do, e.g. 'remove the apple'."})
+    image: str | None = field(default=None, metadata={"help": f"The picture to edit; {TINY} brings one along."})
+    instruction: str | None = field(default=None, metadata={"help": "What to do, e.g. 'remove the apple'."})
     mask: str | None = field(
         default=None,
         metadata={
@@ -45,9 +45,18 @@ class EditArguments:
 def run(arguments: Sequence[str]) -> None:
     """`rcgrpo edit`: one picture."""
     (args,) = parse((EditArguments,), arguments, None, "rcgrpo edit")
-    if not args.instruction.strip():
+    example = args.model == TINY and (args.image, args.instruction, args.mask) == (None, None, None)
+    if not example and args.image is None:
+        raise UsageError("--image: got none, expected the picture to edit")
+    if not example and not (args.instruction or "").strip():
         raise UsageError("--instruction: got nothing, expected what to do, such as 'remove the apple'")
     check_picture("output", args.output)
+    if example:
+        from ..data import compbench_mini
+
+        row = compbench_mini("test", 1)[0]
+        args.instruction = row["instruction"]
+        print(f"The embedded edit, source first: {args.instruction}\nYours: rcgrpo edit --image ... --instruction ...")
     if args.model == TINY:
         args.instruction = embedded_instruction(args.instruction, args.lora)
         use_embedded_model([] if args.lora is None else [args.lora])
@@ -60,8 +69,9 @@ def run(arguments: Sequence[str]) -> None:
     from ..maths.regions import at_size
     from ..reporting.files import write_atomically
 
-    source = to_rgb(decode_picture(Path(args.image), "--image"))
-    mask = None if args.mask is None else read_mask(Path(args.mask), (source.height, source.width))
+    source = to_rgb(row["input_image"] if example else decode_picture(Path(args.image), "--image"))
+    given = row["mask"] if example else args.mask
+    mask = None if given is None else read_mask(given, (source.height, source.width))
     loras = [] if args.lora is None else [args.lora]
     check_loras(args.model, loras)  # before a large model is loaded
     pipe = open_pipeline(args.model)
@@ -79,8 +89,9 @@ def run(arguments: Sequence[str]) -> None:
         generator=torch.Generator().manual_seed(args.seed),
         **editor.call_arguments(height, width),
     ).images
-    strip = Image.new("RGB", (sum(image.width for image in images), images[0].height))
-    for i, image in enumerate(images):
+    shown = [editor.resized(source, height, width), *images] if example else images
+    strip = Image.new("RGB", (sum(image.width for image in shown), shown[0].height))
+    for i, image in enumerate(shown):
         strip.paste(image, (i * image.width, 0))
     with write_atomically(Path(args.output)) as path:
         strip.save(path)
@@ -103,7 +114,7 @@ def embedded_instruction(instruction: str, lora: str | None) -> str:
     return text
 
 
-def read_mask(path: Path, size: tuple[int, int]) -> Any:
+def read_mask(mask: Any, size: tuple[int, int]) -> Any:
     """The mask, fp32 `[height, width]`.
 
     Raises:
@@ -112,6 +123,6 @@ def read_mask(path: Path, size: tuple[int, int]) -> Any:
     from ..inputs.masks import mask_to_tensor
     from ..maths.regions import check_mask
 
-    mask = mask_to_tensor(path, "--mask")
-    check_mask(mask, size, "--mask")
-    return mask
+    read = mask_to_tensor(Path(mask) if isinstance(mask, str) else mask, "--mask")
+    check_mask(read, size, "--mask")
+    return read
