@@ -55,7 +55,7 @@ def test_without_arguments_it_draws_an_edit_that_it_brings_along(capsys):
 
 @pytest.mark.parametrize("flags", [["--instruction", "remove the apple"], ["--mask", "m.png"], ["--model", "a/b"]])
 def test_half_an_edit_is_refused(flags):
-    with pytest.raises(UsageError, match="^--image: got none, expected the picture to edit"):
+    with pytest.raises(UsageError, match=r"^--image: got none, expected the picture to edit"):
         run(flags)
 
 
