@@ -67,20 +67,10 @@ def test_the_sdist_runs_its_own_tests(archives, tmp_path):
     (source,) = tmp_path.iterdir()
     environment = {**os.environ, "PYTHONPATH": str(source / "src")}
     own = "import rcgrpo, sys, pytest; print(rcgrpo.__file__); sys.exit(pytest.main(sys.argv[1:]))"
-    call = [
-        sys.executable,
-        "-c",
-        own,
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "tests",
-        "-k",
-        "test_regions.py or test_house.py",
-    ]
+    call = [sys.executable, "-c", own, "-p", "no:cacheprovider", "tests", "-k", "test_regions.py or test_metrics.py"]
     done = subprocess.run(call, cwd=source, env=environment, capture_output=True, text=True)  # all are collected
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert done.stdout.startswith(str(source)) and re.search(r"\d{2} passed, \d{3,} deselected", done.stdout)
+    assert done.stdout.startswith(str(source)) and re.search(r"\d+ passed, .*\d+ deselected", done.stdout)
 
 
 def steps(text):
