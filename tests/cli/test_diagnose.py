@@ -55,6 +55,7 @@ def test_the_gradient_of_a_configuration(tmp_path, capsys):
     """The main job's recipe, in small; nothing is trained, and no checkpoint is left."""
     flags = ["--num_samples", "2", "--num_draws", "2", "--num_generations", "4", "--num_anchors", "2"]
     flags += ["--per_device_train_batch_size", "1", "--disable_tqdm", "true", "--eval_strategy", "no"]
+    flags += ["--push_to_hub", "true", "--hub_model_id", "user/kontext"]  # of a run's configuration; no use for it here
     diagnose.run(["--gradient", *flags, "--output_dir", str(tmp_path / "found")])
     report = json.loads((tmp_path / "found" / "gradient.json").read_text())
     parts = {part["part"]: part for part in report["parts"]}

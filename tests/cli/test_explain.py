@@ -8,6 +8,9 @@ from PIL import Image
 from rcgrpo.cli import explain
 from rcgrpo.cli.parsing import UsageError
 
+OF_A_RUN = ["--disable_tqdm", "true", "--push_to_hub", "true", "--hub_model_id", "user/kontext", "--eval_steps", "1"]
+"""What a run's configuration may say, and a look at one edit has no use for."""
+
 
 @pytest.mark.parametrize(
     "flags, message",
@@ -29,7 +32,7 @@ def test_mistakes_are_named_before_anything_is_loaded(flags, message, tmp_path, 
 
 def test_one_update_of_the_embedded_editor(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    explain.run(["--edit", "2", "--num_generations", "4", "--num_anchors", "2", "--disable_tqdm", "true"])
+    explain.run(["--edit", "2", "--num_generations", "4", "--num_anchors", "2", *OF_A_RUN])
     folder = tmp_path / "rcgrpo-update"
     assert sorted(path.name for path in folder.iterdir()) == ["update.json", "update.md", "update.png"]
     found = json.loads((folder / "update.json").read_text())

@@ -44,9 +44,10 @@ def run(arguments: Sequence[str]) -> None:
     if script.model == TINY:
         use_embedded_model([] if script.init_lora is None else [script.init_lora])
         fill_in(config, given(arguments, recipe))
-    # One edit is all that this looks at: no other is checked, none is evaluated.
+    # One edit is all that this looks at: no other is checked, none is evaluated, nothing leaves.
     script.eval_split, config.report_to, config.check_rows = "", [], 0
     config.eval_strategy, config.load_best_model_at_end, config.save_strategy = "no", False, "no"
+    config.push_to_hub, config.log_completions_hub_repo = False, None
     config.per_device_train_batch_size = config.gradient_accumulation_steps = 1
     script.num_train_samples = which.edit + 1 if script.dataset == MINI else script.num_train_samples
     from ..evaluation.one_update import explain_update, write_update

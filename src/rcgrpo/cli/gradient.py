@@ -43,6 +43,7 @@ def run(arguments: Sequence[str]) -> None:
         fill_in(config, given(arguments, recipe))
     script.eval_split, config.report_to = "", []
     config.eval_strategy, config.load_best_model_at_end = "no", False
+    config.push_to_hub, config.log_completions_hub_repo = False, None
     least = config.per_device_train_batch_size * config.gradient_accumulation_steps  # what the trainer asks for
     script.num_train_samples = max(size.num_samples, least)
     from ..evaluation.gradient_noise import measure_gradients, write_gradients
