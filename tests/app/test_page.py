@@ -6,11 +6,13 @@ import urllib.request
 import zipfile
 
 import pytest
+from PIL import Image
 
 import rcgrpo.app as app
 from app_edits import SAMPLING, make_edit, make_pipeline
+from app_pages import serving
 from rcgrpo.app import compare, painting_of, table
-from rcgrpo.cli.app import read_auth, run
+from rcgrpo.cli.app import explained, read_auth, run
 from rcgrpo.cli.parsing import UsageError
 from rcgrpo.evaluation.benchmark import contenders
 
@@ -93,3 +95,34 @@ def test_with_a_password_a_stranger_sees_nothing():
     with pytest.raises(urllib.error.HTTPError, match="401"):
         urllib.request.urlopen(f"{address}config")
     page.close()
+
+
+def test_an_update_is_explained_where_that_can_be_had(tmp_path):
+    pytest.importorskip("gradio")
+    client = pytest.importorskip("gradio_client")
+    asked = []
+
+    def explain(edit, lora):
+        asked.append((edit, lora))
+        if edit > 9:
+            raise ValueError(f"--edit: got {edit}, expected 0 to 9")
+        Image.new("RGB", (40, 20), "red").save(tmp_path / "update.png")
+        (tmp_path / "update.md").write_text("# One update")
+        return tmp_path
+
+    with serving(tmp_path, explain=explain) as served:
+        caller = client.Client(served.url, verbose=False)
+        picture, text, *_ = caller.predict(3, " some/lora ", api_name="/explain")
+        assert asked == [(3, "some/lora")] and text == "# One update"
+        with Image.open(picture["value"] if isinstance(picture, dict) else picture) as drawn:
+            assert drawn.size == (40, 20)
+        with pytest.raises(client.exceptions.AppError, match="--edit: got 10"):
+            caller.predict(10, "", api_name="/explain")
+
+
+def test_the_command_explains_with_the_embedded_recipe(monkeypatch):
+    given = []
+    monkeypatch.setattr("rcgrpo.cli.explain.run", given.append)
+    folder = explained(2, "some/lora")
+    assert given == [["--edit", "2", "--output_dir", str(folder), "--lora", "some/lora"]] and folder.is_dir()
+    assert "--lora" not in (explained(0, ""), given)[1][-1]

@@ -33,9 +33,9 @@ def test_a_run_in_progress_is_drawn_from_its_newest_whole_checkpoint(tmp_path):
     ("files", "message"),
     [
         (None, "run: got .*expected a folder that exists"),
-        ([], "expected the output_dir of a training run.*it holds nothing"),
-        (["notes.txt"], "it holds notes.txt"),
-        ([LORA_FILE], "a LoRA alone is no run"),
+        ([], "expected the output_dir of a training run.*it holds none of them"),
+        (["notes.txt"], "it holds none of them"),
+        ([LORA_FILE], "a LoRA alone, which is no run"),
     ],
 )
 def test_a_folder_that_is_no_run_is_said(tmp_path, files, message):

@@ -40,7 +40,7 @@ def compare_tab(studio: Studio, painting: Any, instruction: Any) -> None:
             seed = gr.Number(0, label="Seed", precision=0)
             controls = Controls.laid_out("Compare", "compare")
         with gr.Column(scale=3, min_width=300):
-            numbers = gr.Markdown("Results appear here.", elem_id="compare-numbers")
+            numbers = gr.Markdown("Results appear here.", elem_id="compare-numbers", elem_classes="numbers")
             grid = picture_grid("source, base, LoRA A, LoRA B", "compared")
 
     def run(
@@ -87,7 +87,7 @@ def compare_tab(studio: Studio, painting: Any, instruction: Any) -> None:
                 )
                 pictures.append((framed(drawn.source, drawn.mask), edit["instruction"]))
                 for outcome in drawn.outcomes:
-                    caption = f"{outcome.name}: background {outcome.background_psnr[0]:.2f} dB"
+                    caption = f"{outcome.name}: {outcome.background_psnr[0]:.2f} dB"
                     pictures.append((framed(outcome.images[0], drawn.mask), caption))
                     results[outcome.name].append(
                         Result(

@@ -60,7 +60,7 @@ def edit_tab(studio: Studio) -> tuple[Any, Any]:
                 )
         with gr.Column(scale=3, min_width=300):
             with gr.Column(visible=False, elem_id="results") as results:
-                numbers = gr.Markdown(elem_id="numbers")
+                numbers = gr.Markdown(elem_id="numbers", elem_classes="numbers")
                 with gr.Tab("Candidates"):
                     edits = picture_grid("candidates", "edits")
                 with gr.Tab("Before/after"):

@@ -18,15 +18,18 @@ from .studio import Explain, Studio
 from .update_tab import update_tab
 
 CSS = """
+.grid-container { grid-template-columns: repeat(var(--grid-cols), minmax(0, 1fr)) !important }
 .thumbnail-item { aspect-ratio: auto !important; height: auto !important; overflow: visible !important; }
 .thumbnail-item .caption-label { position: static !important; max-width: none !important; white-space: normal }
 [data-testid="status-tracker"]:has(> .error) { display: none !important }
-.prose th, .prose td { border-color: var(--border-color-primary) !important }
+.prose table, .prose tr, .prose th, .prose td { border-color: var(--border-color-primary) !important }
+#run-tabs .image-frame img { padding-top: var(--size-8) }
 .status { color: var(--body-text-color-subdued) }
 @media (max-width: 600px) {
   .tab-container button { padding: 0 var(--size-2) !important; font-size: var(--text-sm) !important }
   .prose th, .prose td { padding: var(--size-2) !important; font-size: var(--text-sm) }
-  .prose table { display: block; overflow-x: auto }
+  .numbers th, .numbers td { white-space: nowrap }
+  .numbers { overflow-x: auto }
 }
 """
 """Captions stand below their pictures instead of on them; an error has its one message, and no label on outputs."""

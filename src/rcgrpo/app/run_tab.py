@@ -17,16 +17,14 @@ def run_tab(studio: Studio) -> None:
 
     aside: dict[str, Any] = {"show_progress": "hidden"}
     folders = [lora for lora in studio.loras if Path(lora).is_dir()]
-    with gr.Row(equal_height=True):
-        folder = gr.Dropdown(
-            folders,
-            value=folders[0] if folders else None,
-            allow_custom_value=True,
-            label="The run's output_dir",
-            elem_id="run-folder",
-            scale=4,
-        )
-        button = gr.Button("Open", variant="primary", elem_id="run-open", scale=1, min_width=100)
+    folder = gr.Dropdown(
+        folders,
+        value=folders[0] if folders else None,
+        allow_custom_value=True,
+        label="The run's output_dir",
+        elem_id="run-folder",
+    )
+    button = gr.Button("Open", variant="primary", elem_id="run-open")
     summary = gr.Markdown("A run's folder is read as it is; open it again to see what is new.", elem_id="run-summary")
     run = gr.State()
     figures = {}
@@ -43,9 +41,9 @@ def run_tab(studio: Studio) -> None:
             picture = gr.Image(
                 label="Candidates", show_label=False, buttons=["download", "fullscreen"], interactive=False
             )
-            table = gr.Dataframe(interactive=False, show_label=False, wrap=True, max_height=400, elem_id="run-table")
+            table = gr.Dataframe(interactive=False, show_label=False, max_height=400, elem_id="run-table")
         with gr.Tab("Table", visible=False) as metrics_tab:
-            metrics = gr.Markdown(elem_id="run-metrics")
+            metrics = gr.Markdown(elem_id="run-metrics", elem_classes="numbers")
 
     def record(run: Run | None, kind: str | None, place: int) -> list[Any]:
         """The place-th record of a kind."""
@@ -53,11 +51,11 @@ def run_tab(studio: Studio) -> None:
             return [gr.skip()] * 3
         records = run.candidates[kind]
         chosen = records[min(int(place), len(records)) - 1]
-        names, rows = chosen.rows()
+        names, rows = chosen.rows()  # the step stands above the table
         return [
             f"**Step {chosen.step}**, {len(rows)} candidates",
             gr.Image(None if chosen.picture is None else _opened(chosen.picture), visible=chosen.picture is not None),
-            {"headers": names, "data": [[_short(value) for value in row] for row in rows]},
+            {"headers": names[1:], "data": [[_short(value) for value in row[1:]] for row in rows]},
         ]
 
     def places(run: Run | None, kind: str | None) -> Any:

@@ -85,11 +85,10 @@ def read_run(folder: str | Path, drawn: Path) -> Run:
     candidates = {kind: _candidates(path / "completions", prefix) for prefix, kind in KINDS.items()}
     figures = {title: path / name for title, name in FIGURES.items() if (path / name).is_file()}
     if not (state or figures or any(candidates.values())):
-        found = ", ".join(sorted(child.name for child in path.iterdir())[:6]) or "nothing"
-        only = "; a LoRA alone is no run" if (path / LORA_FILE).is_file() else ""
+        only = "a LoRA alone, which is no run" if (path / LORA_FILE).is_file() else "none of them"
         raise ValueError(
             f"run: got {str(folder)!r}, expected the output_dir of a training run, with checkpoint-N, completions or "
-            f"reward_curves.png in it; it holds {found}{only}"
+            f"reward_curves.png in it; it holds {only}"
         )
     log_history = state.get("log_history", [])
     figures |= {title: file for title, file in _draw(log_history, drawn).items() if title not in figures}

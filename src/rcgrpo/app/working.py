@@ -117,13 +117,15 @@ class Controls:
     status: Any
 
     @classmethod
-    def laid_out(cls, label: str, name: str) -> "Controls":
-        """The three of them, called `name`, `name-cancel` and `name-status`."""
+    def laid_out(cls, label: str, name: str, stoppable: bool = True) -> "Controls":
+        """The three of them, called `name`, `name-cancel` and `name-status`; no Cancel for what has no steps."""
         import gradio as gr
 
         with gr.Row():
             begin = gr.Button(label, variant="primary", elem_id=name, scale=3, min_width=120)
-            cancel = gr.Button("Cancel", elem_id=f"{name}-cancel", scale=1, min_width=80, interactive=False)
+            cancel = gr.Button(
+                "Cancel", elem_id=f"{name}-cancel", scale=1, min_width=80, interactive=False, visible=stoppable
+            )
         return cls(begin, cancel, gr.HTML(elem_id=f"{name}-status", elem_classes="status", min_height=48))
 
     def wire(
