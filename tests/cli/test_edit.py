@@ -205,6 +205,15 @@ def test_a_picture_keeps_its_proportions(called, size, flags, expected):
     assert region.mean().item() == pytest.approx(0.5, abs=0.02) and region[:, -1].all() and not region[:, 0].any()
 
 
+def test_a_picture_may_be_edited_at_its_own_size(called):
+    Image.new("RGB", (900, 600)).save("wide.png")
+    edit = ["--image", "wide.png", "--instruction", "remove the apple", "--own_size"]
+    run(edit)
+    assert (called[0]["width"], called[0]["height"]) == (896, 592) and Image.open("edited.png").size == (900, 600)
+    with pytest.raises(UsageError, match="--own_size: got true with --resolution 64, expected one of them"):
+        run([*edit, "--resolution", "64"])
+
+
 def test_a_region_of_one_pixel_is_not_lost_on_the_way(called):
     Image.new("RGB", (900, 600)).save("wide.png")
     mask = Image.new("L", (900, 600))

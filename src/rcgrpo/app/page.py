@@ -28,7 +28,8 @@ CSS = """
 @media (max-width: 600px) {
   .tab-container button { padding: 0 var(--size-2) !important; font-size: var(--text-sm) !important }
   .prose th, .prose td { padding: var(--size-2) !important; font-size: var(--text-sm) }
-  .numbers th, .numbers td { white-space: nowrap }
+  .numbers td { white-space: nowrap }
+  .numbers th { overflow-wrap: normal; word-break: normal }
   .numbers { overflow-x: auto }
 }
 """

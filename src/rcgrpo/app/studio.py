@@ -1,6 +1,5 @@
 """What the page's tabs share: the editor and how it draws, its LoRAs, its examples, and who asked to stop."""
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -12,6 +11,7 @@ from PIL import Image
 from ..data import compbench_mini
 from ..data.wordings import KINDS, PLACES, THINGS, WORDINGS, known, plain, unknown
 from ..editors import RegionDecoupledFluxKontextPipeline
+from ..editors.sizes import own_resolution
 from ..evaluation.benchmark import Sampling
 from .loras import LoraSlot
 from .working import Stops
@@ -78,7 +78,7 @@ class Studio:
         sampling = replace(self.sampling, seed=int(seed or 0))
         if own_size_of is None:
             return sampling
-        return replace(sampling, resolution=math.ceil(math.sqrt(own_size_of.width * own_size_of.height)))
+        return replace(sampling, resolution=own_resolution(*own_size_of.size))
 
 
 def vocabulary() -> str:

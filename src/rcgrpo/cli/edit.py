@@ -36,6 +36,12 @@ class EditArguments:
         default=None,
         metadata={"help": f"Edit at resolution² pixels, at the picture's proportions; 1024, or 64 for {TINY}."},
     )
+    own_size: bool = field(
+        default=False,
+        metadata={
+            "help": "Edit at as many pixels as the picture has, and write exactly its size; not with --resolution."
+        },
+    )
     num_inference_steps: int | None = field(default=None, metadata={"help": STEPS})
     guidance_scale: float | None = field(default=None, metadata={"help": GUIDANCE})
     true_cfg_scale: float | None = field(default=None, metadata={"help": TRUE_CFG})
@@ -50,6 +56,8 @@ def run(arguments: Sequence[str]) -> None:
         raise UsageError("--image: got none, expected the picture to edit")
     if not example and not (args.instruction or "").strip():
         raise UsageError("--instruction: got nothing, expected what to do, such as 'remove the apple'")
+    if args.own_size and args.resolution is not None:
+        raise UsageError(f"--own_size: got true with --resolution {args.resolution}, expected one of them")
     check_picture("output", args.output)
     if example:
         from ..data import compbench_mini
@@ -64,6 +72,7 @@ def run(arguments: Sequence[str]) -> None:
     from PIL import Image
 
     from ..editors.lora import load_lora
+    from ..editors.sizes import own_resolution
     from ..evaluation.benchmark import Sampling
     from ..inputs.pictures import decode_picture, to_rgb
     from ..maths.regions import at_size
@@ -77,6 +86,8 @@ def run(arguments: Sequence[str]) -> None:
     pipe = open_pipeline(args.model)
     for lora in loras:
         load_lora(pipe, lora, "lora", "--lora")
+    if args.own_size:
+        args.resolution = own_resolution(*source.size)
     sampling = Sampling(**sampling_settings(args))
     editor = sampling.editor(pipe)
     height, width = editor.size_for(source)
@@ -89,6 +100,8 @@ def run(arguments: Sequence[str]) -> None:
         generator=torch.Generator().manual_seed(args.seed),
         **editor.call_arguments(height, width),
     ).images
+    if args.own_size:  # whole tokens may have cut it by a few pixels
+        images = [image.resize(source.size, Image.Resampling.LANCZOS) for image in images]
     shown = [editor.resized(source, height, width), *images] if example else images
     strip = Image.new("RGB", (sum(image.width for image in shown), shown[0].height))
     for i, image in enumerate(shown):

@@ -1,5 +1,7 @@
 """At which size a picture is edited, and whether a model may go where it is edited."""
 
+import math
+
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
@@ -10,6 +12,11 @@ def fit_size(height: int, width: int, max_area: int, multiple: int) -> tuple[int
     new_width = round((max_area * aspect_ratio) ** 0.5)
     new_height = round((max_area / aspect_ratio) ** 0.5)
     return new_height // multiple * multiple, new_width // multiple * multiple
+
+
+def own_resolution(width: int, height: int) -> int:
+    """The resolution at which a picture keeps its own size, as far as whole tokens allow."""
+    return math.ceil(math.sqrt(width * height))
 
 
 def can_move(part: nn.Module) -> bool:
