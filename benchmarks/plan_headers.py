@@ -6,12 +6,14 @@ are what it printed.
 
 import contextlib
 import io
+import os
 import re
 import shlex
 from importlib.resources import files
 from pathlib import Path
 
 from rcgrpo.cli import main
+from rcgrpo.rewards.judges import URL_VARIABLE
 
 COMMAND = re.compile(r"^#     rcgrpo (plan .*)\n#\n((?:#     .*\n)*)", re.MULTILINE)
 
@@ -25,6 +27,7 @@ def planned(path: Path, command: str) -> str:
 
 
 if __name__ == "__main__":
+    os.environ.pop(URL_VARIABLE, None)  # whether a judge is served is for a recipe to say
     for path in sorted(Path(str(files("rcgrpo") / "recipes")).glob("*.yaml")):
         text = path.read_text()
         if found := COMMAND.search(text):

@@ -3,11 +3,17 @@
 from functools import cache, partial
 
 import pytest
+import torch
 from diffusers.models.attention_dispatch import attention_backend
 
+from rcgrpo import compbench_mini
+from rcgrpo.planning.counting import Counter, storages, without_contents
 from rcgrpo.planning.known import KNOWN
 from rcgrpo.planning.measuring import Update, measure_vae, measure_velocity, whole
 from rcgrpo.planning.model import Shape, block_counts, read_parts, text_encoders
+from rcgrpo.training.averaging import WeightAverage
+from tiny_kontext import build_tiny_kontext
+from tiny_training import LAYERS, make
 
 KONTEXT, KLEIN = "black-forest-labs/FLUX.1-Kontext-dev", "black-forest-labs/FLUX.2-klein-base-4B"
 QWEN = "Qwen/Qwen-Image-Edit-2511"
@@ -81,3 +87,77 @@ def test_every_known_model_can_be_asked():
         for name in (KLEIN, KLEIN.replace("base-", ""))
     )
     assert base.flop == pytest.approx(2 * distilled.flop, rel=1e-6)
+
+
+@pytest.mark.parametrize("options", [{"reference": True}, {"gradient_steps": 3, "gradient_checkpointing": False}])
+def test_what_an_update_may_do_besides_is_predicted_too(options):
+    """The base's own answer; the rewards' gradient, through three calls and the decoder."""
+    update, blocks = Update(loss, **options), {"num_layers": 2, "num_single_layers": 3}
+    predicted, counted = whole(KNOWN[KONTEXT], partial(measure, KONTEXT, update, True), blocks), None
+    counted = measure(KONTEXT, update, True, blocks)
+    assert predicted.peak == pytest.approx(counted.peak, rel=0.01)
+    assert predicted.flop == pytest.approx(counted.flop, rel=1e-9)
+    plain = measure(KONTEXT, Update(loss, gradient_checkpointing=update.gradient_checkpointing), True, blocks)
+    assert counted.peak > plain.peak and counted.flop > plain.flop
+
+
+def redness(images, **columns):
+    return [i % 4 / 4 for i, _ in enumerate(images)]
+
+
+redness.differentiable = lambda pictures, **columns: pictures[:, 0].mean((1, 2))
+
+
+@pytest.mark.parametrize(
+    ("options", "again", "update"),
+    [
+        ({"beta": 0.1}, True, {"reference": True}),
+        ({"reward_gradient_weight": 1.0}, True, {"gradient_steps": 1}),
+        ({"reward_gradient_weight": 1.0, "reward_gradient_steps": 3}, False, {"gradient_steps": 3}),
+    ],
+)
+def test_a_trainer_s_update_takes_what_is_planned(tmp_path, monkeypatch, options, again, update):
+    """Within a tenth of the bytes that the trainer's own update allocates, on real tensors."""
+    pipe = build_tiny_kontext()
+    pipe.save_pretrained(tmp_path / "model")
+    sizes = {"resolution": 128, "num_anchors": 4, "num_policy_steps": 1, "policy_steps_range": [0, 0.4], "max_steps": 1}
+    more = sizes | {"train_micro_batch_size": 4, "gradient_checkpointing": again} | options
+    trainer = make(tmp_path, compbench_mini("train", 2, 128), redness, pipe=pipe, **more)
+    compute, backward, peaks, counters = trainer.compute_loss, trainer.accelerator.backward, [], []
+
+    def counted(model, inputs, *given, **named):
+        groups = [tensor for group in inputs.groups for tensor in vars(group).values()]
+        conditions = [*vars(inputs.conditions).values(), *inputs.conditions.text.values()]
+        there = [value for value in (*vars(inputs).values(), *groups, *conditions) if isinstance(value, torch.Tensor)]
+        counters.append(Counter([*storages(trainer.model, pipe.vae), *there]).__enter__())
+        return compute(model, inputs, *given, **named)
+
+    def ended(loss):
+        backward(loss)
+        counters[-1].__exit__(None, None, None)
+        peaks.append(max(counters[-1].peaks.values()))
+
+    monkeypatch.setattr(trainer, "compute_loss", counted)
+    monkeypatch.setattr(trainer.accelerator, "backward", ended)
+    trainer.train()
+    assert len(peaks) == 2  # the second one finds gradients
+    parts = read_parts(str(tmp_path / "model"))
+    dtypes = dict.fromkeys(("dtype", "text_dtype", "vae_dtype"), torch.float32)
+    shape = Shape(128, batch=4, max_sequence_length=16, autocast=False, **dtypes)
+    asked = Update(trainer.policy.loss, 4, tuple(LAYERS), 4, gradient_checkpointing=again, **update)
+    planned = measure_velocity(parts, shape, asked, True, block_counts(parts))
+    assert planned.peak == pytest.approx(peaks[1], rel=0.1)
+
+
+def test_an_average_takes_four_bytes_a_weight():
+    """What `plan` says of `ema_decay`; an update of it makes a weight's difference at a time."""
+    with without_contents():
+        model = torch.nn.Sequential(*(torch.nn.Linear(256, 256, bias=False, dtype=torch.bfloat16) for _ in range(20)))
+        with Counter(storages(model)) as counter:
+            average = WeightAverage(model, 0.9)
+            kept = counter.live
+            counter.label = "update"
+            average.update()
+    weights = 20 * 256**2
+    assert kept == pytest.approx(4 * weights, rel=0.01)
+    assert kept == counter.live and counter.peaks["update"] == pytest.approx(kept, rel=0.15)

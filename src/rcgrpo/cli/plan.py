@@ -1,9 +1,10 @@
 """`rcgrpo plan`: what a run of `rcgrpo train` will take, before anything but configurations is downloaded."""
 
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from .parsing import TINY, UsageError, given, one_of, parse
@@ -25,8 +26,12 @@ class PlanArguments:
     peak_share: float = field(
         default=0.4, metadata={"help": "Share of the GPU's peak FLOP a second that is reached; an assumption."}
     )
-    judge_gb: float = field(
-        default=0.0, metadata={"help": "Gigabytes of a judge on the same GPU, about 17 for EditScore; 0 on a server."}
+    judge_gb: float | None = field(
+        default=None,
+        metadata={
+            "help": "Gigabytes of a judge on the same GPU, 0 on a server; by default counted, where rewards load it by "
+            "name."
+        },
     )
     json: bool = field(default=False, metadata={"help": "Print values as JSON."})
 
@@ -34,9 +39,12 @@ class PlanArguments:
 def run(arguments: Sequence[str]) -> None:
     """`rcgrpo plan`: peak memory by phase, FLOP and seconds of an update, hours of the run, what to lower."""
     from ..planning.cards import CARDS, card_here
+    from ..planning.judging import judging_of
     from ..planning.model import read_parts
     from ..planning.plan import Planner
     from ..planning.table import as_text, as_values
+    from ..rewards import resolve_rewards
+    from ..rewards.judges import URL_VARIABLE
     from ..tiny import WEIGHTS
     from ..training.config import RCGRPOConfig
 
@@ -51,14 +59,20 @@ def run(arguments: Sequence[str]) -> None:
     if script.model == TINY:
         fill_in(config, named)
     parts = read_parts(str(WEIGHTS) if script.model == TINY else script.model)
-    planner, wanted = Planner(parts), run_of(script, config, args.judge_gb, "bf16" not in named)
+    wanted = run_of(script, config, args.judge_gb or 0.0, "bf16" not in named)
+    uncounted = []
+    if args.judge_gb is None and not script.judge_on_server and not os.environ.get(URL_VARIABLE):
+        at_once = config.per_device_train_batch_size * config.num_generations
+        judges, unknown = judging_of(resolve_rewards(list(script.reward_funcs)), at_once, config.resolution)
+        wanted = replace(wanted, judges=tuple(judges))
+        uncounted = [f"the judge of {name} (--judge_gb)" for name in unknown]
+    planner = Planner(parts)
     card = CARDS[args.gpu] if args.gpu else card_here()
     plan = planner.plan(wanted, card, args.peak_share)
     if card is None:
         sizes = (planner.plan(wanted, each, args.peak_share) for each in CARDS.values())
         plan = next((each for each in sizes if each.fits), planner.plan(wanted, CARDS["141gb"], args.peak_share))
     ways, smaller = planner.advice(plan, args.peak_share)
-    uncounted = ["the reward's own gradient (reward_gradient_weight)"] if config.reward_gradient_weight else []
     if args.json:
         values = as_values(plan, args.peak_share)
         values |= {"to_fit": ways, "fits_then": smaller.fits, "not_counted": uncounted}
@@ -117,6 +131,9 @@ def run_of(script: ScriptArguments, config: "RCGRPOConfig", judge_gb: float, on_
             config.num_generations if config.policy == "neighbor" else 1,
             max(1, len(config.named_regions)),
             bool(config.gradient_checkpointing),
+            config.beta > 0,
+            min(config.reward_gradient_steps, steps - config.policy_step_indices[0])
+            * bool(config.reward_gradient_weight),
         ),
         edits=edits,
         candidates=config.num_generations,
@@ -126,11 +143,25 @@ def run_of(script: ScriptArguments, config: "RCGRPOConfig", judge_gb: float, on_
         train_micro_batch_size=min(config.train_micro_batch_size or 10**9, at_once * transitions),
         num_iterations=config.num_iterations,
         cache_conditions=config.cache_conditions,
-        references=int(config.beta > 0),
         quantised=_quantised(kwargs),
         judge=judge_gb * 1e9,
+        averaged=config.ema_decay is not None,
         updates=updates,
+        held_out=_held_out(script, config, updates),
+        held_out_stages=config.num_inference_steps_eval or steps,
     )
+
+
+def _held_out(script: ScriptArguments, config: "RCGRPOConfig", updates: int | None) -> int:
+    """Pictures of held-out edits: the report before and after, and evaluations on the way; 0 where rows are unknown."""
+    if script.num_eval_samples is None or script.eval_split == "":
+        return 0
+    looks = 0
+    if str(getattr(config.eval_strategy, "value", config.eval_strategy)) == "steps" and updates and config.eval_steps:
+        every = config.eval_steps if config.eval_steps >= 1 else config.eval_steps * updates
+        looks = int(updates // every) + bool(config.eval_on_start)
+    edits = min(config.num_eval_edits or script.num_eval_samples, script.num_eval_samples)
+    return 2 * script.num_eval_samples + looks * edits * config.num_generations_eval
 
 
 def _dtype(kwargs: Mapping[str, Any], part: str) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from diffusers.models.attention_dispatch import attention_backend
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
@@ -32,7 +32,8 @@ _SDPA_FORMULAS = {
 class Counter(TorchDispatchMode):
     """Counts what is allocated from its start on; `peaks` are the most bytes alive under each `label`.
 
-    A question about a tensor's values, such as whether a mask is all ones, is answered by 1.
+    A question about the values of a tensor without contents, such as whether a mask is all ones, is answered by 1, and
+    none is taken for zero.
 
     Args:
         known: tensors that were there before, which count nothing, and neither do views of them.
@@ -48,8 +49,11 @@ class Counter(TorchDispatchMode):
             self._seen[tensor.untyped_storage()] = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default:
+        empty = bool(args) and isinstance(args[0], FakeTensor)
+        if empty and func is torch.ops.aten._local_scalar_dense.default:
             return 1
+        if empty and func is torch.ops.aten.nonzero.default and args[0].ndim == 1:
+            return torch.arange(len(args[0])).unsqueeze(1)
         out = func(*args, **(kwargs or {}))
         packet = _SDPA_FORMULAS.get(func._overloadpacket, func._overloadpacket)
         if packet in flop_registry:

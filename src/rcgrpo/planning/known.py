@@ -85,3 +85,23 @@ KNOWN: dict[str, Parts] = {
         "text_encoder": {"model_type": "qwen2_5_vl", "text_config": _QWEN_TEXT, "vision_config": _QWEN_VISION},
     },
 }
+
+_QWEN3_VL = {
+    "model_type": "qwen3_vl",
+    "text_config": {key: value for key, value in _KLEIN_9B[1].items() if key != "model_type"},
+    "vision_config": {
+        **{"depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "num_heads": 16, "out_hidden_size": 4096},
+        **{"patch_size": 16, "spatial_merge_size": 2, "deepstack_visual_indexes": [8, 16, 24]},
+    },
+}
+
+JUDGES: dict[str, dict[str, Any]] = {
+    "Qwen/Qwen3-VL-8B-Instruct": _QWEN3_VL,
+    "CodeGoat24/UnifiedReward-Edit-qwen3vl-8b": _QWEN3_VL,
+    "Qwen/Qwen2.5-VL-7B-Instruct": {
+        "model_type": "qwen2_5_vl",
+        "text_config": _QWEN_TEXT,
+        "vision_config": _QWEN_VISION,
+    },
+}
+"""Configurations of judges; the text parts of Qwen3-VL-8B and of Qwen3-8B are of one size."""

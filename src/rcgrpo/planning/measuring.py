@@ -9,12 +9,16 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..groups.reward_gradient import follow
 from ..groups.transitions import Transitions
+from ..maths.objective import velocity_kl
 from ..training.precision import computes_in_bf16
 from .counting import Counter, storages, without_contents
 from .known import Parts
@@ -57,6 +61,9 @@ class Update:
         lora_r, lora_target_modules, num_generations, gradient_checkpointing: as in the configuration.
         rows: objectives that act on tokens of their own.
         loss: the policy's.
+        reference: whether the base is asked too, without a gradient, as with `beta`.
+        gradient_steps: model calls of a transition that the rewards' own gradient goes through, which then goes through
+            the decoder as well; 0 where it is not followed.
     """
 
     loss: Loss
@@ -65,6 +72,8 @@ class Update:
     num_generations: int = 12
     rows: int = 1
     gradient_checkpointing: bool = True
+    reference: bool = False
+    gradient_steps: int = 0
 
 
 def whole(
@@ -111,11 +120,13 @@ def measure_velocity(parts: Parts, shape: Shape, update: Update, train: bool, bl
         if transitions is not None:
             given += [value for value in vars(transitions).values() if isinstance(value, Tensor)]
         counter = Counter([*storages(model, editor.pipeline.vae), *given])
+        moment, calls = [""], count()
         for key, name in BLOCKS.items():
             for block in getattr(base, name, ()) if key in blocks else ():
-                block.register_forward_pre_hook(partial(_enter, counter, name))
+                block.register_forward_pre_hook(partial(_enter, counter, moment, name))
 
         def asked(**arguments: Any) -> Any:  # as accelerate wraps a model
+            moment[0] = f"call {next(calls)}"
             with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
                 return model(**arguments)
 
@@ -123,19 +134,29 @@ def measure_velocity(parts: Parts, shape: Shape, update: Update, train: bool, bl
             velocity = editor.velocity(asked, latents, time, conditions)  # type: ignore[arg-type]
             if transitions is not None:
                 loss, _ = update.loss(velocity, transitions)
+                if update.gradient_steps:
+                    way = follow(editor, asked, transitions, velocity, update.gradient_steps)  # type: ignore[arg-type]
+                    counter.label = "decode"
+                    loss = loss - editor.decode_tensor(way.clean, *size_of(editor)).mean((1, 2, 3))
+                if update.reference:
+                    with torch.no_grad(), model.disable_adapter():
+                        still = editor.velocity(asked, latents, time, conditions)  # type: ignore[arg-type]
+                    loss = loss + velocity_kl(velocity, still, torch.ones_like(latents))
+                moment[0] = "backward"
                 loss.mean().backward()
         trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
         return Costs(counter.peaks, counter.flop, frozen, sum(matrices), trained, max(matrices))
 
 
-def _enter(counter: Counter, name: str, *_: Any) -> None:
-    counter.label = name
+def _enter(counter: Counter, moment: list[str], name: str, *_: Any) -> None:
+    counter.label = f"{moment[0]}, {name}"
 
 
 def _transitions(latents: Tensor, time: Tensor, conditions: Any, update: Update) -> Transitions:
     batch, tokens, _ = latents.shape
     several = latents.unsqueeze(1).repeat(1, update.num_generations, 1, 1)
-    scalar, flat = torch.zeros(batch), torch.zeros(batch, tokens)
+    scalar, flat, steps = torch.zeros(batch), torch.zeros(batch, tokens), update.gradient_steps
+    schedule = SimpleNamespace(sigmas=torch.zeros(steps + 1), timesteps=torch.zeros(steps))
     return Transitions(
         latents=latents,
         timestep=time,
@@ -150,8 +171,8 @@ def _transitions(latents: Tensor, time: Tensor, conditions: Any, update: Update)
         region=flat.clone(),
         conditions=conditions,
         old=None,
-        where=[],
-        groups=[],
+        where=[(0, 0, 0)] * batch,
+        groups=[SimpleNamespace(schedule=schedule)],  # type: ignore[list-item]
     )
 
 

@@ -94,7 +94,8 @@ class Shape:
 
 
 @contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Within it floating-point tensors are made in another dtype."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -111,7 +112,7 @@ def make_editor(parts: Parts, blocks: Mapping[str, int], shape: Shape) -> FlowEd
     components: dict[str, Any] = dict.fromkeys(modules)
     for part, changed, dtype in (("transformer", blocks, shape.dtype), ("vae", {}, shape.vae_dtype)):
         config = {key: value for key, value in parts[part].items() if not key.startswith("_")} | dict(changed)
-        with _default_dtype(dtype), torch.device("meta"):
+        with default_dtype(dtype), torch.device("meta"):
             components[part] = getattr(diffusers, index[part][1]).from_config(config).requires_grad_(False).eval()
     pipeline = kind(**components, **{key: index[key] for key in settings if key in index})
     return open_editor(

@@ -1,7 +1,8 @@
 """From what calls take to what a run takes: the peak by phase, FLOP and seconds of an update, and what to lower.
 
-What is counted: weights, the LoRA with its gradients and AdamW's states in fp32, what the calls of each phase allocate,
-the candidates' trajectories, and a judge of a stated size. What is not: CUDA's own context, fragmentation, workspaces.
+What is counted: weights, the LoRA with its gradients, AdamW's states and its average in fp32, what the calls of each
+phase allocate, the candidates' trajectories, and a judge in this process, which works beside rollouts. What is not:
+CUDA's own context, fragmentation, workspaces.
 """
 
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from functools import partial
 from typing import Any
 
 from .cards import Card
+from .judging import Judging, judge_weights, measure_judge
 from .known import Parts
 from .measuring import Costs, Update, measure_vae, measure_velocity, whole
 from .model import Shape, make_editor, size_of, text_encoders
@@ -33,10 +35,12 @@ class Run:
         transitions: that an update reads of each edit.
         rollout_batch_size, train_micro_batch_size: as in the configuration, filled in.
         num_iterations, cache_conditions: as in the configuration.
-        references: forwards without a gradient that each transition takes besides.
         quantised: how each part is quantised that is; a key of `BYTES`.
-        judge: bytes of a judge on the same GPU.
+        judge: bytes of a judge on the same GPU, as somebody states them.
+        judges: those on the same GPU of which more is known.
+        averaged: whether an average of what is trained is kept, as with `ema_decay`.
         updates: of the whole run, if known.
+        held_out: pictures that the run draws of held-out edits, and `held_out_stages`, the model's calls for each.
     """
 
     shape: Shape
@@ -49,10 +53,13 @@ class Run:
     train_micro_batch_size: int = 16
     num_iterations: int = 1
     cache_conditions: bool = False
-    references: int = 0
     quantised: tuple[tuple[str, str], ...] = ()
     judge: float = 0.0
+    judges: tuple[Judging, ...] = ()
+    averaged: bool = False
     updates: int | None = None
+    held_out: int = 0
+    held_out_stages: int = 0
 
 
 @dataclass(frozen=True)
@@ -72,7 +79,8 @@ class Plan:
     Args:
         weights: bytes by what they hold; `lora` with gradients and optimizer.
         phases: of an update, in order.
-        sizes: what is asked, in words: transformer's weights, the LoRA's, tokens.
+        parameters, trained: numbers of weights, of the transformer and of the LoRA.
+        held_out: seconds of drawing held-out edits, in the whole run.
     """
 
     run: Run
@@ -81,11 +89,17 @@ class Plan:
     phases: tuple[Phase, ...]
     parameters: float
     trained: float
+    held_out: float | None = None
 
     @property
     def peak(self) -> Phase:
         """The phase that needs the most memory."""
         return max(self.phases, key=lambda phase: phase.bytes)
+
+    @property
+    def peak_when_cached(self) -> Phase:
+        """The same where `rcgrpo cache` has encoded everything, so that no text encoder is loaded."""
+        return max(self.phases[1:], key=lambda phase: phase.bytes)
 
     @property
     def fits(self) -> bool:
@@ -128,20 +142,22 @@ class Planner:
         text = sum(2 * (number - table) for number, table in self._encoders.values()) * run.shape.max_sequence_length
         sampled = images * run.stages * rollout.flop / run.rollout_batch_size
         learned = run.edits * run.transitions * train.flop / run.train_micro_batch_size
-        learned += run.references * run.edits * run.transitions * rollout.flop / run.rollout_batch_size
+        judging = sum(self._remember(judge, partial(measure_judge, judge)) for judge in run.judges)
         halves = run.shape.vae_dtype.itemsize // 2  # fp32 convolutions run in TF32, at half of the peak
         rows = [
             ("encode", encode.peak + (encoders if run.cache_conditions else 0), prompts * (text * (1 + guided)), 1),
-            ("rollout", rollout.peak + unpacked, sampled, 1),
-            ("decode", decode.peak, images * decode.flop, halves),
+            ("rollout", rollout.peak + unpacked + judging, sampled, 1),
+            ("decode", decode.peak + judging, images * decode.flop, halves),
             ("update", train.peak + unpacked, learned, 1),
         ]
-        phases = []
-        for name, more, flop, slower in rows:
-            known = card is not None and card.flops is not None
-            seconds = flop * slower / (card.flops * share) if known else None  # type: ignore[union-attr, operator]
-            phases.append(Phase(name, resident + more, flop, seconds))
-        return Plan(run, card, weights, tuple(phases), train.frozen, train.trained)
+        speed = None if card is None or card.flops is None else card.flops * share
+        phases = [
+            Phase(name, resident + more, flop, None if speed is None else flop * slower / speed)
+            for name, more, flop, slower in rows
+        ]
+        drawn = run.held_out_stages * rollout.flop / run.rollout_batch_size + decode.flop * halves
+        held_out = None if speed is None else run.held_out * drawn / speed
+        return Plan(run, card, weights, tuple(phases), train.frozen, train.trained, held_out)
 
     def advice(self, plan: Plan, share: float = 0.4) -> tuple[list[str], Plan]:
         """What to set for the run to fit, one thing after another, and the plan with it; it may still not fit."""
@@ -196,8 +212,9 @@ class Planner:
             "VAE": self._vae(run, True).frozen * shape.vae_dtype.itemsize,
             "text encoders": encoders,
             "LoRA, gradients, AdamW": train.trained * OPTIMIZER,
+            "averaged LoRA": train.trained * 4 * run.averaged,
             "trajectories": float(trajectories),
-            "judge": run.judge,
+            "judge": run.judge + sum(map(judge_weights, run.judges)),
         }
 
 
@@ -213,8 +230,8 @@ def _smaller(plan: Plan) -> Iterator[tuple[str, str, Run]]:
     if phase == "rollout" and run.rollout_batch_size > 1:
         size = run.rollout_batch_size // 2
         yield "rollout", f"rollout_batch_size: {size}", replace(run, rollout_batch_size=size)
-    if run.judge:
-        yield "judge", "the judge on a server, at RCGRPO_JUDGE_URL", replace(run, judge=0.0)
+    if run.judge or run.judges:
+        yield "judge", "the judge on a server, at RCGRPO_JUDGE_URL", replace(run, judge=0.0, judges=())
     if not run.cache_conditions:
         yield "cache", "cache_conditions: true", replace(run, cache_conditions=True)
     if "transformer" not in dict(run.quantised):

@@ -1,10 +1,13 @@
 """A plan as a table that people read, and as plain values."""
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 from .plan import GB, TERA, Plan
+
+WIDTH = 112
 
 
 def as_values(plan: Plan, share: float) -> dict[str, Any]:
@@ -27,11 +30,14 @@ def as_values(plan: Plan, share: float) -> dict[str, Any]:
         "images_per_update": images,
         "updates": plan.run.updates,
         "hours": _hours(plan),
+        "held_out_pictures": plan.run.held_out,
+        "held_out_hours": None if plan.held_out is None else plan.held_out / 3600,
+        "peak_gb_when_cached": plan.peak_when_cached.bytes / GB,
     }
 
 
 def as_text(plan: Plan, share: float) -> str:
-    """Lines of at most 118 characters."""
+    """Lines of at most `WIDTH` characters."""
     run = plan.run
     parts = [f"{name} {value / GB:.1f}" for name, value in plan.weights.items() if value]
     if run.cache_conditions:
@@ -43,18 +49,26 @@ def as_text(plan: Plan, share: float) -> str:
     flop = sum(phase.flop for phase in plan.phases) / TERA
     rows += [("an update", f"{plan.peak.bytes / GB:.1f}", f"{flop:.0f}", _number(plan.seconds))]
     images = run.edits * run.candidates / run.num_iterations
-    lines = [f"GB that stay: {', '.join(parts)}", *_columns(rows)]
+    lines = [*textwrap.wrap(f"GB that stay: {', '.join(parts)}", WIDTH, subsequent_indent="  "), *_columns(rows)]
     counts = f"{images:.0f} images an update on each GPU"
     if run.updates:
         counts += f"; {run.updates} updates, {images * run.updates:.0f} images"
         hours = _hours(plan)
         counts += "" if hours is None else f", {hours:.1f} hours"
     lines.append(counts)
+    if run.held_out:
+        drawn = "" if plan.held_out is None else f", {plan.held_out / 3600:.1f} hours on one GPU"
+        lines.append(f"held-out edits: {run.held_out} pictures of {run.held_out_stages} steps in all{drawn}")
     if plan.card is not None:
         margin = (plan.card.bytes - plan.peak.bytes) / GB
         fits = f"fits, {margin:.1f} GB to spare" if plan.fits else f"does not fit, by {-margin:.1f} GB"
         speed = "" if plan.card.flops is None else f", at {share:g} of {plan.card.flops / TERA:.0f} TFLOP/s (assumed)"
         lines.append(f"{plan.card.name}{speed}: {fits}; the peak is in {plan.peak.name}")
+    if run.cache_conditions:
+        cached = plan.peak_when_cached
+        lines.append(
+            f"after `rcgrpo cache` no text encoder is loaded: {cached.bytes / GB:.1f} GB, the peak in {cached.name}"
+        )
     return "\n".join(lines)
 
 

@@ -65,19 +65,19 @@ def read_prompts(model: Any, batch: Any, pictures: Sequence[Sequence[bytes]]) ->
     if rope is None or "mm_token_type_ids" not in batch or not all(pictures):
         position = mask.cumsum(-1) - 1
         inputs = {name: value.to(device) for name, value in batch.items()}
-        return Prefill(_ask(model, cache, 1, **inputs)[:, 0], cache, mask.to(device), position[:, -1].to(device) + 1)
+        return Prefill(ask(model, cache, 1, **inputs)[:, 0], cache, mask.to(device), position[:, -1].to(device) + 1)
     positions = rope(**{name: batch[name] for name in inspect.signature(rope).parameters if name in batch})[0]
     stages, owner = _split(batch, positions, pictures)
     first, second = ({name: value.to(device) for name, value in stage.items()} for stage in stages)
-    _ask(model, cache, 1, **first)
+    ask(model, cache, 1, **first)
     owner = owner.to(device)
     cache.batch_select_indices(owner)
     second["attention_mask"] = torch.cat([first["attention_mask"][owner], second["attention_mask"]], dim=1)
-    logits = _ask(model, cache, 1, **second)[:, 0]
+    logits = ask(model, cache, 1, **second)[:, 0]
     return Prefill(logits, cache, second["attention_mask"], positions.amax((0, 2)).to(device) + 1)
 
 
-def _ask(model: Any, cache: Any, count: int, **inputs: Any) -> Tensor:
+def ask(model: Any, cache: Any, count: int, **inputs: Any) -> Tensor:
     """Logits behind the last `count` tokens, `[batch, count, vocabulary]`; `cache` grows by all that were read."""
     known = inspect.signature(type(model).forward).parameters
     inputs["cache" if "cache" in known else "past_key_values"] = cache  # its name changed within transformers 5
@@ -204,5 +204,5 @@ def write_answers(
         if hasattr(model.model, "get_rope_index"):
             places = places.expand(3, -1, -1)
         mask = hidden[..., : start + (step + 1) * passes]
-        logits = _ask(model, cache, passes, input_ids=token, attention_mask=mask, position_ids=places)
+        logits = ask(model, cache, passes, input_ids=token, attention_mask=mask, position_ids=places)
     return written, ended
