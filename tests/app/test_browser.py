@@ -28,21 +28,33 @@ def open_tab(page, name):
     page.get_by_role("tab", name=name, exact=True).click()
 
 
-def stroke(page):
-    """A short one in the middle of the canvas, until it is there: the picture may still be on its way."""
-    for _ in range(40):
-        canvas = page.locator("#painting canvas").last.bounding_box()
-        x, y = canvas["x"] + canvas["width"] / 2, canvas["y"] + canvas["height"] / 2
-        page.mouse.move(x - 10, y)
-        page.mouse.down()
-        page.mouse.move(x + 10, y, steps=5)
-        page.mouse.up()
+def has_paint(page, across=0.5, down=0.5):
+    """Whether there is paint at this place of the canvas."""
+    canvas = page.locator("#painting canvas").last.bounding_box()
+    x, y = canvas["x"] + across * canvas["width"], canvas["y"] + down * canvas["height"]
+    shown = Image.open(BytesIO(page.screenshot(clip={"x": x, "y": y, "width": 1, "height": 1}))).convert("RGB")
+    red, green, _ = shown.getpixel((0, 0))
+    return red - green > 60
+
+
+def until(page, done, again=lambda: None):
+    """Wait for what no element tells."""
+    for _ in range(60):
+        again()
         page.wait_for_timeout(250)
-        shown = Image.open(BytesIO(page.screenshot(clip={"x": x, "y": y, "width": 1, "height": 1}))).convert("RGB")
-        red, green, _ = shown.getpixel((0, 0))
-        if red - green > 60:
+        if done():
             return
-    raise AssertionError("no stroke was drawn")
+    raise AssertionError("it did not come")
+
+
+def stroke(page):
+    """A short one in the middle of the canvas."""
+    canvas = page.locator("#painting canvas").last.bounding_box()
+    x, y = canvas["x"] + canvas["width"] / 2, canvas["y"] + canvas["height"] / 2
+    page.mouse.move(x - 10, y)
+    page.mouse.down()
+    page.mouse.move(x + 10, y, steps=5)
+    page.mouse.up()
 
 
 def test_a_picture_is_painted_edited_compared_and_taken_home(served, open_page, tmp_path):
@@ -54,7 +66,7 @@ def test_a_picture_is_painted_edited_compared_and_taken_home(served, open_page, 
     make_edit((64, 48))[0].save(tmp_path / "picture.png")
     page.locator("#painting input[type=file]").first.set_input_files(tmp_path / "picture.png")
     page.get_by_label("Color").wait_for()  # the brush is ready
-    stroke(page)
+    until(page, lambda: has_paint(page), lambda: stroke(page))  # the picture may still be on its way
     page.locator("#instruction textarea").fill("make it red")
     before = len(served.made)
     page.click("#edit")
@@ -76,17 +88,29 @@ def test_a_picture_is_painted_edited_compared_and_taken_home(served, open_page, 
     assert taken.tobytes() == made.outcomes[1].images[1].tobytes()
 
 
-def test_the_keyboard_alone_does_it(served, open_page):
+def test_the_keyboard_alone_does_it(served, open_page, tmp_path):
     page = open_page(served.url)
     instruction = compbench_mini("test", 2, app.EXAMPLE_SIDE)[1]["instruction"]
     page.locator("#examples button.thumbnail-item").nth(1).focus()
     page.keyboard.press("Enter")
     page.wait_for_function("text => document.querySelector('#instruction textarea').value == text", arg=instruction)
+    for size in (64, app.EXAMPLE_SIDE):
+        Image.new("L", (size, size), 255).save(tmp_path / f"{size}.png")
+    page.get_by_text("More", exact=True).click()
+    for name, message in [("64.png", "the region's file: got"), (f"{app.EXAMPLE_SIDE}.png", None)]:
+        with page.expect_file_chooser() as chooser:
+            page.locator("#mask-file").focus()
+            page.keyboard.press("Enter")
+        chooser.value.set_files(tmp_path / name)
+        if message:
+            one_message(page, message)
+    page.locator("#painting").scroll_into_view_if_needed()
+    until(page, lambda: all(has_paint(page, *place) for place in ((0.4, 0.3), (0.6, 0.3), (0.5, 0.7))))
     before = len(served.made)
     page.locator("#instruction textarea").focus()
     page.keyboard.press("Enter")
     page.locator("#edit-status").get_by_text("Done in").wait_for()
-    assert len(served.made) == before + 1 and np.asarray(served.made[-1].mask).any()
+    assert len(served.made) == before + 1 and np.asarray(served.made[-1].mask).all()
 
 
 def test_steps_are_shown_and_an_edit_can_be_cancelled(open_page, tmp_path):

@@ -173,9 +173,10 @@ def edit_tab(studio: Studio) -> tuple[Any, Any]:
         [edits, attention, changes, numbers, slider, download, before_after, results],
         "edit",
     )
-    aside: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+    aside: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+    mask_file.upload(paint_file, [painting, mask_file], painting, **aside)  # queued, or its errors would not be shown
+    aside["queue"] = False
     painting.upload(fit_brush, painting, painting, **aside)
-    mask_file.upload(paint_file, [painting, mask_file], painting, **aside)
     gallery.select(open_example, None, [painting, instruction], **aside)
     edits.select(show_pair, before_after, slider, **aside)
     return painting, instruction
