@@ -4,10 +4,12 @@ A run of the trainer, unchanged, whose calls of transformer, backward pass, VAE,
 are timed where they happen; a step's time over their sum is what everything else costs: noise, solver, losses,
 diagnostics, the loop. The first step warms up. `--wide` takes one double and one single block of FLUX.1-Kontext's true
 width with random weights and its true VAE at 128 pixels in place of the embedded editor and its recipe. On a CPU calls
-end when they return, so the sum is exact; on a GPU use `gpu.py`.
+end when they return, so the sum is exact; on a GPU use `gpu.py`. `torchrun --nproc_per_node 2 benchmarks/step_cost.py`
+spreads a step's edits over two processes: its seconds against those of one say what they gain.
 """
 
 import argparse
+import os
 import sys
 import tempfile
 import time
@@ -69,6 +71,7 @@ def measure(wide: bool, steps: int) -> list[dict[str, float]]:
     lora = {"r": recipe.pop("lora_r"), "lora_alpha": recipe.pop("lora_alpha")}
     options = {key: value for key, value in recipe.items() if key in RCGRPOConfig.__dataclass_fields__}
     options |= {"max_steps": steps + 1, "save_strategy": "no", "disable_tqdm": True, "use_cpu": True}
+    options["per_device_train_batch_size"] //= int(os.environ.get("WORLD_SIZE", "1"))
     use_embedded_model()
     clock = Clock()
     parts = parts_of(KONTEXT, tiny=False) if wide else None
@@ -82,7 +85,7 @@ def measure(wide: bool, steps: int) -> list[dict[str, float]]:
         tempfile.TemporaryDirectory() as folder,
         without_text_encoders(parts, torch.float32) if parts else nullcontext(),
     ):
-        rows = compbench_mini("train", options["per_device_train_batch_size"] * (steps + 1), options["resolution"])
+        rows = compbench_mini("train", recipe["per_device_train_batch_size"] * (steps + 1), options["resolution"])
         config = LoraConfig(**lora, target_modules=["attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "proj_mlp"])
         args = RCGRPOConfig(folder, **options)
         trainer = RCGRPOTrainer(pipeline, recipe["reward_funcs"], args, rows, peft_config=config, callbacks=[clock])
@@ -95,6 +98,7 @@ def measure(wide: bool, steps: int) -> list[dict[str, float]]:
         clock.watch(trainer.accelerator, "backward", "backward")
         clock.watch(trainer.scoring, "receive", "rewards")
         trainer.train()
+        trainer.close()
     return clock.steps[1:]
 
 
@@ -104,6 +108,8 @@ def main(argv: Sequence[str] | None = None) -> float:
     parser.add_argument("--steps", type=int, default=5, help="after the first")
     options = parser.parse_args(argv)
     steps = measure(options.wide, options.steps)
+    if int(os.environ.get("RANK", "0")):
+        return 0.0
     calls = [name for name in steps[0] if name != "step"]
     ratios = [step["step"] / sum(step[name] for name in calls) for step in steps]
     head = [*calls, "step", "step over calls", "most", "steps"]

@@ -22,6 +22,7 @@ from rcgrpo.tiny import WEIGHTS
 from rcgrpo.training.config import RCGRPOConfig
 
 RECIPES = Path(str(files("rcgrpo") / "recipes"))
+PAGE = Path(__file__).parents[2] / "docs" / "performance.md"
 SIZES = [path.stem for path in RECIPES.glob("*.yaml") if "gb" in path.stem]
 
 
@@ -45,12 +46,14 @@ def tiny(**changes):
 
 
 @pytest.mark.parametrize("recipe", SIZES)
-def test_a_recipe_fits_its_gpu_by_its_header(recipe):
+def test_a_recipe_fits_its_gpu_by_its_header_and_the_page_says_so(recipe):
     text = (RECIPES / f"{recipe}.yaml").read_text()
     command, block = COMMAND.search(text).groups()
     assert command == f"plan --config {recipe}.yaml --gpu {recipe.split('-')[-1].split('x')[-1]}"
-    margin = float(re.search(r"fits, ([\d.]+) GB to spare", block)[1])
-    assert margin > 0.1 * int(re.search(r", (\d+) GB,", block)[1])
+    spare, phase = re.search(r"fits, ([\d.]+) GB to spare; the peak is in (\w+)", block).groups()
+    peak, cached = re.search(r"an update +([\d.]+)", block)[1], re.search(r"is loaded: ([\d.]+) GB", block)[1]
+    assert f"\n| `{recipe}` | {peak}, in {phase} | {spare} | {cached} |" in PAGE.read_text()
+    assert float(spare) > 0.1 * int(re.search(r", (\d+) GB,", block)[1])
 
 
 @pytest.mark.parametrize("recipe", SIZES)
