@@ -59,9 +59,9 @@ def test_the_gradient_of_a_configuration(tmp_path, capsys):
     diagnose.run(["--gradient", *flags, "--output_dir", str(tmp_path / "found")])
     report = json.loads((tmp_path / "found" / "gradient.json").read_text())
     parts = {part["part"]: part for part in report["parts"]}
-    assert list(parts)[:3] == ["all", "edit tokens", "keep tokens"]
+    assert list(parts)[:4] == ["all", "edit tokens", "keep tokens", "later calls"]
     assert "transformer_blocks.attn.to_q" in parts and "single_transformer_blocks.proj_mlp" in parts
-    kinds = [part for name, part in parts.items() if name not in list(parts)[:3]]
+    kinds = [part for name, part in parts.items() if name not in list(parts)[:4]]
     for number in ("signal", "within", "between"):
         assert sum(kind[number] for kind in kinds) == pytest.approx(parts["all"][number], rel=1e-3)
     assert parts["all"]["within"] > 0 and report["seconds_per_group"] > 0

@@ -191,6 +191,7 @@ def test_the_embedded_model_is_trained_as_it_is_used(flags, text, sizes, monkeyp
         seen.append((config.resolution, config.max_sequence_length))
         raise UsageError("far enough")
 
+    monkeypatch.setattr("rcgrpo.cli.opening.check_ready", lambda *given: None)  # other/model is not there
     monkeypatch.setattr("rcgrpo.cli.train.load_rows", stop)
     Path("job.yaml").write_text(text + "\nseed: 1")
     with pytest.raises(UsageError, match="far enough"):
