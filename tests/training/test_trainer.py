@@ -11,6 +11,7 @@ from peft import LoraConfig
 import rcgrpo.groups.policies.neighbor
 from rcgrpo import RCGRPOConfig, RCGRPOTrainer
 from rcgrpo.evaluation.held_out import judge_held_out
+from rcgrpo.groups.reward_gradient import follow
 from rcgrpo.groups.transitions import gather
 from tiny_kontext import build_tiny_kontext
 from tiny_training import (
@@ -165,6 +166,31 @@ def test_the_kl_is_to_the_base_and_stronger_outside(moved):
     for beta, beta_keep in ((10.0, 1.0), (10.0, 3.0), (20.0, 0.0)):
         expected = float(beta * (inside + beta_keep * outside))
         assert loss_with(trainer, found, beta=beta, beta_keep=beta_keep) - plain == pytest.approx(expected, rel=1e-3)
+
+
+def test_the_kl_is_taken_at_any_step_that_a_rewards_gradient_moves(tmp_path, data):
+    """By hand: the transitions' ways are three places long, and the drawn ones are not all the first."""
+    following = {"reward_gradient_weight": 1.0, "reward_gradient_steps": 3, "num_inference_steps": 3}
+    trainer = make(tmp_path, data, bright, max_steps=1, **following)
+    trainer.train()
+    with torch.no_grad():
+        for number, weight in enumerate(p for p in trainer.model.parameters() if p.requires_grad):
+            weight.add_(0.05 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(number)))
+    found = gather(trainer._buffer[0], [(0, 0, 0), (0, 1, 0), (1, 0, 0), (1, 1, 0)], trainer.policy, {})
+    steps = (found.draws("kl") * 3).long().tolist()
+    assert len(set(steps)) > 1
+    with torch.no_grad():
+        first = trainer.editor.velocity(trainer.model, found.latents, found.timestep, found.conditions)
+        latents, times, now = follow(trainer.editor, trainer.model, found, first, 3).places(found.draws("kl"))
+        assert times.tolist() == [float(found.groups[0].schedule.timesteps[step]) for step in steps]
+        base = trainer.editor.velocity(build_tiny_kontext().transformer, latents, times, found.conditions)
+        squared = (now - base).square()
+        still = trainer.editor.velocity(
+            build_tiny_kontext().transformer, found.latents, found.timestep, found.conditions
+        )
+    plain = loss_with(trainer, found)
+    assert loss_with(trainer, found, beta=10.0) - plain == pytest.approx(10 * float(squared.mean()), rel=1e-3)
+    assert float((first - still).square().mean()) != pytest.approx(float(squared.mean()), rel=0.05)
 
 
 def test_the_hinge_begins_beyond_its_margin(moved):
