@@ -21,6 +21,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.study import __main__ as command
+from benchmarks.study.fronts import compare_fronts, hypervolume
 from benchmarks.study.harness import (
     Compute,
     Sizes,
@@ -172,8 +173,9 @@ def test_a_folder_is_named_by_all_that_the_result_depends_on(tmp_path):
         plan(TABLE, SIZES, [0], "retrained", tmp_path)["old", 0],
         plan(TABLE, Sizes(steps=4, edits_per_update=2), [0], "weights", tmp_path)["old", 0],
         planned(tmp_path, table=replace(TABLE, survey=True))["old", 0],
+        plan(TABLE, replace(SIZES, eval_from=999), [0], "weights", tmp_path)["old", 0],
     ]
-    assert len({cell.folder, *(other.folder for other in others)}) == 7
+    assert len({cell.folder, *(other.folder for other in others)}) == 8
     # but not by what it does not depend on
     larger = Sizes(steps=3, edits_per_update=2, survey_edits=99)
     assert plan(TABLE, larger, [0], "weights", tmp_path)["old", 0].folder == cell.folder
@@ -575,6 +577,75 @@ def test_variants_of_the_same_seeds_share_a_command(monkeypatch):
     assert one == f"python -m benchmarks.study x --seeds 0 --steps 3 --only {second}"
 
 
+# Fronts
+
+
+def test_an_area_by_hand():
+    floor = np.array([0.0, 0.0])
+    corner = np.array([[3.0, 1.0], [1.0, 2.0], [1.0, 1.0], [-5.0, 9.0]])  # the third is dominated, the fourth below
+    assert hypervolume(corner, floor) == 3 * 1 + 1 * 1
+    assert hypervolume(corner, np.array([-6.0, 0.0])) == 9 * 1 + 7 * 1 + 1 * 7
+    assert hypervolume(np.array([[-1.0, 5.0]]), floor) == 0
+    assert hypervolume(np.stack([corner, corner + 1]), floor).tolist() == [4, 4 * 2 + 2 * 1]
+    shuffled = corner[[2, 0, 3, 1]]
+    assert hypervolume(shuffled, floor) == hypervolume(corner, floor)
+
+
+FRONTS = replace(
+    TABLE,
+    variants=[
+        TABLE.variants[0],
+        Variant("ours a", front="ours"),
+        Variant("ours b", front="ours"),
+        Variant("theirs", front="theirs"),
+        Variant("nobody's", front="nobody"),  # no cell of it has finished
+    ],
+    metrics={"score": "score", "reward": "reward"},
+    baseline=None,
+    floors=[{"score": -1.0, "reward": -1.0}],
+)
+
+
+def front(ours=0.0, edits=40):
+    noise = np.random.default_rng(0).normal(size=(2, edits))
+
+    def cell(score, reward, scale=0.3):
+        return result(score + scale * noise[0], reward=(reward + scale * noise[1]).tolist())
+
+    cells = {
+        "base": cell(0.0, 0.0, 0.0),
+        "ours a": cell(2.0, 0.0),
+        "ours b": cell(0.0, 2.0),
+        "theirs": cell(ours, ours),
+    }
+    return {(name, 0): found for name, found in cells.items()}
+
+
+def test_fronts_are_compared_over_edits_with_the_base_in_each():
+    (far,) = compare_fronts(FRONTS, front(0.2))
+    assert (far.method, far.other, far.level) == ("ours", "theirs", 0.95)
+    assert far.area == pytest.approx(3 + 2, abs=0.6) and far.other_area == pytest.approx(1.2**2, abs=0.4)
+    assert far.difference == pytest.approx(far.area - far.other_area) and 0 < far.low < far.difference < far.high
+    (near,) = compare_fronts(FRONTS, front(5**0.5 - 1))
+    assert near.low < 0 < near.high
+    (worse,) = compare_fronts(FRONTS, front(-3.0))
+    assert worse.other_area == 1, "not to train is open to everyone"
+
+
+def test_more_comparisons_have_wider_intervals():
+    table = replace(FRONTS, floors=[{"score": -1.0, "reward": -1.0}, {"reward": -1.0, "score": -1.0}])
+    (alone,), (first, second) = compare_fronts(FRONTS, front(0.2)), compare_fronts(table, front(0.2))
+    assert first.level == second.level == 0.975 and first.low < alone.low < alone.high < first.high
+    assert compare_fronts(TABLE, made()) == []
+
+
+def test_a_page_shows_its_fronts(tmp_path):
+    found = Section("x", FRONTS, summarise(FRONTS, front(0.2)), "the command").text(None)
+    assert "Fronts: the area" in found and "score -1 and reward -1" in found
+    assert re.search(r"\| score × reward \| +ours: 5\.\d+ \| +theirs: 1\.\d+ \| \+3", found) is not None
+    assert "Fronts" not in Section("x", TABLE, summarise(TABLE, made()), "the command").text(None)
+
+
 def test_conclusions_belong_to_their_table(tmp_path):
     assert read_conclusions(tmp_path / "conclusions.md") == {}
     (tmp_path / "conclusions.md").write_text("ignored\n\n## a\n\nOne.\n\nTwo.\n## b. Variance\nThree.\n")
@@ -635,3 +706,11 @@ def test_rows_are_those_of_the_data_set_drawn_when_needed():
     assert len(ours) == 3 and set(ours.rows._drawn) == {0, 2}
     with pytest.raises(IndexError, match=r"expected one of 0\.\.2"):
         ours.rows[3]
+
+
+def test_held_out_edits_may_begin_where_no_choice_has_looked():
+    from benchmarks.study.cell import held_out
+
+    first, later = held_out(4), held_out(2, 2)
+    assert [edit.prompt for edit in later] == [edit.prompt for edit in first[2:]]
+    assert later[1].source.tobytes() == first[3].source.tobytes()

@@ -105,9 +105,9 @@ def make_trainer(spec: Mapping[str, Any], folder: Path) -> RCGRPOTrainer:
     )
 
 
-def held_out(count: int) -> list[Edit]:
-    rows = EditRows(MiniRows("test", count), "test")
-    return [rows.edit(i) for i in range(count)]
+def held_out(count: int, first: int = 0) -> list[Edit]:
+    rows = EditRows(MiniRows("test", first + count), "test")
+    return [rows.edit(i) for i in range(first, first + count)]
 
 
 def judges(*names: str) -> dict[str, Any]:
@@ -140,7 +140,7 @@ def train_cell(spec: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     editor = open_editor(
         trainer.pipeline, config.resolution, EVALUATION_STEPS, max_sequence_length=config.max_sequence_length
     )
-    per_edit = measure(editor, trainer.model, held_out(sizes.eval_edits), spec["seed"])
+    per_edit = measure(editor, trainer.model, held_out(sizes.eval_edits, sizes.eval_from), spec["seed"])
     if spec["survey"]:  # of groups that all variants explore alike
         edits, explored, key = held_out(sizes.survey_edits), Exploration(0.7), ("study", spec["seed"])
         found = survey(editor, trainer.model, edits, sizes.survey_generations, explored, key, {})

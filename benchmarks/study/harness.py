@@ -42,6 +42,7 @@ class Sizes:
         edits_per_update: edits of an update.
         train_edits: training rows to draw from.
         eval_edits: held-out rows, one candidate each.
+        eval_from: the first of them; rows that no choice has seen lie far from those that chose.
         survey_edits: held-out rows with a whole group each, for diversity, variance and leakage.
         survey_generations: candidates of such a group.
     """
@@ -50,12 +51,13 @@ class Sizes:
     edits_per_update: int = 6
     train_edits: int = 512
     eval_edits: int = 192
+    eval_from: int = 0
     survey_edits: int = 12
     survey_generations: int = 8
 
 
 SIZES_OF: dict[Kind, tuple[str, ...]] = {
-    "train": ("edits_per_update", "train_edits", "eval_edits"),
+    "train": ("edits_per_update", "train_edits", "eval_edits", "eval_from"),
     "groups": ("survey_edits", "survey_generations"),
 }
 """Sizes that a cell's result depends on; `steps` does through the budget."""
@@ -94,7 +96,8 @@ class Cell:
     def spec(self) -> dict[str, Any]:
         """What the result depends on, as JSON has it."""
         names = [*SIZES_OF[self.kind], *(SIZES_OF["groups"] if self.survey else ())]
-        sizes = {name: self.sizes[name] for name in names}
+        # Cells are older than `eval_from`, and those that do not have it are where they were.
+        sizes = {name: self.sizes[name] for name in names if name != "eval_from" or self.sizes[name]}
         parts = {key: value for key, value in asdict(self).items() if key not in ("name", "work")}
         return json.loads(json.dumps({**parts, "sizes": sizes}))
 

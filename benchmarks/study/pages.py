@@ -104,9 +104,36 @@ class Section:
         ]
         if tested:
             parts += ["Paired differences:", pad_table([["", "to", *compared.values()], *tested], left=(0, 1))]
+        if fronts := self.summary.get("fronts"):
+            parts += [self.fronts_said(), self.fronts_table(fronts)]
         notes = " ".join([f"Seeds: {', '.join(map(str, self.seeds))}.", *self.notes])
         parts += [wrap(notes), f"Reproduce: `{self.command}`"]
         return "\n\n".join(part for part in parts if part) + "\n"
+
+    def fronts_said(self) -> str:
+        """What the table of fronts shows, and from which floors on."""
+        floors = "; ".join(
+            " and ".join(f"{self.table.metrics[name]} {value:+g}" for name, value in pair.items())
+            for pair in self.table.floors
+        )
+        return wrap(
+            "Fronts: the area that a method's points and the base dominate, of changes from the base, above a floor "
+            f"({floors}). Intervals are paired, over edits, for all comparisons of this table together "
+            "(Bonferroni, 95 % in all)."
+        )
+
+    def fronts_table(self, fronts: Sequence[Mapping[str, Any]]) -> str:
+        """Markdown: the first method's area beside each other one's."""
+        lines = [
+            [
+                " × ".join(self.table.metrics[name] for name in test["metrics"]),
+                f"{test['method']}: {test['area']:.3g}",
+                f"{test['other']}: {test['other_area']:.3g}",
+                f"{test['difference']:+.2g} [{test['low']:+.2g}, {test['high']:+.2g}]",
+            ]
+            for test in fronts
+        ]
+        return pad_table([["metrics", "area", "area", "difference"], *lines], left=(0, 1, 2))
 
     @property
     def seeds(self) -> list[int]:
@@ -330,7 +357,8 @@ def draw_plane(path: Path, table: Table, rows: Sequence[Mapping[str, Any]]) -> b
 
     variants = {variant.name: variant for variant in table.variants}
     everywhere = {name for name, variant in variants.items() if variant.config.get("exploration") == "global"}
-    families = list(dict.fromkeys(variants[row["variant"]].twin or row["variant"] for row in shown_rows))
+    family = {name: variant.twin or variant.front or name for name, variant in variants.items()}
+    families = list(dict.fromkeys(family[row["variant"]] for row in shown_rows))
     colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(families)}
     centres: dict[str, tuple[float, float]] = {}
     figure = Figure(figsize=(9.6, 5.4), dpi=150, layout="constrained")
@@ -342,7 +370,7 @@ def draw_plane(path: Path, table: Table, rows: Sequence[Mapping[str, Any]]) -> b
         variant = variants[row["variant"]]
         across, up = (changes(row, metric) for metric in table.plane)
         centre = centres[row["variant"]] = sum(across) / len(across), sum(up) / len(up)
-        colour = colours[variant.twin or variant.name]
+        colour = colours[family[variant.name]]
         fill = "white" if row["variant"] in everywhere else colour
         for point in zip(across, up, strict=True):
             axes.plot(*zip(centre, point, strict=True), color=colour, linewidth=0.5, alpha=0.25, zorder=1)
@@ -351,12 +379,16 @@ def draw_plane(path: Path, table: Table, rows: Sequence[Mapping[str, Any]]) -> b
         axes.plot(*centre, marker, color=colour, markerfacecolor=fill, markersize=9, zorder=4, label=name)
     for name, centre in centres.items():
         if (twin := variants[name].twin) in centres:
-            arrow = {"arrowstyle": "-|>", "color": colours[twin], "shrinkA": 5, "shrinkB": 6, "lw": 1.6}
+            arrow = {"arrowstyle": "-|>", "color": colours[family[name]], "shrinkA": 5, "shrinkB": 6, "lw": 1.6}
             axes.annotate("", centre, centres[twin], arrowprops=arrow, zorder=3)
+    for method in dict.fromkeys(variant.front for variant in table.variants if variant.front):
+        points = sorted(centre for name, centre in centres.items() if variants[name].front == method)
+        axes.plot(*zip(*points, strict=True), "--", color=colours[method], linewidth=1, zorder=2) if points else None
     titles = [f"{table.metrics[metric]}: change from the base" for metric in table.plane]
     axes.set_xlabel(titles[0], fontsize=9, color=INK)
     axes.set_ylabel(titles[1], fontsize=9, color=INK)
-    title = "variant (seeds); hollow: without region noise,\narrow: what region noise does; squares: 3 steps"
+    joined = "dashes: one method's front" if table.floors else "arrow: what region noise does"
+    title = f"variant (seeds); hollow: without region noise,\n{joined}; squares: 3 steps"
     figure.legend(loc="outside right upper", frameon=False, fontsize=8, title=title, title_fontsize=8)
     with write_atomically(path) as part:
         figure.savefig(part, facecolor="white")

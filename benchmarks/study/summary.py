@@ -14,6 +14,7 @@ import numpy as np
 
 from rcgrpo.reporting.statistics import paired_bootstrap
 
+from .fronts import compare_fronts
 from .tables import BASE, COSTS, RATES, Table
 
 Results = Mapping[tuple[str, int], Mapping[str, Any]]
@@ -197,7 +198,14 @@ def summarise(table: Table, results: Results) -> dict[str, Any]:
                 "curves": curves,
             }
         )
-    return {"title": table.title, "question": table.question, "metrics": dict(table.metrics), "rows": rows}
+    fronts = [asdict(test) for test in compare_fronts(table, results)]
+    return {
+        "title": table.title,
+        "question": table.question,
+        "metrics": dict(table.metrics),
+        "rows": rows,
+        **({"fronts": fronts} if fronts else {}),
+    }
 
 
 def fill_in(summary: dict[str, Any], earlier: Mapping[str, Any]) -> None:

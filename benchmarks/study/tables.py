@@ -42,6 +42,7 @@ class Variant:
         trained: false for the base model, which is only evaluated.
         against: what it is tested against, where not the table's baseline; the first is the one that is plotted.
         twin: the variant that differs in nothing but the region, to which a plot of two metrics joins it.
+        front: the method that it is a point of, where a table compares fronts.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Variant:
     trained: bool = True
     against: tuple[str, ...] = ()
     twin: str | None = None
+    front: str | None = None
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,8 @@ class Table:
         baseline_arm: for cells with several arms, the arm that the others are tested against.
         plotted: metrics in the plot.
         plane: two metrics whose changes from the base are drawn against each other, instead of each by itself.
+        floors: by metric, the change from the base below which a point of a front is worth nothing; two metrics, of
+            which fronts are compared by the area that they dominate.
         curves: curves in the plot, against steps or blocks.
         arms: of cells with several, those that are shown; all by default.
         survey: trained cells also look at whole groups, for diversity and leakage.
@@ -86,6 +90,7 @@ class Table:
     baseline_arm: str | None = None
     plotted: Sequence[str] = ()
     plane: tuple[str, str] | None = None
+    floors: Sequence[Mapping[str, float]] = ()
     curves: Sequence[str] = ()
     arms: Sequence[str] | None = None
     survey: bool = False
@@ -372,6 +377,72 @@ SETTINGS = Table(
     brief_metrics=FIRST,
 )
 
+# The relatives at their best: every method with rollouts as short as it can use, an advantage for each region, and all
+# candidates where it learns from them; the neighbour policy's four anchors already hold its whole gradient.
+AT_BEST: dict[str, dict[str, Any]] = {
+    "RC-GRPO": {**REGION_ADVANTAGES.config, **FEW_STEPS, "keep_strength": 0.05},
+    "Neighbor GRPO": {**GLOBAL_ADVANTAGES.config, **FEW_STEPS, "edit_strength": 0.3},
+    # Its own recipe: noise .9, 6 steps, all of them and all candidates teach, Adam's small epsilon.
+    "Flow-GRPO": {
+        **REGION_ADVANTAGES.config,
+        **FREE,
+        **FLOW,
+        "sde_noise_level": 0.9,
+        "num_inference_steps": 6,
+        "num_policy_steps": 5,
+        "policy_steps_range": [0.0, 0.8],
+        "num_anchors": 12,
+        "adam_epsilon": 1e-12,
+    },
+    "DiffusionNFT": {
+        **REGION_ADVANTAGES.config,
+        **FREE,
+        **NFT,
+        **FEW_STEPS,
+        "policy_steps_range": [0.0, 1.0],
+        "num_anchors": 12,
+    },
+}
+RATES_TRIED: dict[str, Sequence[float]] = {
+    "RC-GRPO": (5e-4, 1e-3, 2e-3),
+    "Neighbor GRPO": (5e-4, 1e-3, 2e-3),
+    "Flow-GRPO": (1e-3, 2e-3, 4e-3),
+    "DiffusionNFT": (1e-3, 2e-3, 4e-3),
+}
+UNTRAINED = {"correct": "correct (%)", "closeness": "closeness"}
+"""What no reward reads."""
+JUDGED_APART = {**UNTRAINED, "edit_score": "edit score", "lp_t": "LP-T", "psnr": "PSNR (dB)"}
+
+
+def at_rate(name: str, rate: float, named: str = "", **changes: Any) -> Variant:
+    """A method as in `AT_BEST`, at a learning rate, with what differs otherwise and what to call that."""
+    title = ", ".join(part for part in (name, named, f"rate {rate:g}") if part)
+    return Variant(title, {**AT_BEST[name], **changes, "learning_rate": rate}, front=name)
+
+
+METHOD_RATES = Table(
+    "Learning rates, a method at a time",
+    "Which learning rate and which share of its candidates does each method want?",
+    "train",
+    [
+        BASE,
+        *(at_rate(name, rate) for name, rates in RATES_TRIED.items() for rate in rates),
+        at_rate(
+            *("Flow-GRPO", 2e-3),
+            named="3 steps",
+            num_inference_steps=3,
+            num_policy_steps=2,
+            policy_steps_range=[0.0, 0.6],
+        ),
+        at_rate("DiffusionNFT", 2e-3, named="12 × 2", num_policy_steps=2),
+    ],
+    {**JUDGED_APART, "updates": "updates"},
+    baseline=BASE.name,
+    plotted=("edit_score", "psnr"),
+    brief_metrics=("correct", "edit_score", "psnr"),
+    seeds=1,
+)
+
 TABLES: dict[str, Table] = {
     "a": MAIN,
     "b": VARIANCE,
@@ -379,4 +450,5 @@ TABLES: dict[str, Table] = {
     "d": MASKS,
     "e": ATTENTION_SWEEP,
     "f": SETTINGS,
+    "g": METHOD_RATES,
 }
