@@ -443,6 +443,40 @@ METHOD_RATES = Table(
     seeds=1,
 )
 
+BEST_RATES = {"RC-GRPO": 1e-3, "Neighbor GRPO": 1e-3, "Flow-GRPO": 2e-3, "DiffusionNFT": 2e-3}
+"""Of `METHOD_RATES`, by the edit score."""
+WEIGHTS_TRIED = (0.3, 1.0, 3.0)
+"""Of the background's advantages, the edit's being 1: what moves a method along its front."""
+
+FRONTS = Table(
+    "Fronts of the methods at their best",
+    "Whose trade between edit and background lies further out, on edits that no choice has seen?",
+    "train",
+    [
+        BASE,
+        *(
+            Variant(
+                f"{name}, {weight:g}",
+                {
+                    **AT_BEST[name],
+                    "learning_rate": BEST_RATES[name],
+                    "region_advantage_weights": [1.0, weight],
+                },
+                front=name,
+            )
+            for name in AT_BEST
+            for weight in WEIGHTS_TRIED
+        ),
+    ],
+    {**JUDGED_APART, "updates": "updates"},
+    baseline=BASE.name,
+    plane=("psnr", "edit_score"),
+    floors=({"edit_score": -0.01, "psnr": -1.0}, {"correct": -5.0, "psnr": -1.0}),
+    brief=tuple(f"{name}, {weight:g}" for name in AT_BEST for weight in WEIGHTS_TRIED[::2]),
+    brief_metrics=("correct", "edit_score", "closeness", "psnr"),
+    seeds=1,
+)
+
 TABLES: dict[str, Table] = {
     "a": MAIN,
     "b": VARIANCE,
@@ -451,4 +485,5 @@ TABLES: dict[str, Table] = {
     "e": ATTENTION_SWEEP,
     "f": SETTINGS,
     "g": METHOD_RATES,
+    "h": FRONTS,
 }
