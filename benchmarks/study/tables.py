@@ -406,7 +406,7 @@ AT_BEST: dict[str, dict[str, Any]] = {
 RATES_TRIED: dict[str, Sequence[float]] = {
     "RC-GRPO": (1e-3, 2e-3),
     "Neighbor GRPO": (1e-3, 2e-3),
-    "Flow-GRPO": (2e-3, 6e-3, 1.5e-2),
+    "Flow-GRPO": (2e-3, 6e-3),
     "DiffusionNFT": (1e-3, 3e-3),
 }
 """Higher for methods whose updates cost more, as the same compute pays for fewer of them."""
