@@ -98,7 +98,7 @@ def test_a_large_recipe_follows_the_study(recipe):
     assert config.reward_regions == ["edit", "keep"] and config.keep_strength > 0
     assert config.multi_objective_aggregation == "normalize_then_sum" and config.distance_space == "clean"
     assert config.resolution == 640 and config.model_init_kwargs["torch_dtype"]["vae"] == "float32"
-    assert 10 <= config.beta * config.beta_keep <= 60 and config.adam_epsilon == 1e-12
+    assert 1 <= config.beta * config.beta_keep <= 5 and config.adam_epsilon == 1e-12
     assert config.eval_on_start and config.stop_on_regression and config.ema_decay and config.cache_conditions
     assert str(config.eval_strategy.value) == "steps" and config.num_eval_edits <= script.num_eval_samples
     assert all(reward.required for reward in resolve_rewards("editscore"))
