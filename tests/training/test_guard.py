@@ -131,6 +131,14 @@ def test_a_run_that_turns_ends_with_its_best_weights(tmp_path, data, caplog):
     assert same(weights(resumed), weights(trainer)) and resumed.state.global_step == 3
 
 
+def test_more_edits_than_there_are_is_said(tmp_path, data, caplog):
+    held_out = plain(data)
+    make(tmp_path, plain(data), brightness, held_out, **WATCHED)
+    assert "num_eval_edits" not in caplog.text
+    make(tmp_path, plain(data), brightness, held_out, **WATCHED | {"num_eval_edits": 999})
+    assert f"num_eval_edits: got 999, but eval_dataset has {len(held_out)} rows" in caplog.text
+
+
 def test_the_default_metric_of_best_weights_is_the_reward(tmp_path):
     options = {"eval_strategy": "steps", "load_best_model_at_end": True, "use_cpu": True}
     assert RCGRPOConfig(str(tmp_path), **options).metric_for_best_model == "reward"

@@ -54,6 +54,8 @@ def make_rows(
     at_once = args.turns_column if args.turns_at_once else None
     join = None if at_once is None else partial(join_turns, column=at_once)
     rows = EditRows(dataset, name, *columns, required, args.regions_column, args.turns_column, join)
+    if name != "train" and args.num_eval_edits is not None and args.num_eval_edits > len(rows):
+        logger.warning("num_eval_edits: got %d, but %s_dataset has %d rows", args.num_eval_edits, name, len(rows))
     first = rows.edit(0)
     refuse_columns(first.columns, first.label)
     if args.turns_column is not None and args.turns_column not in first.columns:
