@@ -1,8 +1,8 @@
 """What choosing buys without training: `python benchmarks/best_of.py --candidates 12 --edits 40`.
 
 Of several candidates of the embedded editor for an edit, plain noise for each, the one that the main job's reward likes
-best; how often that is right by the judge that no reward asks, for every number of candidates up to the largest. It is
-what best-of-n distillation could reach at most with this reward, at that many times the cost of a picture.
+best; how often that is right by the judge that no reward asks, for every number of candidates up to the largest. A
+yardstick for training, at that many times the cost of a picture.
 """
 
 import argparse

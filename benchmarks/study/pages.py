@@ -383,7 +383,8 @@ def draw_plane(path: Path, table: Table, rows: Sequence[Mapping[str, Any]]) -> b
             axes.annotate("", centre, centres[twin], arrowprops=arrow, zorder=3)
     for method in dict.fromkeys(variant.front for variant in table.variants if variant.front):
         points = sorted(centre for name, centre in centres.items() if variants[name].front == method)
-        axes.plot(*zip(*points, strict=True), "--", color=colours[method], linewidth=1, zorder=2) if points else None
+        if points:
+            axes.plot(*zip(*points, strict=True), "--", color=colours[method], linewidth=1, zorder=2)
     titles = [f"{table.metrics[metric]}: change from the base" for metric in table.plane]
     axes.set_xlabel(titles[0], fontsize=9, color=INK)
     axes.set_ylabel(titles[1], fontsize=9, color=INK)
