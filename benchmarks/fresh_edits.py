@@ -2,8 +2,9 @@
 
 The embedded editor alone, then with each LoRA, in diffusers' own pipeline: the same edits and the same noise for all of
 them. By task: correct (by a judge that no reward asks), background PSNR, closeness to the ground truth; each LoRA's
-difference to the base with a bootstrap over edits, and the mean over LoRAs with Student's interval over them. What is
-measured is kept in `--work`, so more LoRAs cost only their own time.
+difference to the base with a bootstrap over edits, and the mean over LoRAs with Student's interval over them. `margin`
+is `region_margin` by that same judge, whose mean moves before counts do. What is measured is kept in `--work`, so more
+LoRAs cost only their own time.
 """
 
 import argparse
@@ -15,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import FluxKontextPipeline
+from PIL import Image
 from tqdm.auto import tqdm
 
 from rcgrpo.data.mini import render
@@ -22,26 +24,40 @@ from rcgrpo.data.scenes import TASKS
 from rcgrpo.evaluation.held_out import Result, Scorer
 from rcgrpo.reporting.files import write_atomically
 from rcgrpo.reporting.statistics import pad_table
+from rcgrpo.rewards import get_second_scorer
+from rcgrpo.rewards.pictures import image_tensor
+from rcgrpo.rewards.region_margin import margins
 from rcgrpo.tiny import CALL, WEIGHTS
 
 DRAWING = ("add", "replace", "multi_object_add")
 ORDER = (*DRAWING, "remove", "multi_object_remove", "implicit_reasoning")
-METRICS = {"correct": ("correct (%)", 1), "psnr": ("background PSNR (dB)", 2), "closeness": ("closeness", 4)}
+METRICS = {
+    "correct": ("correct (%)", 1),
+    "psnr": ("background PSNR (dB)", 2),
+    "closeness": ("closeness", 4),
+    "margin": ("margin", 3),
+}
 AT_ONCE = 48
 
 
-def measure(lora: Path | None, rows: Sequence[dict], work: Path) -> dict[str, list[float]]:
+def second_margin(images: Sequence[Image.Image], rows: Sequence[dict]) -> list[float]:
+    columns = ([row[name] for row in rows] for name in ("mask", "task", "caption", "edited_image"))
+    with torch.no_grad():
+        return margins(get_second_scorer(), [image_tensor(image) for image in images], *columns).tolist()
+
+
+def measure(lora: Path | None, rows: Sequence[dict], work: Path, metrics: Sequence[str]) -> dict[str, list[float]]:
     """Every metric by row, with NaN where a task has none."""
     content = b"" if lora is None else (lora / "pytorch_lora_weights.safetensors").read_bytes()
     kept = work / f"{hashlib.sha256(content).hexdigest()[:16]}.json"
-    if kept.exists():
-        return json.loads(kept.read_text())
+    if kept.exists() and set(metrics) <= (found := json.loads(kept.read_text())).keys():
+        return found
     pipeline = FluxKontextPipeline.from_pretrained(WEIGHTS)
     pipeline.set_progress_bar_config(disable=True)
     if lora is not None:
         pipeline.load_lora_weights(lora)
-    scorer = Scorer(tuple(METRICS), size=None)
-    found: dict[str, list[float]] = {name: [] for name in METRICS}
+    scorer = Scorer(tuple(name for name in metrics if name != "margin"), size=None)
+    found = {name: [] for name in metrics}
     for start in tqdm(range(0, len(rows), AT_ONCE), desc="base" if lora is None else lora.name):
         part = rows[start : start + AT_ONCE]
         noise = [torch.Generator().manual_seed(start + i) for i in range(len(part))]
@@ -53,6 +69,8 @@ def measure(lora: Path | None, rows: Sequence[dict], work: Path) -> dict[str, li
         ]
         for name, values in scorer(results).items():
             found[name] += [float("nan") if value is None else float(value) for value in values]
+        if "margin" in metrics:
+            found["margin"] += second_margin(images, part)
     with write_atomically(kept) as path:
         path.write_text(json.dumps(found))
     return found
@@ -106,15 +124,16 @@ def main() -> None:
     parser.add_argument("--edits", type=int, default=80, help="of each task")
     parser.add_argument("--data_seed", type=int, default=7, help="of the rendered rows; 0 is the data set's own")
     parser.add_argument("--first", type=int, default=100, help="rows of each task before this one are left out")
+    parser.add_argument("--metrics", nargs="+", choices=METRICS, default=["correct", "psnr", "closeness"])
     parser.add_argument("--work", type=Path, default=Path("runs/fresh_edits"))
     args = parser.parse_args()
     places = range(args.first, args.first + args.edits)
     rows = [render("test", len(TASKS) * i + TASKS.index(task), 64, args.data_seed) for i in places for task in ORDER]
     tasks = np.array([row["task"] for row in rows])
     work = args.work / f"{args.data_seed}-{args.first}-{args.edits}"
-    base = measure(None, rows, work)
-    after = {lora.resolve().name: measure(lora, rows, work) for lora in args.loras}
-    for name in METRICS:
+    base = measure(None, rows, work, args.metrics)
+    after = {lora.resolve().name: measure(lora, rows, work, args.metrics) for lora in args.loras}
+    for name in args.metrics:
         numbers = {label: np.array(found[name]) for label, found in after.items()}
         print(f"\n{table(name, np.array(base[name]), numbers, tasks)}")
 

@@ -39,6 +39,26 @@ def test_a_rewards_gradient_reaches_the_pixels_of_its_own_region(tmp_path, data,
     assert bool(inside.any()) and torch.equal(pictures.grad != 0, reached)
 
 
+def test_a_rewards_gradient_can_draw_views_that_come_again_after_a_resume(tmp_path, data):
+    seen = []
+
+    def drawn(images, **columns):
+        return brightness(images)
+
+    def on_tensors(pictures, generators, **columns):
+        seen.append([float(torch.rand(1, generator=generator)) for generator in generators])
+        return pictures.mean((1, 2, 3))
+
+    drawn.differentiable = on_tensors  # type: ignore[attr-defined]
+    for _ in range(2):
+        trainer = make(tmp_path, data, drawn, reward_gradient_weight=1.0, max_steps=2)
+        trainer.train()
+    first, second = seen[: len(seen) // 2], seen[len(seen) // 2 :]
+    assert first == second
+    everything = [draw for batch in first for draw in batch]
+    assert len(set(everything)) == len(everything) > 2  # each candidate of each update has a view of its own
+
+
 PLACES = [(0, 0, 0), (1, 2, 1), (1, 3, 2)]
 
 
@@ -95,13 +115,23 @@ def test_the_gradient_is_that_of_the_whole_way(asked):
     assert float((gradient * direction).sum()) == pytest.approx(expected, rel=0.02)
 
 
+def drawing(near):
+    """A generator whose next number is less than 0.01 from the given one."""
+    seeds = (seed for seed in range(10_000) if abs(float(torch.rand(1, generator=seeded(seed))) - near) < 0.01)
+    return seeded(next(seeds))
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
 def test_places_are_drawn_from_each_way_alone(asked):
     """Ways of 3, 2 and 1 places: what the model was asked there is what the rollout saw, and no other place comes."""
     trainer, found, velocity = asked
     way = follow(trainer.editor, trainer.model, found, velocity, 3)
     assert way.lengths.tolist() == [3, 2, 1]
     for draw, steps in ((0.0, [0, 1, 2]), (0.4, [1, 1, 2]), (0.999, [2, 2, 2])):
-        latents, timesteps, answers = way.places(torch.full((3,), draw))
+        latents, timesteps, answers = way.places([drawing(draw) for _ in range(3)])
         for i, ((_, anchor, _), step) in enumerate(zip(PLACES, steps, strict=True)):
             group = found.groups[i]
             assert timesteps[i] == group.schedule.timesteps[step]
@@ -117,7 +147,10 @@ def test_the_kl_holds_every_step_that_the_reward_moves(tmp_path, data):
     for cycle in range(8):
         groups = trainer.make_groups([trainer.train_dataset.edit(i) for i in range(2)], 4, ("key", cycle))
         trainer.score_groups(groups)
-        drawn = [gather(groups, [(0, 0, 0), (1, 1, 0)], trainer.policy, {}).draws("kl") for _ in range(2)]
-        assert torch.equal(*drawn)
-        seen += (drawn[0] * 3).long().tolist()
+        drawn = []
+        for _ in range(2):
+            generators = gather(groups, [(0, 0, 0), (1, 1, 0)], trainer.policy, {}).generators("kl")
+            drawn.append([int(3 * torch.rand(1, generator=generator)) for generator in generators])
+        assert drawn[0] == drawn[1]
+        seen += drawn[0]
     assert set(seen) == {0, 1, 2}

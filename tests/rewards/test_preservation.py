@@ -5,7 +5,16 @@ from PIL import Image
 from torchmetrics.functional.image import lpips
 from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
 
-from rcgrpo.rewards import BackgroundDINO, BackgroundLPIPS, background_l1, preservation, resolve_rewards
+from rcgrpo.rewards import (
+    BackgroundDINO,
+    BackgroundLPIPS,
+    background_keep,
+    background_l1,
+    preservation,
+    resolve_rewards,
+)
+from rcgrpo.rewards.builtin import background_keep_gradient
+from rcgrpo.rewards.pictures import image_tensor
 
 SIZE = (64, 64)
 
@@ -102,3 +111,23 @@ def test_sizes_must_agree_and_nothing_is_loaded_by_name():
         background_l1([noise(1)], [noise(2)], [Image.new("L", (8, 8))])
     names = ["background_l1", "background_lpips", "background_dino"]
     assert [reward.value_range for reward in resolve_rewards(names)] == [(0, 1), (0, 1), (-1, 1)]
+
+
+def test_background_keeps_gradient_is_its_own():
+    """The same numbers on tensors, a small step gives what the gradient promises, and no pixel inside counts."""
+    sources, images = [noise(seed) for seed in range(3)], [noise(seed + 9) for seed in range(3)]
+    images = [Image.blend(*pair, 0.1) for pair in zip(sources, images, strict=True)]
+    given = {"source_images": sources, "masks": [HALF, mask_of((10, 20, 30, 50)), ALL]}
+    pictures = torch.stack([image_tensor(image) for image in images]).requires_grad_(True)
+    scores = background_keep_gradient(pictures, **given)
+    expected = background_keep(images, **given)
+    assert scores.tolist()[:2] == pytest.approx(expected[:2]) and expected[2] is None and scores[2].isnan()
+    (gradient,) = torch.autograd.grad(scores.nan_to_num(0.0).sum(), pictures)
+    for picture, mask in zip(gradient, given["masks"], strict=True):
+        keep = torch.from_numpy(np.asarray(mask) < 128)
+        assert not picture[:, ~keep].any() and (not keep.any() or bool(picture[:, keep].any(0).float().mean() > 0.99))
+    step = 1e-3 * gradient[:2] / gradient[:2].flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+    kept = {name: values[:2] for name, values in given.items()}
+    with torch.no_grad():
+        up, down = (background_keep_gradient(pictures[:2] + sign * step, **kept) for sign in (1, -1))
+    assert ((up - down) / (2e-3 * gradient[:2].flatten(1).norm(dim=1))).tolist() == pytest.approx([1, 1], rel=0.02)

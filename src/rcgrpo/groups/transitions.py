@@ -88,10 +88,10 @@ class Transitions:
         """`[B, N, C]` in {0, 1}, the region on the elements of the latents."""
         return torch.stack([cast(Tensor, group.elements) for group in self.groups]).to(self.latents.device)
 
-    def draws(self, name: str) -> Tensor:
-        """`[B]`, uniform in [0, 1), from the transitions' own keys: the same on every process and after a resume."""
-        keys = [(*group.key, *where[1:], name) for group, where in zip(self.groups, self.where, strict=True)]
-        return torch.cat([torch.rand(1, generator=keyed_generator(*key)) for key in keys])
+    def generators(self, name: str) -> list[torch.Generator]:
+        """One for each transition, from its own key: the same on every process and after a resume."""
+        places = zip(self.groups, self.where, strict=True)
+        return [keyed_generator(*group.key, *where[1:], name) for group, where in places]
 
 
 def choose(

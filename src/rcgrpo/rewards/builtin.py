@@ -9,10 +9,12 @@ Preservation rewards are at their best for an editor that does nothing: never tr
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from .pictures import image_tensor, outside, place
 from .region_scorer import get_region_scorer
@@ -57,7 +59,19 @@ def _edit_score(task: str, lp_t: float | None, lp_i: float | None) -> float | No
     return (1 + lp_i) / 2 * (1 - max(0.0, lp_t)) if task in REMOVES else None
 
 
-@register_reward("background_keep", value_range=(0.0, 1.0))
+def background_keep_gradient(
+    pictures: Tensor, source_images: Sequence[Image.Image], masks: Sequence[Image.Image], **columns: Any
+) -> Tensor:
+    """`background_keep` of pictures `[n, 3, height, width]` in [0, 1], with a gradient: `[n]`, NaN for `None`."""
+    scores = []
+    for picture, source, mask in zip(pictures, source_images, masks, strict=True):
+        keep = outside(source, source, mask).to(pictures.device)
+        mse = (picture - image_tensor(source).to(picture)).square()[:, keep].mean()
+        scores.append((-mse.clamp(min=1e-12).sqrt() / KEEP_SCALE).exp())
+    return torch.stack(scores)
+
+
+@register_reward("background_keep", value_range=(0.0, 1.0), differentiable=background_keep_gradient)
 def background_keep(
     images: list[Image.Image], source_images: list[Image.Image], masks: list[Image.Image], **columns: Any
 ) -> list[float | None]:

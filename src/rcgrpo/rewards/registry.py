@@ -41,7 +41,7 @@ Registrable = TypeVar("Registrable", bound=RewardFunction)
 
 RESERVED = (
     *("prompts", "images", "completions", "completion_ids", "source_images", "masks"),
-    *("trainer_state", "log_extra", "log_metric", "log_failure"),
+    *("trainer_state", "log_extra", "log_metric", "log_failure", "generators"),
     *("attention_mass", "attention_density", "attention_contrast"),
 )
 """What rewards get from the trainer by keyword, hence no names for columns of a data set."""
@@ -65,7 +65,9 @@ class Reward:
         value_range: least and greatest score that it gives, for readers and servers; not enforced. `None`: unknown.
         differentiable: the same on tensors, for `reward_gradient_weight`:
             `f(pictures, prompts, source_images, masks, **columns) -> scores`, where `pictures` `[n, 3, height, width]`
-            are in [0, 1], everything else is as above, and `scores` `[n]` have a gradient, NaN for `None`.
+            are in [0, 1], everything else is as above, and `scores` `[n]` have a gradient, NaN for `None`. Besides it
+            gets `generators`, one `torch.Generator` on the CPU for each picture, or None: what it draws from them, a
+            view of the picture for example, is the same after a resume and on any number of processes.
     """
 
     name: str

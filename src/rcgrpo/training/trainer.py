@@ -219,10 +219,11 @@ class RCGRPOTrainer(GeneratingTrainer):
         if args.reward_gradient_weight:
             way = follow(self.editor, model, inputs, velocity, args.reward_gradient_steps)
             weights, regions = self.reward_weights.tolist(), self.reward_regions
-            values = reward_of_prediction(self.editor, way.clean, inputs.groups, self.rewards, weights, regions)
+            views = inputs.generators("view")
+            values = reward_of_prediction(self.editor, way.clean, inputs.groups, self.rewards, weights, regions, views)
             numbers["reward_of_prediction"] = float(values.detach().mean())
             loss = loss - args.reward_gradient_weight * values * inputs.taught
-            place = way.places(inputs.draws("kl"))  # what the reward moves at any step, the KL may hold there
+            place = way.places(inputs.generators("kl"))  # what the reward moves at any step, the KL may hold there
         if args.beta:
             latents, timestep, answer = place
             with torch.no_grad(), self._reference(model) as still:
