@@ -46,18 +46,18 @@ def second_margin(images: Sequence[Image.Image], rows: Sequence[dict]) -> list[f
         return margins(get_second_scorer(), [image_tensor(image) for image in images], *columns).tolist()
 
 
-def measure(lora: Path | None, rows: Sequence[dict], work: Path, metrics: Sequence[str]) -> dict[str, list[float]]:
+def measure(lora: Path | None, rows: Sequence[dict], work: Path) -> dict[str, list[float]]:
     """Every metric by row, with NaN where a task has none."""
     content = b"" if lora is None else (lora / "pytorch_lora_weights.safetensors").read_bytes()
     kept = work / f"{hashlib.sha256(content).hexdigest()[:16]}.json"
-    if kept.exists() and set(metrics) <= (found := json.loads(kept.read_text())).keys():
+    if kept.exists() and set(METRICS) <= (found := json.loads(kept.read_text())).keys():
         return found
     pipeline = FluxKontextPipeline.from_pretrained(WEIGHTS)
     pipeline.set_progress_bar_config(disable=True)
     if lora is not None:
         pipeline.load_lora_weights(lora)
-    scorer = Scorer(tuple(name for name in metrics if name != "margin"), size=None)
-    found = {name: [] for name in metrics}
+    scorer = Scorer(tuple(name for name in METRICS if name != "margin"), size=None)
+    found = {name: [] for name in METRICS}
     for start in tqdm(range(0, len(rows), AT_ONCE), desc="base" if lora is None else lora.name):
         part = rows[start : start + AT_ONCE]
         noise = [torch.Generator().manual_seed(start + i) for i in range(len(part))]
@@ -69,8 +69,7 @@ def measure(lora: Path | None, rows: Sequence[dict], work: Path, metrics: Sequen
         ]
         for name, values in scorer(results).items():
             found[name] += [float("nan") if value is None else float(value) for value in values]
-        if "margin" in metrics:
-            found["margin"] += second_margin(images, part)
+        found["margin"] += second_margin(images, part)
     with write_atomically(kept) as path:
         path.write_text(json.dumps(found))
     return found
@@ -124,16 +123,15 @@ def main() -> None:
     parser.add_argument("--edits", type=int, default=80, help="of each task")
     parser.add_argument("--data_seed", type=int, default=7, help="of the rendered rows; 0 is the data set's own")
     parser.add_argument("--first", type=int, default=100, help="rows of each task before this one are left out")
-    parser.add_argument("--metrics", nargs="+", choices=METRICS, default=["correct", "psnr", "closeness"])
     parser.add_argument("--work", type=Path, default=Path("runs/fresh_edits"))
     args = parser.parse_args()
     places = range(args.first, args.first + args.edits)
     rows = [render("test", len(TASKS) * i + TASKS.index(task), 64, args.data_seed) for i in places for task in ORDER]
     tasks = np.array([row["task"] for row in rows])
     work = args.work / f"{args.data_seed}-{args.first}-{args.edits}"
-    base = measure(None, rows, work, args.metrics)
-    after = {lora.resolve().name: measure(lora, rows, work, args.metrics) for lora in args.loras}
-    for name in args.metrics:
+    base = measure(None, rows, work)
+    after = {lora.resolve().name: measure(lora, rows, work) for lora in args.loras}
+    for name in METRICS:
         numbers = {label: np.array(found[name]) for label, found in after.items()}
         print(f"\n{table(name, np.array(base[name]), numbers, tasks)}")
 

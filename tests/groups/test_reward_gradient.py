@@ -39,7 +39,7 @@ def test_a_rewards_gradient_reaches_the_pixels_of_its_own_region(tmp_path, data,
     assert bool(inside.any()) and torch.equal(pictures.grad != 0, reached)
 
 
-def test_a_rewards_gradient_can_draw_views_that_come_again_after_a_resume(tmp_path, data):
+def test_a_rewards_gradient_can_draw_views_that_come_again_in_the_same_run(tmp_path, data):
     seen = []
 
     def drawn(images, **columns):

@@ -36,8 +36,15 @@ LEAST_LEFT = 1e-3
 """Least probability that an object is gone, so that one which is plainly there has a finite score."""
 
 
-def region_margin_gradient(
+def region_margin_gradient(pictures: Sequence[Tensor] | Tensor, **columns: Any) -> Tensor:
+    """`region_margin` of pictures `[3, height, width]` in [0, 1], with a gradient: `[pictures]`, NaN for `None`."""
+    return margins(get_region_scorer(), pictures, **columns)
+
+
+def margins(
+    scorer: RegionScorer,
     pictures: Sequence[Tensor] | Tensor,
+    /,
     masks: Sequence[Image.Image],
     task: Sequence[str],
     caption: Sequence[str],
@@ -45,25 +52,12 @@ def region_margin_gradient(
     generators: Sequence[torch.Generator] | None = None,
     **columns: Any,
 ) -> Tensor:
-    """`region_margin` of pictures `[3, height, width]` in [0, 1], with a gradient: `[pictures]`, NaN for `None`.
+    """As `region_margin_gradient`, by any judge.
 
     Args:
         generators: one for each picture, to draw a view of each of its parts from; the ground truth is seen in the
             same. Without them every part is seen as it is, in its bounding box.
     """
-    return margins(get_region_scorer(), pictures, masks, task, caption, edited_image, generators)
-
-
-def margins(
-    scorer: RegionScorer,
-    pictures: Sequence[Tensor] | Tensor,
-    masks: Sequence[Image.Image],
-    task: Sequence[str],
-    caption: Sequence[str],
-    edited_image: Sequence[Image.Image | None],
-    generators: Sequence[torch.Generator] | None = None,
-) -> Tensor:
-    """As `region_margin_gradient`, by any judge."""
     crops: list[Tensor] = []
     wanted: list[Tensor] = []
     spans: dict[int, slice] = {}
@@ -113,7 +107,7 @@ def region_margin(
         `None` for other tasks, objects outside the catalogue, and masks or targets that are missing or degenerate.
     """
     pictures = [image_tensor(image) for image in images]
-    scores = region_margin_gradient(pictures, masks, task, caption, edited_image)
+    scores = region_margin_gradient(pictures, masks=masks, task=task, caption=caption, edited_image=edited_image)
     return [None if score != score else score for score in scores.tolist()]
 
 
