@@ -349,6 +349,17 @@ SWEEPS: dict[str, Sequence[Any]] = {
 }
 """Around region advantages, one at a time; with four steps, all early ones there are teach."""
 FITTING = {("num_inference_steps", "4"): {"num_policy_steps": 2}, ("num_inference_steps", "3"): {"num_policy_steps": 1}}
+RATE = recipe()["learning_rate"]
+TRAVEL = [
+    Variant("learning_rate × √3", {**REGION_ADVANTAGES.config, "learning_rate": RATE * 3**0.5}),
+    Variant("learning_rate × 3", {**REGION_ADVANTAGES.config, "learning_rate": RATE * 3}),
+    Variant(
+        "num_inference_steps 3, learning_rate / 3",
+        {**REGION_ADVANTAGES.config, **FEW_STEPS, "learning_rate": RATE / 3},
+        against=("num_inference_steps 3",),
+    ),
+]
+"""Do short rollouts win, or does Adam travel further in more updates? By √3 where noise drives it, by 3 if signal."""
 
 SETTINGS = Table(
     "One setting at a time",
@@ -366,13 +377,14 @@ SETTINGS = Table(
             for value in values
             if value != common().get(name)
         ),
+        *TRAVEL,
     ],
     {**EDITING, "updates": "updates"},
     baseline=REGION_ADVANTAGES.name,
     plotted=("edit_score", "psnr"),
     brief=(
-        *(REGION_ADVANTAGES.name, "num_inference_steps 3", "num_inference_steps 4", "num_generations 6"),
-        *("keep_strength 0.3", "edit_strength 0.3", "scale_rewards batch", "solver heun"),
+        *(REGION_ADVANTAGES.name, "num_inference_steps 3", "num_generations 6", "keep_strength 0.3"),
+        *("edit_strength 0.3", *(variant.name for variant in TRAVEL)),
     ),
     brief_metrics=FIRST,
 )

@@ -29,8 +29,8 @@ from ..reporting.files import write_atomically
 from ..reporting.learning_curve import Curve, plot_learning_curve
 from ..reporting.sheets import contact_sheet, heatmap, outline
 from ..reporting.statistics import PairedDifference, compare, markdown_table
-from ..rewards import get_region_scorer, get_second_scorer, region_edit
-from ..rewards.builtin import ADDS, REMOVES
+from ..rewards import get_region_scorer, get_second_scorer
+from ..rewards.builtin import ADDS, REMOVES, edit_score
 from ..rewards.clip_model import CLIP_MODEL, Clip
 from .changed_most import thumbnail, write_changed_most
 from .compbench import local_clip_scores
@@ -192,9 +192,7 @@ def _embedded_scores(results: Sequence[Result]) -> dict[str, list[float | None]]
         "closeness": target_closeness(list(images), list(masks), list(targets)),
         "lp_t": [None if task in REMOVES else value for task, value in zip(tasks, lp_t, strict=True)],
         "lp_i": lp_i,
-        "edit_score": region_edit(
-            images=list(images), masks=list(masks), task=tasks, caption=captions, edited_image=list(targets)
-        ),
+        "edit_score": [edit_score(*values) for values in zip(tasks, lp_t, lp_i, strict=True)],
     }
 
 

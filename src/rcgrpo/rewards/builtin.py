@@ -48,10 +48,11 @@ def region_edit(
         `None` for other tasks, objects outside the catalogue, and masks or targets that are missing or degenerate.
     """
     lp_t, lp_i = get_region_scorer().lp(images, masks, caption, edited_image)
-    return [_edit_score(*values) for values in zip(task, lp_t, lp_i, strict=True)]
+    return [edit_score(*values) for values in zip(task, lp_t, lp_i, strict=True)]
 
 
-def _edit_score(task: str, lp_t: float | None, lp_i: float | None) -> float | None:
+def edit_score(task: str, lp_t: float | None, lp_i: float | None) -> float | None:
+    """`region_edit` of one candidate, of its LP-T and LP-I."""
     if lp_t is None or lp_i is None:
         return None
     if task in ADDS:
