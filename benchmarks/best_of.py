@@ -6,6 +6,8 @@ yardstick for training, at that many times the cost of a picture.
 """
 
 import argparse
+import sys
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,12 +16,13 @@ from tqdm.auto import tqdm
 
 from rcgrpo.data.mini import render
 from rcgrpo.data.scenes import TASKS
-from rcgrpo.evaluation.held_out import Result, Scorer
+from rcgrpo.evaluation.held_out import Scorer
 from rcgrpo.reporting.statistics import pad_table
 from rcgrpo.rewards import region_margin
 from rcgrpo.tiny import CALL, WEIGHTS
 
-DRAWING = ("add", "replace", "multi_object_add")
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.fresh_edits import DRAWING, results_of
 
 
 def main() -> None:
@@ -42,11 +45,7 @@ def main() -> None:
         columns = {"task": row["task"], "caption": row["caption"], "edited_image": row["edited_image"]}
         copies = {name: [value] * len(images) for name, value in columns.items()}
         rewards[i] = region_margin(images=images, masks=[row["mask"]] * len(images), **copies)
-        results = [
-            Result(image, row["input_image"], row["mask"], row["edited_image"], row["caption"], row["task"])
-            for image in images
-        ]
-        found = scorer(results)
+        found = scorer(results_of(images, [row] * len(images)))
         right[i], background[i] = found["correct"], found["psnr"]
     lines = []
     for count in sorted({2**i for i in range(args.candidates.bit_length())} | {args.candidates}):

@@ -10,6 +10,7 @@ LoRAs cost only their own time.
 import argparse
 import hashlib
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,6 +30,9 @@ from rcgrpo.rewards.pictures import image_tensor
 from rcgrpo.rewards.region_margin import margins
 from rcgrpo.tiny import CALL, WEIGHTS
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.study.summary import over_seeds
+
 DRAWING = ("add", "replace", "multi_object_add")
 ORDER = (*DRAWING, "remove", "multi_object_remove", "implicit_reasoning")
 METRICS = {
@@ -38,6 +42,14 @@ METRICS = {
     "margin": ("margin", 3),
 }
 AT_ONCE = 48
+
+
+def results_of(images: Sequence[Image.Image], rows: Sequence[dict]) -> list[Result]:
+    """Edited pictures with what they are judged by."""
+    return [
+        Result(image, row["input_image"], row["mask"], row["edited_image"], row["caption"], row["task"])
+        for image, row in zip(images, rows, strict=True)
+    ]
 
 
 def second_margin(images: Sequence[Image.Image], rows: Sequence[dict]) -> list[float]:
@@ -63,11 +75,7 @@ def measure(lora: Path | None, rows: Sequence[dict], work: Path) -> dict[str, li
         noise = [torch.Generator().manual_seed(start + i) for i in range(len(part))]
         sources, prompts = ([row[name] for row in part] for name in ("input_image", "instruction"))
         images = pipeline(image=sources, prompt=prompts, generator=noise, **CALL).images
-        results = [
-            Result(image, row["input_image"], row["mask"], row["edited_image"], row["caption"], row["task"])
-            for image, row in zip(images, part, strict=True)
-        ]
-        for name, values in scorer(results).items():
+        for name, values in scorer(results_of(images, part)).items():
             found[name] += [float("nan") if value is None else float(value) for value in values]
         found["margin"] += second_margin(images, part)
     with write_atomically(kept) as path:
@@ -111,10 +119,7 @@ def table(name: str, base: np.ndarray, after: dict[str, np.ndarray], tasks: np.n
 
 def spread(values: np.ndarray, places: int) -> str:
     """Half of Student's 95 % interval of a mean over LoRAs."""
-    from scipy.stats import t
-
-    half = t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5
-    return f"± {half:.{places}f}"
+    return f"± {over_seeds(values.tolist()).half:.{places}f}"
 
 
 def main() -> None:
