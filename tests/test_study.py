@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -518,7 +518,7 @@ def test_a_publication_keeps_results_small_and_those_of_other_tables(tmp_path):
     work, published = tmp_path / "work", tmp_path / "published"
 
     def ran(key, name, **result):
-        remember(work / key, {"sizes": 1}, {("old", 0): name})
+        remember(work / key, {"sizes": {"steps": 1}}, {("old", 0): name})
         result_file(work, name).parent.mkdir(parents=True)
         result_file(work, name).write_text(json.dumps(result))
 
@@ -532,12 +532,22 @@ def test_a_publication_keeps_results_small_and_those_of_other_tables(tmp_path):
     keep(work, published, "xy")
     assert {path.name for path in (published / "cells").iterdir()} == {"one", "two"}
     # with other settings it is another table, and nobody needs the old cell
-    remember(work / "x", {"sizes": 2}, {("old", 0): "three"})
+    remember(work / "x", {"sizes": {"steps": 2}}, {("old", 0): "three"})
     keep(work, published, "xy")
     assert {path.name for path in (published / "cells").iterdir()} == {"two"}
     # what somebody has run stays theirs
     result_file(work, "two").write_text("mine")
     assert restore(published, work) == 0 and result_file(work, "two").read_text() == "mine"
+
+
+def test_what_was_kept_before_a_size_was_known_is_added_to(tmp_path):
+    sizes = asdict(Sizes())
+    known = {name: value for name, value in sizes.items() if name != "eval_from"}
+    (tmp_path / "plan.json").write_text(json.dumps({"settings": {"sizes": known}, "cells": [["old", 0, "one"]]}))
+    remember(tmp_path, {"sizes": sizes}, {("new", 0): "two"})
+    assert set(recall(tmp_path)["cells"]) == {("old", 0), ("new", 0)}
+    remember(tmp_path, {"sizes": {**sizes, "eval_from": 1}}, {("new", 0): "three"})
+    assert set(recall(tmp_path)["cells"]) == {("new", 0)}
 
 
 def test_lost_numbers_of_edits_leave_the_interval_that_was_published():

@@ -8,10 +8,13 @@ every page again and go on from there: `restore` fills a folder to run in.
 import json
 import shutil
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from rcgrpo.reporting.files import write_atomically
+
+from .harness import Sizes
 
 Planned = dict[tuple[str, int], str]
 """Variant and seed to the name of the cell's folder."""
@@ -32,11 +35,12 @@ def remember(folder: Path, settings: Mapping[str, Any], cells: Planned) -> None:
 
 
 def recall(folder: Path) -> dict[str, Any] | None:
-    """What `remember` wrote, its cells by variant and seed."""
+    """What `remember` wrote, its cells by variant and seed; a size that was not known yet had its default."""
     path = folder / "plan.json"
     if not path.exists():
         return None
     content = json.loads(path.read_text())
+    content["settings"]["sizes"] = asdict(Sizes()) | content["settings"]["sizes"]
     return {**content, "cells": {(variant, seed): name for variant, seed, name in content["cells"]}}
 
 
