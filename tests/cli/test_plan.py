@@ -118,7 +118,11 @@ def test_advice_is_what_makes_it_fit():
 
 def test_settings_arrive():
     assert tiny(solver="heun").stages == 5 and tiny().stages == 3
-    assert tiny().update.reference and not tiny(beta=0.0).update.reference and tiny(num_anchors=2).transitions == 2
+    assert (
+        tiny().update.reference
+        and not tiny(beta=0.0, beta_keep=1.0).update.reference
+        and tiny(num_anchors=2).transitions == 2
+    )
     assert tiny(ema_decay=0.9).averaged and not tiny().averaged and tiny().update.gradient_steps == 0
     assert tiny(reward_gradient_weight=1.0, reward_gradient_steps=2).update.gradient_steps == 2
     assert (tiny(train_micro_batch_size=5).train_micro_batch_size, tiny().train_micro_batch_size) == (5, 24)
