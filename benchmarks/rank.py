@@ -74,7 +74,7 @@ def main() -> None:
         )
     head = ["variant", "ratio of a group", "seconds a group", "ratio of 1,000 s", *(f"trained: {n}" for n in GAINS)]
     print(pad_table([head, *lines]))
-    for i, name in enumerate(("groups", "seconds")):
+    for i, name in enumerate(("groups", "seconds") if len(variants) > 2 else ()):
         ranks = [
             f"{gain} {spearmanr(np.array(ratios)[:, i], column)[0]:+.2f}"
             for gain, column in zip(GAINS, np.array(gains).T, strict=True)
