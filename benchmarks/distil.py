@@ -7,10 +7,12 @@ each from the noise that it came from, or from fresh noise. `fresh_edits.py` mea
 
 import argparse
 import time
+from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
 import torch
+import yaml
 from peft import LoraConfig
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -25,10 +27,7 @@ from rcgrpo.tiny import CALL, RESOLUTION, WEIGHTS
 from rcgrpo.training.hub import save_lora
 from rcgrpo.training.model import trained_model
 
-TASKS = ["add", "replace", "multi_object_add", "remove", "add", "replace", "multi_object_remove", "add"]
-TASKS += ["multi_object_add", "replace", "implicit_reasoning"]
-"""The main job's."""
-BACKGROUND_WEIGHT = 2.0
+MAIN_JOB = yaml.safe_load((files("rcgrpo") / "recipes" / "tiny.yaml").read_text())
 PLAIN = Exploration(kind="global", edit_strength=1.0)
 
 
@@ -39,7 +38,7 @@ def rewards_of(group: Group) -> np.ndarray:
     masks, sources = [group.mask] * count, [group.source] * count
     edit = region_margin(images=group.images, masks=masks, **columns)
     keep = background_keep(images=group.images, masks=masks, source_images=sources)
-    return np.array(edit, dtype=float) + BACKGROUND_WEIGHT * np.array(keep, dtype=float)
+    return np.array([edit, keep], dtype=float).T @ MAIN_JOB["reward_weights"]
 
 
 def chosen(editor: Editor, edits: list[Edit], candidates: int, seed: int) -> tuple[Conditions, Tensor, Tensor]:
@@ -73,11 +72,11 @@ def main() -> None:
     began = time.process_time()
     pipeline = RegionDecoupledFluxKontextPipeline.from_pretrained(WEIGHTS)
     editor = open_editor(pipeline, RESOLUTION, args.steps, max_sequence_length=CALL["max_sequence_length"])
-    rows = EditRows(compbench_mini("train", args.edits, tasks=TASKS), "train")
+    rows = EditRows(compbench_mini("train", args.edits, tasks=MAIN_JOB["train_tasks"]), "train")
     conditions, noise, clean = chosen(editor, [rows.edit(i) for i in range(args.edits)], args.candidates, args.seed)
     half = time.process_time()
-    targets = list(editor.lora_targets)
-    model = trained_model(pipeline, LoraConfig(r=16, lora_alpha=16, target_modules=targets), args.seed)
+    size = {"r": MAIN_JOB["lora_r"], "lora_alpha": MAIN_JOB["lora_alpha"]}
+    model = trained_model(pipeline, LoraConfig(**size, target_modules=list(editor.lora_targets)), args.seed)
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=args.learning_rate, weight_decay=0.0)
     rate = get_cosine_schedule_with_warmup(optimizer, 3, args.updates)
@@ -94,7 +93,7 @@ def main() -> None:
         velocity = editor.velocity(model, (1 - sigma) * end + sigma * start, schedule.timesteps[steps], batch)
         loss = (velocity - (start - end)).square().mean()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(weights, 0.3)
+        torch.nn.utils.clip_grad_norm_(weights, MAIN_JOB["max_grad_norm"])
         optimizer.step()
         rate.step()
         optimizer.zero_grad()
