@@ -25,6 +25,7 @@ from benchmarks.study.tables import DATA_KEYS, TABLES, Variant, common
 
 ROOT = Path(__file__).parents[1]
 GAINS = ("edit_score", "reward", "psnr")
+RESAMPLES = 2000
 
 
 def measure(variant: Variant, args: argparse.Namespace) -> dict[str, Any]:
@@ -55,31 +56,39 @@ def main() -> None:
     published = json.loads((ROOT / "docs" / "study" / f"{args.table}.json").read_text())["rows"]
     trained = {row["variant"]: {name: row["means"][name]["mean"] for name in GAINS} for row in published}
     variants = [v for v in TABLES[args.table].variants if v.trained and v.name in (args.only or trained)]
-    lines, ratios, gains = [], [], []
+    lines, ratios, widths, seconds, gains = [], [], [], [], []
     for variant in variants:
         found = measure(variant, args)
-        whole, seconds = found["parts"][0], found["seconds_per_group"]
+        whole = found["parts"][0]
         low, high = whole["snr_95"]
-        ratios.append((whole["snr"], whole["snr"] / seconds))
+        ratios.append(whole["snr"])
+        widths.append(high - low)
+        seconds.append(found["seconds_per_group"])
         gains.append([trained[variant.name][name] - trained["base"][name] for name in GAINS])
         lines.append(
             [
                 variant.name,
                 f"{whole['snr']:.4f} [{low:.4f}, {high:.4f}]",
-                f"{seconds:.2f}",
-                f"{1000 * whole['snr'] / seconds:.2f}",
+                f"{seconds[-1]:.2f}",
+                f"{1000 * whole['snr'] / seconds[-1]:.2f}",
                 *(f"{gain:+.4f}" for gain in gains[-1][:2]),
                 f"{gains[-1][2]:+.2f}",
             ]
         )
     head = ["variant", "ratio of a group", "seconds a group", "ratio of 1,000 s", *(f"trained: {n}" for n in GAINS)]
     print(pad_table([head, *lines]))
-    for i, name in enumerate(("groups", "seconds") if len(variants) > 2 else ()):
-        ranks = [
-            f"{gain} {spearmanr(np.array(ratios)[:, i], column)[0]:+.2f}"
-            for gain, column in zip(GAINS, np.array(gains).T, strict=True)
-        ]
-        print(f"Spearman over {len(variants)} variants, ratio by {name} with the trained gain: {', '.join(ranks)}")
+    if len(variants) < 3:
+        return
+    # Ranks of ratios are no surer than the ratios are: these are drawn again, as normal as their intervals are wide.
+    drawn = np.random.default_rng(0).normal(ratios, np.array(widths) / (2 * 1.96), (RESAMPLES, len(variants)))
+    for named, scale in (("groups", np.ones(len(variants))), ("seconds", 1 / np.array(seconds))):
+        ranks = []
+        for name, gain in zip(GAINS, np.array(gains).T, strict=True):
+            rank = spearmanr(ratios * scale, gain)
+            low, high = np.quantile([spearmanr(row * scale, gain).statistic for row in drawn], [0.025, 0.975])
+            ranks.append(f"{name} {rank.statistic:+.2f} (p {rank.pvalue:.2f}; [{low:+.2f}, {high:+.2f}])")
+        print(f"Spearman over {len(variants)} variants, ratio by {named} with the trained gain: {', '.join(ranks)}")
+    print("p: of such ranks by chance. Brackets: where the ranks come to as the ratios' own noise is drawn again.")
 
 
 if __name__ == "__main__":

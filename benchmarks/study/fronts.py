@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .record import Results, per_edit
 from .tables import BASE, Table
 
-Results = Mapping[tuple[str, int], Mapping[str, object]]
 RESAMPLES = 10_000
 
 
@@ -59,7 +59,7 @@ def changes_of(name: str, metric: str, results: Results) -> np.ndarray:
         return np.array([])
 
     def values(variant: str, seed: int) -> np.ndarray:
-        return np.array(results[variant, seed]["arms"][""]["per_edit"][metric], dtype=np.float64)  # type: ignore[index]
+        return per_edit(results[variant, seed]["arms"][""], metric)
 
     return np.mean([values(name, seed) - values(BASE.name, seed) for seed in seeds], axis=0)
 

@@ -12,12 +12,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from rcgrpo.reporting.files import write_atomically
 
 from .harness import Sizes
 
 Planned = dict[tuple[str, int], str]
 """Variant and seed to the name of the cell's folder."""
+Results = Mapping[tuple[str, int], Mapping[str, Any]]
+"""Variant and seed to what the cell found."""
 KEPT = ("spec", "arms", "seconds", "compute", "match", "note")
 """Parts of a result that are published; the training log is not."""
 DIGITS = 7
@@ -42,6 +46,11 @@ def recall(folder: Path) -> dict[str, Any] | None:
     content = json.loads(path.read_text())
     content["settings"]["sizes"] = asdict(Sizes()) | content["settings"]["sizes"]
     return {**content, "cells": {(variant, seed): name for variant, seed, name in content["cells"]}}
+
+
+def per_edit(arm: Mapping[str, Any], metric: str) -> np.ndarray:
+    """A metric's values by edit, NaN where there is none; empty for a metric of the whole cell."""
+    return np.array(arm["per_edit"].get(metric, []), dtype=np.float64)
 
 
 def result_file(work: Path, name: str) -> Path:

@@ -15,10 +15,8 @@ import numpy as np
 from rcgrpo.reporting.statistics import paired_bootstrap
 
 from .fronts import compare_fronts
+from .record import Results, per_edit
 from .tables import BASE, COSTS, RATES, Table
-
-Results = Mapping[tuple[str, int], Mapping[str, Any]]
-"""Finished cells' results by variant and seed."""
 
 Row = tuple[str, str]
 """Variant and arm."""
@@ -62,11 +60,6 @@ def over_seeds(values: Sequence[float | None]) -> Mean:
         return Mean(float(known[0]), math.nan, 1)
     half = t.ppf(0.975, len(known) - 1) * known.std(ddof=1) / len(known) ** 0.5
     return Mean(float(known.mean()), float(half), len(known))
-
-
-def per_edit(arm: Mapping[str, Any], metric: str) -> np.ndarray:
-    """A metric's values by edit, NaN where there is none; empty for a metric of the whole cell."""
-    return np.array(arm["per_edit"].get(metric, []), dtype=np.float64)
 
 
 def of_cell(arm: Mapping[str, Any], metric: str) -> float:
