@@ -1,8 +1,9 @@
 """Does the gradient's signal-to-noise ratio foretell training? `python benchmarks/rank.py --edits 32 --draws 3`.
 
-Measures the ratio of the study's variants (table a by default), which were all trained with the same compute, and ranks
-them by it: by groups, and by seconds, as what a run sees of its signal grows with the groups that its time pays for.
-Beside it stand the published gains of training. What is measured is kept in `--work`, so a stopped run goes on.
+Measures the ratio of the study's variants (table a by default), which were all trained with the same compute: of the
+whole gradient, and of what comes of it through the region's tokens and through the others. Ranks them by it, by groups
+and by seconds, as what a run sees of its signal grows with the groups that its time pays for. Beside it stand the
+published gains of training. What is measured is kept in `--work`, so a stopped run goes on.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from benchmarks.study.tables import DATA_KEYS, TABLES, Variant, common
 
 ROOT = Path(__file__).parents[1]
 GAINS = ("edit_score", "reward", "psnr")
+PARTS = ("all", "edit tokens", "keep tokens")
 RESAMPLES = 2000
 
 
@@ -56,39 +58,43 @@ def main() -> None:
     published = json.loads((ROOT / "docs" / "study" / f"{args.table}.json").read_text())["rows"]
     trained = {row["variant"]: {name: row["means"][name]["mean"] for name in GAINS} for row in published}
     variants = [v for v in TABLES[args.table].variants if v.trained and v.name in (args.only or trained)]
-    lines, ratios, widths, seconds, gains = [], [], [], [], []
-    for variant in variants:
-        found = measure(variant, args)
-        whole = found["parts"][0]
-        low, high = whole["snr_95"]
-        ratios.append(whole["snr"])
-        widths.append(high - low)
-        seconds.append(found["seconds_per_group"])
-        gains.append([trained[variant.name][name] - trained["base"][name] for name in GAINS])
-        lines.append(
-            [
-                variant.name,
-                f"{whole['snr']:.4f} [{low:.4f}, {high:.4f}]",
-                f"{seconds[-1]:.2f}",
-                f"{1000 * whole['snr'] / seconds[-1]:.2f}",
-                *(f"{gain:+.4f}" for gain in gains[-1][:2]),
-                f"{gains[-1][2]:+.2f}",
-            ]
-        )
-    head = ["variant", "ratio of a group", "seconds a group", "ratio of 1,000 s", *(f"trained: {n}" for n in GAINS)]
-    print(pad_table([head, *lines]))
+    measured = [measure(variant, args) for variant in variants]
+    seconds = np.array([found["seconds_per_group"] for found in measured])
+    parts = [[part for name in PARTS for part in found["parts"] if part["part"] == name] for found in measured]
+    gains = np.array([[trained[v.name][name] - trained["base"][name] for name in GAINS] for v in variants])
+    lines = [
+        [
+            variant.name,
+            *("{:.4f} [{:.4f}, {:.4f}]".format(part["snr"], *part["snr_95"]) for part in found),
+            f"{cost:.2f}",
+            *(f"{gain:+.4f}" for gain in gained[:2]),
+            f"{gained[2]:+.2f}",
+        ]
+        for variant, found, cost, gained in zip(variants, parts, seconds, gains, strict=True)
+    ]
+    titles = [f"trained: {name}" for name in GAINS]
+    print(pad_table([["variant", *(f"ratio: {name}" for name in PARTS), "seconds a group", *titles], *lines]))
     if len(variants) < 3:
         return
-    # Ranks of ratios are no surer than the ratios are: these are drawn again, as normal as their intervals are wide.
-    drawn = np.random.default_rng(0).normal(ratios, np.array(widths) / (2 * 1.96), (RESAMPLES, len(variants)))
-    for named, scale in (("groups", np.ones(len(variants))), ("seconds", 1 / np.array(seconds))):
-        ranks = []
-        for name, gain in zip(GAINS, np.array(gains).T, strict=True):
-            rank = spearmanr(ratios * scale, gain)
-            low, high = np.quantile([spearmanr(row * scale, gain).statistic for row in drawn], [0.025, 0.975])
-            ranks.append(f"{name} {rank.statistic:+.2f} (p {rank.pvalue:.2f}; [{low:+.2f}, {high:+.2f}])")
-        print(f"Spearman over {len(variants)} variants, ratio by {named} with the trained gain: {', '.join(ranks)}")
-    print("p: of such ranks by chance. Brackets: where the ranks come to as the ratios' own noise is drawn again.")
+    rows = []
+    for i, name in enumerate(PARTS):
+        ratios = np.array([found[i]["snr"] for found in parts])
+        widths = np.array([np.diff(found[i]["snr_95"])[0] for found in parts])
+        # Ranks of ratios are no surer than the ratios: these are drawn again, as normal as their intervals are wide.
+        drawn = np.random.default_rng(0).normal(ratios, widths / (2 * 1.96), (RESAMPLES, len(variants)))
+        for named, scale in (("groups", np.ones_like(seconds)), ("seconds", 1 / seconds)):
+            rows.append([f"{name}, by {named}", *(ranked(ratios * scale, drawn * scale, gain) for gain in gains.T)])
+    print(
+        f"\nSpearman over {len(variants)} variants with the trained gain: p, that chance has such ranks; in brackets,"
+    )
+    print(f"where it comes to as the ratios' own noise is drawn once more:\n\n{pad_table([['ratio', *titles], *rows])}")
+
+
+def ranked(ratios: np.ndarray, drawn: np.ndarray, gain: np.ndarray) -> str:
+    """Correlation by ranks of ratios with a gain, `[variants]`, and 95 % of those of `drawn`, `[draws, variants]`."""
+    found = spearmanr(ratios, gain)
+    low, high = np.quantile([spearmanr(row, gain).statistic for row in drawn], [0.025, 0.975])
+    return f"{found.statistic:+.2f} (p {found.pvalue:.2f}; [{low:+.2f}, {high:+.2f}])"
 
 
 if __name__ == "__main__":
