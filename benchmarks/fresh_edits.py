@@ -110,6 +110,7 @@ def table(name: str, base: np.ndarray, after: dict[str, np.ndarray], tasks: np.n
     if len(after) > 1:
         changes = np.stack([values - base for values in after.values()])
         lines.append(row(f"mean of {len(after)}", changes.mean(axis=0)))
+    if len(after) > 2:
         lines.append(["± over LoRAs", *(spread(changes[:, tasks == task].mean(axis=1), places) for task in ORDER)])
         each = np.mean([changes[:, tasks == task].mean(axis=1) for task in DRAWING], axis=0)
         lines[-1].append(spread(each, places))

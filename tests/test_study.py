@@ -292,24 +292,30 @@ def test_a_mean_over_seeds_by_hand():
     assert (found.mean, found.seeds) == (2, 3)
     assert found.half == pytest.approx(4.302653 / 3**0.5)
     assert math.isnan(over_seeds([5.0]).half) and over_seeds([]).seeds == 0
+    two = over_seeds([5.0, 5.1])
+    assert (two.mean, two.seeds) == (pytest.approx(5.05), 2) and math.isnan(two.half), "two say nothing of a spread"
 
 
 def test_a_paired_test_by_hand():
     results = {
         ("old", 0): result([0.0, 1.0, None]),
         ("old", 1): result([0.0, 1.0, 4.0]),
+        ("old", 2): result([0.0, 1.0, 4.0]),
         ("new", 0): result([1.0, 2.0, 9.0]),
         ("new", 1): result([1.2, 2.4, 5.0]),
-        ("new", 2): result([9.0, 9.0, 9.0]),  # a seed that the other has not finished
+        ("new", 2): result([1.1, 2.1, 5.1]),
+        ("new", 3): result([9.0, 9.0, 9.0]),  # a seed that the other has not finished
     }
     row, other = ("new", ""), ("old", "")
     found = test_against("score", row, other, results)
-    # by seed, over edits that both have: (1 + 1) / 2 and (1.2 + 1.4 + 1) / 3
+    # by seed, over edits that both have: (1 + 1) / 2, (1.2 + 1.4 + 1) / 3 and 1.1
     assert found.difference == pytest.approx(1.1)
-    assert found.seeds_high - found.difference == pytest.approx(12.7062 * 0.1, rel=1e-4)
-    # by edit: 1.1, 1.2 and, of the one seed that has it, 1; any mean of three of these is between
-    assert 1.0 <= found.edits_low < found.edits_high <= 1.2 + 1e-9
-    assert not found.clear, "two seeds that far apart are not clear"
+    assert found.seeds_high - found.difference == pytest.approx(4.302653 * 0.1 / 3**0.5, rel=1e-4)
+    # by edit: 1.1, 1.17 and, of the two seeds that have it, 1.05; any mean of three of these is between
+    assert 1.05 - 1e-9 <= found.edits_low < found.edits_high <= 3.5 / 3 + 1e-9
+    assert found.clear
+    two = test_against("score", row, other, {place: cell for place, cell in results.items() if place[1] < 2})
+    assert math.isnan(two.seeds_low) and two.edits_low >= 1.0 and not two.clear, "two seeds"
     assert test_against("score", row, ("base", ""), results) is None
 
 
@@ -355,7 +361,7 @@ def test_arms_are_tested_against_the_arm_of_their_own_variant():
             }
         }
         for name, base in (("old", 10.0), ("new", 20.0))
-        for seed in (0, 1)
+        for seed in (0, 1, 2)
     }
     rows = summarise(table, results)["rows"]
     assert [(row["variant"], row["arm"]) for row in rows] == [

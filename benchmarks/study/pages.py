@@ -24,8 +24,8 @@ COLOURS = (
 )
 INK, FAINT, HAIR = "#1f2328", "#57606a", "#c9ced6"
 LEGEND = (
-    "Means ± half of the 95 % interval over seeds (Student's t); one seed has none. Differences are paired, over the "
-    "seeds that both rows have and over held-out edits: ± is over seeds, brackets (of one seed) are over edits. `*` "
+    "Means ± half of the 95 % interval over seeds (Student's t); one or two have none. Differences are paired, over "
+    "the seeds that both rows have and over held-out edits: ± is over seeds, brackets (of one or two) over edits. `*` "
     "marks those whose intervals over seeds and over edits (bootstrap) both exclude zero, without a correction for the "
     "number of comparisons. ↓: lower is better."
 )
@@ -225,7 +225,7 @@ def shown(mean: Mapping[str, Any]) -> str:
 
 
 def difference(test: Mapping[str, Any] | None) -> str:
-    """`difference ± half` over seeds, with a star where it is clear; of one seed the interval over edits."""
+    """`difference ± half` over seeds, with a star where it is clear; of one or two the interval over edits."""
     if test is None or math.isnan(test["difference"]):
         return "–"
     half = (test["seeds_high"] - test["seeds_low"]) / 2
@@ -277,8 +277,9 @@ def plot(path: Path, table: Table, summary: Mapping[str, Any]) -> bool:
         figure.legend(handles, names, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     elif table.baseline is not None:
         tests = [row["tests"][0].get(name) for row in rows if row["tests"] for name in table.plotted]
-        alone = any(test is not None and math.isnan(test["seeds_low"]) for test in tests)
-        title = f"Paired difference to {table.baseline}" + ("; hollow: one seed, interval over edits" if alone else "")
+        few = any(test is not None and math.isnan(test["seeds_low"]) for test in tests)
+        hollow = "; hollow: one or two seeds, interval over edits" if few else ""
+        title = f"Paired difference to {table.baseline}{hollow}"
         figure.suptitle(title, x=0.01, ha="left", fontsize=9, color=FAINT)
     with write_atomically(path) as part:
         figure.savefig(part, facecolor="white")
@@ -297,7 +298,7 @@ def draw_dots(axes: Any, table: Table, rows: Sequence[Mapping[str, Any]], arms: 
     """A metric of every row with its interval or, with a baseline, its paired difference to that.
 
     Means over the same seeds share much of their noise: overlapping intervals of theirs would hide clear differences.
-    A dot is hollow where there is one seed; its interval is then over edits. A difference far beyond the others is a
+    A dot is hollow of one or two seeds; its interval is then over edits. A difference far beyond the others is a
     number at the edge, as they would shrink to points beside it.
     """
     if table.baseline is not None:
@@ -307,18 +308,18 @@ def draw_dots(axes: Any, table: Table, rows: Sequence[Mapping[str, Any]], arms: 
         colour = COLOURS[arms.index(row["arm"]) % len(COLOURS)]
         if table.baseline is None:
             mean = row["means"][name]
-            centre, alone = mean["mean"], False
+            centre, few = mean["mean"], False
             spread = None if math.isnan(mean["half"]) else [[mean["half"]], [mean["half"]]]
         elif not row["tests"] or (test := row["tests"][0].get(name)) is None:
             continue
         else:
-            centre, spread, alone = test["difference"], reach(test), math.isnan(test["seeds_low"])
+            centre, spread, few = test["difference"], reach(test), math.isnan(test["seeds_low"])
             if i in far:
                 edge, side, mark = (0, "left", "◂ {}") if centre < 0 else (1, "right", "{} ▸")
                 place = {"transform": axes.get_yaxis_transform(), "ha": side, "va": "center", "fontsize": 8}
                 axes.text(edge, i, f" {mark.format(format(centre, '+.2g'))} ", color=colour, **place)
                 continue
-        fill = "white" if alone or spread is None else colour
+        fill = "white" if few or spread is None else colour
         axes.errorbar(centre, i, xerr=spread, fmt="o", ms=4.5, color=colour, mfc=fill, capsize=2.5, lw=1.4)
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.locator_params(axis="x", nbins=5)
@@ -397,7 +398,7 @@ def draw_plane(path: Path, table: Table, rows: Sequence[Mapping[str, Any]]) -> b
 
 
 def reach(test: Mapping[str, Any]) -> list[list[float]] | None:
-    """How far a test's interval goes to both sides of its difference: over seeds, of one seed over edits."""
+    """How far a test's interval goes to both sides of its difference: over seeds, of one or two over edits."""
     parts = ("seeds_low", "seeds_high") if not math.isnan(test["seeds_low"]) else ("edits_low", "edits_high")
     low, high = (test[part] for part in parts)
     centre = test["difference"]

@@ -2,7 +2,7 @@
 
 Two intervals, because two things vary. Over *seeds*: Student's t of each seed's mean, and of each seed's difference to
 the baseline. Over *edits*: `statistics.paired_bootstrap` of each edit's difference, averaged over the seeds before. A
-difference is called clear when both exclude zero; with one seed only the second exists, and nothing is called clear.
+difference is called clear when both exclude zero; of one or two seeds only the second exists, and nothing is clear.
 """
 
 import math
@@ -24,7 +24,7 @@ Row = tuple[str, str]
 
 @dataclass(frozen=True)
 class Mean:
-    """A mean over seeds and half the width of its 95 % interval, NaN for one seed."""
+    """A mean over seeds and half the width of its 95 % interval, NaN for fewer than three."""
 
     mean: float
     half: float
@@ -50,14 +50,14 @@ class Test:
 
 
 def over_seeds(values: Sequence[float | None]) -> Mean:
-    """Student's 95 % interval of a mean over seeds; None and NaN are left out."""
+    """Student's 95 % interval of a mean over seeds, NaN of one or two; None and NaN are left out."""
     from scipy.stats import t
 
     known = np.array([value for value in values if value is not None and not math.isnan(value)])
     if not len(known):
         return Mean(math.nan, math.nan, 0)
-    if len(known) == 1:
-        return Mean(float(known[0]), math.nan, 1)
+    if len(known) < 3:  # of two it is 13 times their spread and says nothing
+        return Mean(float(known.mean()), math.nan, len(known))
     half = t.ppf(0.975, len(known) - 1) * known.std(ddof=1) / len(known) ** 0.5
     return Mean(float(known.mean()), float(half), len(known))
 
