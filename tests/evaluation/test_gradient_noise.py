@@ -1,6 +1,7 @@
 """`gradient_noise.py`: the trainer's own gradient, by region and by kind of layer."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from rcgrpo.evaluation.gradient_noise import (
     write_gradients,
 )
 from rcgrpo.groups.transitions import choose, gather
-from rcgrpo.maths.gradient_noise import gram_of, noise_of
+from rcgrpo.maths.gradient_noise import gram_of, interval, noise_of
 from tiny_training import brightness, make
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -88,6 +89,16 @@ def test_the_report(tmp_path):
     report = json.loads((tmp_path / "gradient.json").read_text())
     whole, same, none = report["parts"]
     assert (whole["snr"], whole["groups"], whole["seconds"], whole["variance_share"]) == (1, 1, 0.5, 1)
-    assert whole["within_share"] == pytest.approx(2 / 3) and same == {**whole, "part": "to_q"}
+    assert whole["within_share"] == pytest.approx(2 / 3) and str(same) == str({**whole, "part": "to_q"})
     assert (none["snr"], none["groups"], none["variance_share"]) == (0, float("inf"), 0)
-    assert [cell.strip() for cell in text.splitlines()[2].split("|")][1:5] == ["all", "1", "[1, 1]", "1"]
+    assert [cell.strip() for cell in text.splitlines()[2].split("|")][1:6] == ["all", "1", "–", "1", "–"]
+    assert all(math.isnan(end) for name in ("snr_95", "groups_95") for end in whole[name]), "two edits are one pair"
+
+
+def test_six_edits_have_an_interval(tmp_path):
+    found = torch.tensor([[[1.0, 1.0], [1.0, -1.0]], [[3.0, 1.0], [3.0, -1.0]]], dtype=torch.float64).repeat(3, 1, 1)
+    text = write_gradients(tmp_path, Measured({"all": gram_of(found)}, 0.5), {})
+    (whole,) = json.loads((tmp_path / "gradient.json").read_text())["parts"]
+    low, high = interval(gram_of(found))
+    assert whole["snr_95"] == [low, high] and whole["groups_95"] == [1 / high, 1 / low] and 0 < low < high
+    assert [cell.strip() for cell in text.splitlines()[2].split("|")][3] == f"[{low:.2g}, {high:.2g}]"

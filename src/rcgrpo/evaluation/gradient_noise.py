@@ -11,10 +11,11 @@ parameters × 12 bytes.
 """
 
 import json
+import math
 import re
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,7 @@ from ..data.edits import Edit
 from ..groups.transitions import choose, gather, micro_batches
 from ..maths.gradient_noise import gram_of, interval, noise_of
 from ..reporting.files import write_atomically
-from ..reporting.statistics import pad_table
+from ..reporting.statistics import FEWEST_PAIRS, pad_table
 
 if TYPE_CHECKING:
     from ..training.trainer import RCGRPOTrainer
@@ -124,19 +125,22 @@ def _add(totals: Sequence[Tensor], grads: Sequence[Tensor | None]) -> Sequence[T
 def write_gradients(folder: Path, measured: Measured, settings: Mapping[str, Any]) -> str:
     """Write `gradient.json` and `gradient.md`; the text of the second is returned.
 
+    Fewer than `FEWEST_PAIRS` edits have no intervals, NaN in the JSON: two edits are one pair, however often drawn.
+
     Args:
         settings: what was measured, for the JSON.
     """
     whole, rows = noise_of(measured.grams[WHOLE]), []
     for part, gram in measured.grams.items():
-        noise, (low, high) = noise_of(gram), interval(gram)
+        noise, enough = noise_of(gram), len(gram) >= FEWEST_PAIRS
+        low, high = interval(gram) if enough else (math.nan, math.nan)
         rows.append(
             {
                 "part": part,
                 "snr": noise.signal / noise.variance if noise.variance else 0.0,
                 "snr_95": [low, high],
                 "groups": noise.groups,
-                "groups_95": [1 / end if end > 0 else float("inf") for end in (high, low)],
+                "groups_95": [math.inf if end <= 0 else 1 / end for end in (high, low)],
                 "seconds": noise.groups * measured.seconds,
                 "within_share": noise.within / noise.variance if noise.variance else 0.0,
                 "variance_share": noise.variance / whole.variance if whole.variance else 0.0,
@@ -152,9 +156,9 @@ def write_gradients(folder: Path, measured: Measured, settings: Mapping[str, Any
         [
             row["part"],
             f"{row['snr']:.2g}",
-            f"[{row['snr_95'][0]:.2g}, {row['snr_95'][1]:.2g}]",
+            _range(row["snr_95"], "{:.2g}".format),
             _count(row["groups"]),
-            f"[{_count(row['groups_95'][0])}, {_count(row['groups_95'][1])}]",
+            _range(row["groups_95"], _count),
             _count(row["seconds"]),
             f"{row['within_share']:.0%}",
             f"{row['variance_share']:.0%}",
@@ -165,6 +169,10 @@ def write_gradients(folder: Path, measured: Measured, settings: Mapping[str, Any
     with write_atomically(folder / "gradient.md") as path:
         path.write_text(text)
     return text
+
+
+def _range(ends: Sequence[float], shown: Callable[[float], str]) -> str:
+    return "–" if math.isnan(ends[0]) else f"[{shown(ends[0])}, {shown(ends[1])}]"
 
 
 def _count(value: float) -> str:
