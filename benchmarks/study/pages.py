@@ -271,7 +271,7 @@ def plot(path: Path, table: Table, summary: Mapping[str, Any]) -> bool:
             draw_curves(axes, table, rows, arms, name)
         else:
             draw_dots(axes, table, rows, arms, name)
-            axes.set_yticks(range(len(rows)), [label(row) for row in rows] if place == 0 else [""] * len(rows))
+            axes.set_yticks(range(len(rows)), [paired(row, table) if place == 0 else "" for row in rows])
     if table.curves:
         handles, names = figure.axes[0].get_legend_handles_labels()
         figure.legend(handles, names, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
@@ -284,6 +284,12 @@ def plot(path: Path, table: Table, summary: Mapping[str, Any]) -> bool:
     with write_atomically(path) as part:
         figure.savefig(part, facecolor="white")
     return True
+
+
+def paired(row: Mapping[str, Any], table: Table) -> str:
+    """A row's label, with what its difference is to where that is not the table's baseline."""
+    other = row["against"][0] if row["against"] else table.baseline
+    return label(row) if table.baseline is None or other == table.baseline else f"{label(row)}\nto {other}"
 
 
 def quiet(axes: Any) -> Any:
