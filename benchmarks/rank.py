@@ -3,7 +3,8 @@
 Measures the ratio of the study's variants (table a by default), which were all trained with the same compute: of the
 whole gradient, and of what comes of it through the region's tokens and through the others. Ranks them by it, by groups
 and by seconds, as what a run sees of its signal grows with the groups that its time pays for. Beside it stand the
-published gains of training. What is measured is kept in `--work`, so a stopped run goes on.
+published gains of training, and what a group's price alone would say. What is measured is kept in `--work`, so a
+stopped run goes on.
 """
 
 import argparse
@@ -76,23 +77,25 @@ def main() -> None:
     print(pad_table([["variant", *(f"ratio: {name}" for name in PARTS), "seconds a group", *titles], *lines]))
     if len(variants) < 3:
         return
-    rows = []
+    rows = [["seconds alone", *(ranked(1 / seconds, gain) for gain in gains.T)]]
     for i, name in enumerate(PARTS):
         ratios = np.array([found[i]["snr"] for found in parts])
         widths = np.array([np.diff(found[i]["snr_95"])[0] for found in parts])
         # Ranks of ratios are no surer than the ratios: these are drawn again, as normal as their intervals are wide.
         drawn = np.random.default_rng(0).normal(ratios, widths / (2 * 1.96), (RESAMPLES, len(variants)))
         for named, scale in (("groups", np.ones_like(seconds)), ("seconds", 1 / seconds)):
-            rows.append([f"{name}, by {named}", *(ranked(ratios * scale, drawn * scale, gain) for gain in gains.T)])
+            rows.append([f"{name}, by {named}", *(ranked(ratios * scale, gain, drawn * scale) for gain in gains.T)])
     print(
         f"\nSpearman over {len(variants)} variants with the trained gain: p, that chance has such ranks; in brackets,"
     )
     print(f"where it comes to as the ratios' own noise is drawn once more:\n\n{pad_table([['ratio', *titles], *rows])}")
 
 
-def ranked(ratios: np.ndarray, drawn: np.ndarray, gain: np.ndarray) -> str:
+def ranked(ratios: np.ndarray, gain: np.ndarray, drawn: np.ndarray | None = None) -> str:
     """Correlation by ranks of ratios with a gain, `[variants]`, and 95 % of those of `drawn`, `[draws, variants]`."""
     found = spearmanr(ratios, gain)
+    if drawn is None:
+        return f"{found.statistic:+.2f} (p {found.pvalue:.2f})"
     low, high = np.quantile([spearmanr(row, gain).statistic for row in drawn], [0.025, 0.975])
     return f"{found.statistic:+.2f} (p {found.pvalue:.2f}; [{low:+.2f}, {high:+.2f}])"
 
