@@ -58,16 +58,27 @@ def second_margin(images: Sequence[Image.Image], rows: Sequence[dict]) -> list[f
         return margins(get_second_scorer(), [image_tensor(image) for image in images], *columns).tolist()
 
 
-def measure(lora: Path | None, rows: Sequence[dict], work: Path) -> dict[str, list[float]]:
-    """Every metric by row, with NaN where a task has none."""
-    content = b"" if lora is None else (lora / "pytorch_lora_weights.safetensors").read_bytes()
-    kept = work / f"{hashlib.sha256(content).hexdigest()[:16]}.json"
-    if kept.exists() and set(METRICS) <= (found := json.loads(kept.read_text())).keys():
-        return found
+def open_pipeline(lora: Path | None) -> FluxKontextPipeline:
+    """diffusers' own, alone or with a LoRA."""
     pipeline = FluxKontextPipeline.from_pretrained(WEIGHTS)
     pipeline.set_progress_bar_config(disable=True)
     if lora is not None:
         pipeline.load_lora_weights(lora)
+    return pipeline
+
+
+def kept_at(lora: Path | None, work: Path) -> Path:
+    """Where what is measured of a LoRA is kept, by its content."""
+    content = b"" if lora is None else (lora / "pytorch_lora_weights.safetensors").read_bytes()
+    return work / f"{hashlib.sha256(content).hexdigest()[:16]}.json"
+
+
+def measure(lora: Path | None, rows: Sequence[dict], work: Path) -> dict[str, list[float]]:
+    """Every metric by row, with NaN where a task has none."""
+    kept = kept_at(lora, work)
+    if kept.exists() and set(METRICS) <= (found := json.loads(kept.read_text())).keys():
+        return found
+    pipeline = open_pipeline(lora)
     scorer = Scorer(tuple(name for name in METRICS if name != "margin"), size=None)
     found = {name: [] for name in METRICS}
     for start in tqdm(range(0, len(rows), AT_ONCE), desc="base" if lora is None else lora.name):

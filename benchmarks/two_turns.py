@@ -5,7 +5,6 @@ edits what the turn before gave. What is measured is the last picture, as if it 
 """
 
 import argparse
-import hashlib
 import json
 import random
 import sys
@@ -24,23 +23,15 @@ from rcgrpo.evaluation.held_out import Scorer
 from rcgrpo.reporting.files import write_atomically
 from rcgrpo.reporting.sheets import contact_sheet, outline
 from rcgrpo.reporting.statistics import pad_table
-from rcgrpo.tiny import CALL, WEIGHTS
+from rcgrpo.tiny import CALL
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks.fresh_edits import AT_ONCE, METRICS, interval, results_of, second_margin
+from benchmarks.fresh_edits import AT_ONCE, METRICS, interval, kept_at, open_pipeline, results_of, second_margin
 from benchmarks.ideas import TURNS, in_turns
 
 TASK = "multi_object_add"
 DRAWN = 6
 HOW = ("at once", "in turns")
-
-
-def open_pipeline(lora: Path | None) -> FluxKontextPipeline:
-    pipeline = FluxKontextPipeline.from_pretrained(WEIGHTS)
-    pipeline.set_progress_bar_config(disable=True)
-    if lora is not None:
-        pipeline.load_lora_weights(lora)
-    return pipeline
 
 
 def edited(pipeline: FluxKontextPipeline, rows: Sequence[dict], how: str, seed: int) -> list[Image.Image]:
@@ -58,8 +49,7 @@ def edited(pipeline: FluxKontextPipeline, rows: Sequence[dict], how: str, seed: 
 
 def measure(lora: Path | None, rows: Sequence[dict], work: Path) -> dict[str, dict[str, list[float]]]:
     """Every metric by row, of both turns and of the same edits at once."""
-    content = b"" if lora is None else (lora / "pytorch_lora_weights.safetensors").read_bytes()
-    kept = work / f"{hashlib.sha256(content).hexdigest()[:16]}.json"
+    kept = kept_at(lora, work)
     if kept.exists():
         return json.loads(kept.read_text())
     pipeline = open_pipeline(lora)
@@ -79,7 +69,7 @@ def measure(lora: Path | None, rows: Sequence[dict], work: Path) -> dict[str, di
 
 def draw(lora: Path, rows: Sequence[dict], path: Path) -> None:
     """Some rows, drawn by a fixed seed, with what the second judge says of each."""
-    chosen = [rows[i] for i in sorted(random.Random(0).sample(range(len(rows)), DRAWN))]
+    chosen = [rows[i] for i in sorted(random.Random(0).sample(range(len(rows)), min(DRAWN, len(rows))))]
     columns = {"source": [outline(row["input_image"], row["mask"]) for row in chosen]}
     labels = {}
     for title, pipeline in (("before", open_pipeline(None)), ("after", open_pipeline(lora))):
@@ -94,7 +84,7 @@ def draw(lora: Path, rows: Sequence[dict], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("loras", type=Path, nargs="*", help="folders with pytorch_lora_weights.safetensors")
+    parser.add_argument("loras", type=Path, nargs="+", help="folders with pytorch_lora_weights.safetensors")
     parser.add_argument("--edits", type=int, default=160)
     parser.add_argument("--data_seed", type=int, default=7, help="of the rendered rows; 0 is the data set's own")
     parser.add_argument("--first", type=int, default=100, help="rows before this one are left out")
